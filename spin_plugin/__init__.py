@@ -1,0 +1,18 @@
+"""SPIN (Self-Play Fine-Tuning, arXiv 2401.01335) for Axolotl: `plugins: [spin_plugin.SpinPlugin]`."""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["SpinPlugin", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the plugin, and Axolotl with it, only when it is asked for.
+
+    The ground rooms (loss, layout, args, run) stay importable where Axolotl is not installed.
+    """
+    if name == "SpinPlugin":
+        from spin_plugin.plugin import SpinPlugin
+
+        return SpinPlugin
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

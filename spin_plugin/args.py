@@ -1,0 +1,250 @@
+"""The `spin:` block: every option once, typed, with its bounds, default and meaning.
+
+The reference in docs/reference.md is generated from these classes (`python scripts/make_reference.py`).
+"""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from spin_plugin.messages import SpinError
+
+# What `generation.vllm` may not say, because a typed option or the method itself decides it.
+RESERVED_VLLM_KEYS = frozenset(
+    {
+        "model",
+        "tokenizer",
+        "revision",
+        "trust_remote_code",
+        "seed",
+        "dtype",
+        "tensor_parallel_size",
+        "gpu_memory_utilization",
+        "max_model_len",
+        "generation_config",
+        "enable_lora",
+        "max_lora_rank",
+    }
+)
+
+# What an entry of `schedule` may not change: it would make the iterations different runs.
+RUN_WIDE_KEYS = frozenset(
+    {
+        "base_model",
+        "output_dir",
+        "plugins",
+        "rl",
+        "spin",
+        "datasets",
+        "test_datasets",
+        "val_set_size",
+        "chat_template",
+        "iterations",
+        "schedule",
+        "adapter",
+        "turns",
+        # the data is tokenised, and its prompts are drawn, once for the whole run
+        "sequence_len",
+        "seed",
+        "special_tokens",
+        "tokens",
+        "added_tokens_overrides",
+        "eot_tokens",
+        "tokenizer_config",
+        "tokenizer_type",
+        "chat_template_jinja",
+        "default_system_message",
+        "revision_of_model",
+    }
+)
+
+
+class Block(BaseModel):
+    """A part of the `spin:` block. A key that does not exist is an error, never ignored."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class GenerationArgs(Block):
+    """`spin.generation`: how vLLM draws the synthetic responses from the opponent."""
+
+    python: str | None = None
+    """Interpreter of the environment that holds vLLM. Default: the variable SPIN_VLLM_PYTHON, else the current
+    interpreter if it has vLLM, else `.venv-vllm/bin/python` beside the working directory or the plugin."""
+
+    temperature: float = Field(default=1.0, gt=0.0, le=2.0)
+    """Sampling temperature. SPIN's theory wants responses drawn from the opponent itself, which is 1.0."""
+
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Nucleus sampling. SPIN's theory wants 1.0."""
+
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Longest synthetic response in tokens. Default: what `sequence_len` leaves after the prompt."""
+
+    samples_per_prompt: int = Field(default=1, ge=1, le=64)
+    """Synthetic responses drawn for each prompt; each makes a pair with the prompt's real response."""
+
+    seed: int | None = Field(default=None, ge=0)
+    """Seed of the sampling. Default: the configuration's `seed`."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that share one copy of the model in vLLM."""
+
+    gpu_memory_utilization: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Share of the GPU's memory that vLLM takes. Default: vLLM's own."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
+    """Number format of the weights in vLLM. Default: the one the model is trained in."""
+
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Longest prompt plus response that vLLM accepts. Default: `sequence_len`."""
+
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of vLLM's `LLM(...)`, handed on as they are."""
+
+    @model_validator(mode="after")
+    def vllm_leaves_typed_options_alone(self) -> "GenerationArgs":
+        """Refuse keys in `vllm` that another option, or the method itself, decides."""
+        if reserved := sorted(RESERVED_VLLM_KEYS & self.vllm.keys()):
+            raise ValueError(f"vllm.{reserved[0]} is set by the plugin; use the option beside `vllm` or remove it")
+        return self
+
+
+class SpinArgs(Block):
+    """`spin`: the self-play game."""
+
+    iterations: int = Field(default=4, ge=1, le=100)
+    """Iterations of self-play; each regenerates the synthetic responses and trains on the pairs. The paper plays 4."""
+
+    beta: float = Field(default=0.1, gt=0.0, allow_inf_nan=False)
+    """The paper's lambda: how strongly the main player is held to the opponent."""
+
+    loss: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
+    """The convex decreasing function of the reward margin. The paper's runs use the logistic one."""
+
+    history: int = Field(default=1, ge=0)
+    """How many earlier iterations' synthetic responses are mixed in. The paper mixes in one."""
+
+    num_prompts: int | None = Field(default=None, ge=1)
+    """Prompts played in an iteration, drawn once with the configuration's `seed`. Default: all. Held-out prompts are
+    always all played."""
+
+    resample_prompts: bool = False
+    """Draw other prompts in each iteration instead of the same ones."""
+
+    turns: Literal["first", "last", "all"] = "all"
+    """Which of the assistant turns that the SFT labels train on are played."""
+
+    equal_pairs: Literal["drop", "keep"] = "keep"
+    """What to do with pairs whose synthetic response is the real one. Their gradient is exactly zero, but they count as
+    pairs: without them an epoch has fewer steps (docs/measurements.md)."""
+
+    shared_prefix: Literal["auto", "on", "off"] = "auto"
+    """Run each pair as one row `prompt | real | synthetic` without padding, so that the prompt is computed once. `auto`
+    falls back to padded sequences, and says why, for models that cannot; `on` refuses those; `off` always pads."""
+
+    schedule: list[dict[str, Any]] = Field(default_factory=list)
+    """One entry an iteration, each a mapping of Axolotl keys or `spin` keys that differ in that iteration."""
+
+    generation: GenerationArgs = Field(default_factory=GenerationArgs)
+    """How vLLM draws the synthetic responses."""
+
+    @field_validator("shared_prefix", mode="before")
+    @classmethod
+    def yaml_reads_on_and_off_as_booleans(cls, value: object) -> object:
+        """`on` and `off` without quotes are true and false in YAML."""
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def schedule_covers_every_iteration(self) -> "SpinArgs":
+        """One entry an iteration, and none that would make the iterations different runs."""
+        if self.schedule and len(self.schedule) != self.iterations:
+            raise ValueError(f"schedule has {len(self.schedule)} entries for {self.iterations} iterations")
+        for number, entry in enumerate(self.schedule):
+            if fixed := sorted(RUN_WIDE_KEYS & entry.keys()):
+                raise ValueError(f"schedule[{number}].{fixed[0]} cannot change between iterations")
+        return self
+
+    def at(self, iteration: int) -> "SpinArgs":
+        """The block as it stands in one iteration, the schedule's `spin` keys applied."""
+        if not self.schedule:
+            return self
+        entry = self.schedule[iteration]
+        changes = {key: value for key, value in entry.items() if key in SpinArgs.model_fields}
+        values = self.model_dump(exclude={"schedule"})
+        if isinstance(changes.get("generation"), Mapping):
+            changes["generation"] = values["generation"] | dict(changes["generation"])
+        return SpinArgs.model_validate(values | changes)
+
+    def axolotl_overrides(self, iteration: int) -> dict[str, Any]:
+        """The schedule's Axolotl keys for one iteration."""
+        if not self.schedule:
+            return {}
+        return {key: value for key, value in self.schedule[iteration].items() if key not in SpinArgs.model_fields}
+
+
+class SpinPluginArgs(BaseModel):
+    """What the plugin adds to Axolotl's configuration. Not strict: Axolotl's own class inherits from it."""
+
+    spin: SpinArgs | None = None
+    spin_iteration: int | None = Field(default=None, ge=0)
+    """Set by the plugin when it lowers `rl: spin`; tells a re-validated configuration (Ray) from a fresh one."""
+    spin_config: dict[str, Any] | None = None
+    """Set by the plugin: the configuration as the user wrote it, for a Ray worker that sees only the lowered one."""
+
+
+def parse_spin_block(block: object, known_axolotl_keys: Iterable[str] = ()) -> SpinArgs:
+    """The typed block.
+
+    Args:
+        block: what stands under `spin:` in the YAML.
+        known_axolotl_keys: what an entry of `schedule` may name besides `spin` keys; empty: not checked.
+
+    Raises:
+        SpinError: one line with every wrong key, its value and the nearest known key.
+    """
+    if not isinstance(block, Mapping):
+        raise SpinError("spin: must be a mapping, for example `spin: {iterations: 3}`")
+    try:
+        args = SpinArgs.model_validate(dict(block))
+    except ValidationError as error:
+        raise SpinError(_described(error)) from None
+    known = set(known_axolotl_keys)
+    for number, entry in enumerate(args.schedule):
+        try:
+            args.at(number)
+        except ValidationError as error:
+            raise SpinError(_described(error, f"schedule[{number}]")) from None
+        unknown = sorted(entry.keys() - known - SpinArgs.model_fields.keys()) if known else []
+        if unknown:
+            raise SpinError(_unknown_key(f"spin.schedule[{number}]", unknown[0], known | SpinArgs.model_fields.keys()))
+    return args
+
+
+def _described(error: ValidationError, place: str = "") -> str:
+    """Every wrong value in words, in one line."""
+    parent = f"spin.{place}" if place else "spin"
+    return "; ".join(_describe(detail, parent) for detail in error.errors())
+
+
+def _describe(detail: ErrorDetails, parent: str) -> str:
+    """One wrong value of the block in words."""
+    path = [str(part) for part in detail["loc"]]
+    name = ".".join([parent, *path])
+    if detail["type"] == "extra_forbidden":
+        fields = GenerationArgs.model_fields if path[0] == "generation" else SpinArgs.model_fields
+        return _unknown_key(".".join([parent, *path[:-1]]), path[-1], fields)
+    message = detail["msg"].removeprefix("Value error, ")
+    if not path or detail["type"] == "value_error":
+        return f"{name}: {message}"
+    value = repr(detail["input"])
+    return f"{name}: {message[0].lower()}{message[1:]} (got {value if len(value) <= 60 else value[:60] + '…'})"
+
+
+def _unknown_key(parent: str, key: str, known: Iterable[str]) -> str:
+    near = get_close_matches(key, list(known), n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(sorted(known))}"
+    return f"{parent}.{key}: there is no such key; {hint}"

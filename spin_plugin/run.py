@@ -1,0 +1,302 @@
+"""The run directory: names, the state of the iterations, atomic writes, and who may work in it.
+
+output_dir/
+  run.json              configuration and finished iterations; written last, read first
+  real/                 prompts and real responses, tokenised once for the whole run
+  iteration-0/          model or adapter, tokenizer, checkpoints, and
+    config.yml          the configuration as it was resolved for this iteration
+    synthetic/          the opponent's responses: job.json and shards with their checksums
+    pairs/              the pairs, their statistics, and the opponent's log-probabilities
+    metrics.jsonl       what training logged
+  iteration-1/ ...
+  config.json, model.safetensors, tokenizer.json, ...   links to the newest finished iteration
+"""
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from spin_plugin.messages import SpinError
+
+FORMAT = 1
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is either absent (or as it was) or complete, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def make_folder_whole(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write a folder's files under another name; the folder appears when they are complete."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    fill(temporary)
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(temporary, path)
+
+
+@dataclass(frozen=True)
+class IterationDir:
+    """Names inside `iteration-t`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yml"
+
+    @property
+    def synthetic(self) -> Path:
+        return self.path / "synthetic"
+
+    @property
+    def pairs(self) -> Path:
+        return self.path / "pairs"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def last_metrics(self) -> dict[str, float]:
+        """The newest value of everything that training logged; empty before its first log."""
+        merged: dict[str, float] = {}
+        if self.metrics.exists():
+            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+                with suppress(json.JSONDecodeError):  # the last line may have been cut off when training was killed
+                    merged |= json.loads(line)
+        return merged
+
+    def checkpoints(self) -> list[Path]:
+        """Axolotl's checkpoints, oldest first, complete or not."""
+        found = [path for path in self.path.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+    def last_complete_checkpoint(self) -> Path | None:
+        """The checkpoint to resume from. transformers writes trainer_state.json last."""
+        complete = [path for path in self.checkpoints() if (path / "trainer_state.json").exists()]
+        return complete[-1] if complete else None
+
+
+@dataclass
+class RunState:
+    """What run.json holds."""
+
+    config: dict[str, Any]
+    finished: list[dict[str, Any]] = field(default_factory=list)
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The `output_dir` of a SPIN configuration."""
+
+    root: Path
+
+    @property
+    def state_file(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def real(self) -> Path:
+        return self.root / "real"
+
+    @property
+    def questions(self) -> Path:
+        """Where the other processes of a distributed run ask whether the iteration is prepared."""
+        return self.root / ".waiting"
+
+    def iteration(self, number: int) -> IterationDir:
+        return IterationDir(self.root / f"iteration-{number}")
+
+    def read_state(self) -> RunState | None:
+        """The run's state, None where no run was started.
+
+        Raises:
+            SpinError: run.json is not ours or was damaged.
+        """
+        if not self.state_file.exists():
+            return None
+        try:
+            content = json.loads(self.state_file.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise SpinError(
+                    f"{self.state_file} was written by another version of spin-plugin ({content.get('version')}); "
+                    "finish the run with that version or use another output_dir"
+                )
+            if not isinstance(content["config"], dict) or not isinstance(content["finished"], list):
+                raise TypeError("config or finished is of another type")
+            return RunState(content["config"], content["finished"], content["version"])
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise SpinError(
+                f"{self.state_file} is damaged ({error}); restore it from a backup or use another output_dir"
+            ) from None
+
+    def write_state(self, state: RunState) -> None:
+        """Replace run.json in one step."""
+        content = {"format": FORMAT, "version": state.version, "config": state.config, "finished": state.finished}
+        write_whole(self.state_file, json.dumps(content, indent=2, default=str) + "\n")
+
+    def holds_responses(self) -> bool:
+        """Whether anything that cost GPU time lies here."""
+        return any(self.root.glob("iteration-*/synthetic/shard-*"))
+
+    def finished(self) -> int:
+        """How many iterations are finished; the number of the next one."""
+        state = self.read_state()
+        return len(state.finished) if state else 0
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other run out of the directory; the lock falls with the process that holds it.
+
+        Raises:
+            SpinError: another live process works here; names its host and pid.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        holder = self.root / "run.lock.json"
+        lock = FileLock(self.root / "run.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise SpinError(f"output_dir {self.root} is in use by {_holder(holder)}; wait for it or stop it") from None
+        try:
+            write_whole(holder, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    def link_newest(self, number: int) -> None:
+        """Make `output_dir` itself loadable: links to the files of iteration `number`.
+
+        `axolotl lm-eval`, `inference`, `merge-lora` and everything else that expects a model in
+        `output_dir` then finds the last finished one.
+        """
+        source = self.iteration(number).path
+        for link in self.root.iterdir():
+            if link.is_symlink() and os.readlink(link).startswith("iteration-"):
+                link.unlink()
+        for file in sorted(source.iterdir()):
+            link = self.root / file.name
+            if file.is_file() and _is_model_file(file.name) and not (link.exists() or link.is_symlink()):
+                link.symlink_to(Path(source.name) / file.name)
+
+
+def _is_model_file(name: str) -> bool:
+    """Whether a file of an iteration belongs to the model or tokenizer as opposed to its making."""
+    if name in ("config.yml", "metrics.jsonl", "training_args.bin", "README.md", "trainer_state.json"):
+        return False
+    return name.endswith((".json", ".safetensors", ".model", ".txt", ".jinja"))
+
+
+def _holder(file: Path) -> str:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return f"process {content['pid']} on {content['host']}"
+    except (OSError, json.JSONDecodeError, KeyError):
+        return "another process"
+
+
+# Keys whose change cannot change the result: they may differ when a run goes on.
+FREE_KEYS = frozenset(
+    {
+        "logging_steps", "save_steps", "saves_per_epoch", "save_strategy", "save_total_limit", "save_only_model",
+        "debug_text_only", "debug_num_examples", "prompter", "shard", "download", "iterable", "num_processes",
+        "main_process_port", "cloud", "sweep",
+        "save_first_step", "eval_steps", "evals_per_epoch", "eval_strategy", "debug", "strict", "output_dir",
+        "dataset_prepared_path", "dataset_num_proc", "dataset_processes", "dataset_keep_in_memory",
+        "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "hf_use_auth_token",
+        "auto_resume_from_checkpoints", "resume_from_checkpoint", "axolotl_config_path", "is_preprocess",
+        "device", "device_map", "ddp_timeout", "profiler_steps", "gc_steps", "include_tkps", "hub_strategy",
+        "use_ray", "ray_num_workers", "ray_run_name", "inference", "merge_lora",
+    }
+)  # fmt: skip
+FREE_PREFIXES = ("wandb_", "use_wandb", "mlflow_", "use_mlflow", "comet_", "use_comet", "trackio_", "use_trackio",
+                 "use_tensorboard", "use_otel", "otel_", "hub_", "lm_eval_", "eval_")  # fmt: skip
+FREE_SPIN_KEYS = frozenset({"iterations", "schedule", "shared_prefix"})
+FREE_GENERATION_KEYS = frozenset({"python", "tensor_parallel_size", "gpu_memory_utilization"})
+# Of what is handed to vLLM as it is: how it uses memory and devices, never what it computes.
+FREE_VLLM_KEYS = frozenset(
+    {
+        "enforce_eager", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching",
+        "enable_chunked_prefill", "cpu_offload_gb", "disable_log_stats", "disable_custom_all_reduce", "block_size",
+        "distributed_executor_backend", "pipeline_parallel_size", "hf_token", "download_dir", "load_format",
+    }
+)  # fmt: skip
+SECRET_PARTS = ("token", "api_key", "password", "secret", "credential")
+
+
+def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a configuration that may lie on disk: values of keys that name a secret are left out."""
+    return {
+        key: value if key == "special_tokens" else _without_secrets(value)
+        for key, value in config.items()
+        if not (isinstance(value, str) and _names_a_secret(str(key).lower()))
+    }
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return without_secrets(value)
+    return [_without_secrets(item) for item in value] if isinstance(value, list) else value
+
+
+def _names_a_secret(key: str) -> bool:
+    return any(part in key for part in SECRET_PARTS) and not key.startswith("tokenizer_")
+
+
+def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a configuration that must not change within a run, nested ones joined by a dot."""
+    spin = config.get("spin") or {}
+    binding = {
+        key: value
+        for key, value in config.items()
+        if key != "spin" and key not in FREE_KEYS and not key.startswith(FREE_PREFIXES) and value is not None
+    }
+    binding |= {f"spin.{k}": v for k, v in spin.items() if k not in FREE_SPIN_KEYS and k != "generation"}
+    generation = dict(spin.get("generation") or {})
+    vllm = generation.pop("vllm", None) or {}
+    binding |= {f"spin.generation.{k}": v for k, v in generation.items() if k not in FREE_GENERATION_KEYS}
+    return binding | {f"spin.generation.vllm.{k}": v for k, v in vllm.items() if k not in FREE_VLLM_KEYS}
+
+
+def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], finished: int) -> list[str]:
+    """Keys by which two configurations of one run directory lead to different results.
+
+    More iterations may be added; the schedule of those already finished may not change.
+    """
+    old, new = (_as_json(_binding(config)) for config in (before, now))
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    # The iteration after the finished ones may have begun, if the run was to play it at all.
+    planned = (before.get("spin") or {}).get("iterations")
+    begun = finished + 1 if planned is None else min(finished + 1, planned)
+    differs = any(_scheduled(before, number) != _scheduled(now, number) for number in range(begun))
+    return keys + (["spin.schedule"] if differs else [])
+
+
+def _scheduled(config: Mapping[str, Any], iteration: int) -> Any:
+    """What the schedule changes in an iteration."""
+    schedule = (config.get("spin") or {}).get("schedule") or []
+    return _as_json(schedule[iteration]) if iteration < len(schedule) else {}
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
