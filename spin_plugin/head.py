@@ -1,0 +1,298 @@
+"""Log-probabilities of the responses, with the LM head applied only where a response token is predicted.
+
+`install` gives a causal LM's forward one more keyword, `spin_batch`. With it, the forward runs the
+decoder, takes the K hidden states that predict a response token, and applies the LM head to `CHUNK` of
+them at a time, so that memory does not grow with vocabulary x tokens. Because this happens inside the
+model's own forward, whatever wraps the model (DDP, FSDP, DeepSpeed, autocast) works as ever; without the
+keyword nothing changes. `logps` is the call, and `choose_forms` compares the forms on a few real tokens
+once, so that a model we do not understand falls back to its own logits and to the padded form.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import wraps
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
+
+from spin_plugin.attention import causal_lm, enable, flat_inputs, unsupported_reason
+from spin_plugin.layout import Pair, flat_batch, padded_batch
+from spin_plugin.loss import response_logps
+
+CHUNK = 1024
+"""Positions whose logits are worked on at one time."""
+KEPT = 2**29
+"""Bytes of logits that are kept for backward; what is beyond them is computed again."""
+
+
+class LogitMap(NamedTuple):
+    """What a model does to the output of its LM head: a scale, then soft-capping."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "LogitMap":
+        """Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma 2 and later cap."""
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        return cls(scale, getattr(config, "final_logit_softcapping", None))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """The derivative, given the result."""
+        return self.scale if self.cap is None else self.scale * (1 - (logits.float() / self.cap) ** 2)
+
+
+class _LinearLogps(torch.autograd.Function):
+    """log softmax(map(h W^T + b)) at the target, chunk by chunk in both directions.
+
+    The first chunks' logits are kept for backward, up to a fixed number of bytes; the others are computed
+    again there, which costs a third more of the head's work on them, and memory that does not grow.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        logit_map: LogitMap,
+        kept_bytes: int,
+    ) -> Tensor:
+        """[K] fp32 of hidden [K, H], weight [V, H], bias [V] or None, targets [K]."""
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.logit_map, ctx.kept = logit_map, {}
+        chosen = []
+        for number, (states, tokens) in enumerate(zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)):
+            raw = linear(states, weight, bias)
+            kept_bytes -= raw.nbytes
+            if kept_bytes >= 0:
+                ctx.kept[number * CHUNK] = raw
+            log_softmax = logit_map(raw).log_softmax(-1, dtype=torch.float32)
+            chosen.append(log_softmax.gather(-1, tokens[:, None])[:, 0])
+        return torch.cat(chosen)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        """With g the gradient [K]: dz = -g (softmax - one-hot), folded into the [K, H] side of each product."""
+        hidden, weight, bias, targets = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        d_hidden = torch.empty_like(hidden) if wanted[0] else None
+        d_weight = torch.zeros_like(weight) if wanted[1] else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] else None
+        for first in range(0, len(hidden), CHUNK):
+            rows = slice(first, first + CHUNK)
+            force = -gradient[rows, None]
+            raw = ctx.kept.pop(first) if first in ctx.kept else linear(hidden[rows], weight, bias)
+            pull = _pull(raw, targets[rows, None], ctx.logit_map)
+            if d_bias is not None:
+                d_bias += (pull.T @ force)[:, 0]
+            pull = pull.to(weight.dtype)
+            if d_hidden is not None:
+                d_hidden[rows] = (pull @ weight) * force
+            if d_weight is not None:
+                d_weight.addmm_(pull.T, (hidden[rows] * force).to(weight.dtype))
+        return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype), None, None, None
+
+
+def _pull(raw: Tensor, targets: Tensor, logit_map: LogitMap) -> Tensor:
+    """[C, V] fp32, minus the derivative of the target's log-probability by the head's output [C, V]."""
+    logits = logit_map(raw)
+    pull = logits.softmax(-1, dtype=torch.float32)
+    pull.scatter_add_(-1, targets, torch.full_like(targets, -1, dtype=torch.float32))
+    return pull if logit_map == LogitMap() else pull.mul_(logit_map.slope(logits))
+
+
+class _Predicted(NamedTuple):
+    """What the LM head is asked for instead of logits. A module's call, so that its hooks bring its weights."""
+
+    targets: Tensor
+    logit_map: LogitMap
+
+
+def _linear_forward(self: nn.Linear, states: Tensor, predicted: _Predicted | None = None) -> Tensor:
+    """`nn.Linear.forward`, or the [K] log-probabilities of `predicted`."""
+    if predicted is None:
+        return linear(states, self.weight, self.bias)
+    kind = states.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+    weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+    kept_bytes = KEPT if torch.is_grad_enabled() else 0
+    with torch.autocast(kind, enabled=False):
+        return _LinearLogps.apply(states.to(dtype), weight, bias, *predicted, kept_bytes)
+
+
+def _is_sharded(head: nn.Module) -> bool:
+    """Are the head's weights gathered when it is called (ZeRO-3, FSDP)? All ranks must call it equally often."""
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+    return partitioned or any(type(part).__name__.startswith(("FSDP", "FullySharded")) for part in head.modules())
+
+
+def _head_logps(head: nn.Module, hidden: Tensor, batch: dict[str, Tensor], logit_map: LogitMap) -> Tensor:
+    """[R] log-probabilities of the R responses from the K hidden states [K, H] that predict them."""
+    targets, segments, responses = batch["targets"], batch["segments"], batch["lengths"].numel()
+    if getattr(head.__dict__.get("forward"), "__func__", None) is _linear_forward:
+        chosen = head(hidden, predicted=_Predicted(targets, logit_map))
+        return torch.zeros(responses, device=chosen.device).index_add(0, segments, chosen)
+
+    # LoRA on the head, quantised heads: autograd must see the module, so each chunk is a checkpoint
+    def chunk_logps(states: Tensor, tokens: Tensor, owners: Tensor) -> Tensor:
+        return response_logps(logit_map(head(states)), tokens, owners, responses)
+
+    run: Callable[..., Tensor] = chunk_logps
+    if torch.is_grad_enabled():
+        run = lambda *chunk: checkpoint(chunk_logps, *chunk, use_reentrant=False)  # noqa: E731
+    size = len(hidden) if _is_sharded(head) else CHUNK
+    chunks = zip(hidden.split(size), targets.split(size), segments.split(size), strict=True)
+    return torch.stack([run(*chunk) for chunk in chunks]).sum(0)
+
+
+# --- the forward ---------------------------------------------------------------------------------
+
+
+def install(model: nn.Module) -> None:
+    """Teach the causal LM inside `model` the keyword `spin_batch`. Before it is wrapped for training, and once."""
+    inner = causal_lm(model)
+    if hasattr(inner, "spin_own_logits"):
+        return
+    head, decoder = inner.get_output_embeddings(), inner.get_decoder()
+    # without a head, or with one that the decoder applies itself (Llama 4), only the model's own way is left
+    inner.spin_own_logits = head is None or any(module is head for module in decoder.modules())
+    inner.spin_earlier_forward = inner.__dict__.get("forward")
+
+    # wraps: others read the forward's signature
+    @wraps(type(inner).forward)
+    def forward(self: Any, *args: Any, spin_batch: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
+        return _forward(self, spin_batch, *args, **kwargs)
+
+    # bound methods, and nothing of the instance in a closure: a deep copy of the model binds its own
+    inner.forward = MethodType(forward, inner)
+    if getattr(type(head), "forward", None) is nn.Linear.forward and "forward" not in head.__dict__:
+        head.forward = MethodType(_linear_forward, head)
+
+
+def _forward(
+    self: Any, batch: dict[str, Tensor] | None, *args: Any, own_logits: bool | None = None, **kwargs: Any
+) -> Any:
+    original = self.spin_earlier_forward or MethodType(type(self).forward, self)
+    if batch is None:
+        return original(*args, **kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes many as None
+    if isinstance(kwargs.get("spans"), Tensor):
+        kwargs |= flat_inputs(kwargs["spans"], kwargs["input_ids"].shape[1])
+    if self.spin_own_logits if own_logits is None else own_logits:
+        return _own_logps(original, batch, kwargs).view(2, -1)
+    hidden = self.get_decoder()(**kwargs)[0].flatten(0, 1)[batch["keep"]]
+    logit_map = LogitMap.of(self.config.get_text_config())
+    return _head_logps(self.get_output_embeddings(), hidden, batch, logit_map).view(2, -1)
+
+
+def _own_logps(original: Callable[..., Any], batch: dict[str, Tensor], inputs: dict[str, Any]) -> Tensor:
+    """[R] from the model's own logits, at the kept positions alone where it can."""
+    takes = inspect.signature(original).parameters
+    if "output_router_logits" in takes:  # for an auxiliary loss that SPIN has not, and with a mask that a row has not
+        inputs = inputs | {"output_router_logits": False}
+    if "spans" in inputs and "logits_to_keep" in takes:
+        logits = original(**inputs, logits_to_keep=batch["keep"]).logits[0]
+    else:
+        logits = original(**inputs).logits.flatten(0, 1)[batch["keep"]]
+    return response_logps(logits, batch["targets"], batch["segments"], batch["lengths"].numel())
+
+
+def logps(model: nn.Module, batch: dict[str, Tensor], *, own_logits: bool | None = None) -> Tensor:
+    """[2, B] summed log-probabilities of the real and synthetic responses, fp32.
+
+    Args:
+        model: as it is trained, wrapped by whatever; `install` has been called.
+        batch: of `layout.padded_batch` or `layout.flat_batch`.
+        own_logits: whether to use the model's own logits instead of the chunked head; None is what was
+            found out by `choose_forms`.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "spans") if name in batch}
+    named = {name: batch[name] for name in ("keep", "targets", "segments", "lengths")}
+    return model(**inputs, use_cache=False, spin_batch=named, own_logits=own_logits)
+
+
+# --- which forms a model takes -------------------------------------------------------------------
+
+
+class Forms(NamedTuple):
+    """What `choose_forms` found."""
+
+    shared_prefix: bool
+    no_shared_prefix_because: str | None
+    """None when it was not wanted, too."""
+    own_logits: bool
+    """The chunked head disagrees with the model's own logits, which are used instead."""
+
+
+def choose_forms(
+    model: nn.Module, pairs: Sequence[Pair], *, wanted: bool, pad_token_id: int, longest: int | None = None
+) -> Forms:
+    """Decide how a model is run, by what is known of it and by a comparison on the beginnings of a few pairs.
+
+    Every rank must call it, with the same pairs. Turns the flat row's attention on where it is chosen.
+
+    Args:
+        model: as it is trained; `install` has been called.
+        pairs: some pairs; more than a few are not looked at.
+        wanted: is the shared prefix wanted?
+        pad_token_id: for the padded form.
+        longest: tokens of the longest prompt and response together, if known.
+    """
+    few = [Pair(pair.prompt[-12:], pair.real[:8], pair.synthetic[:8]) for pair in pairs[:3]]
+    device = next(causal_lm(model).parameters()).device
+    padded, flat = (
+        {name: tensor.to(device) for name, tensor in batch.items()}
+        for batch in (padded_batch(few, pad_token_id), flat_batch(few))
+    )
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return _compare(model, padded, flat, wanted, longest)
+    finally:
+        model.train(training)
+
+
+def _compare(
+    model: nn.Module, padded: dict[str, Tensor], flat: dict[str, Tensor], wanted: bool, longest: int | None
+) -> Forms:
+    inner = causal_lm(model)
+    own = logps(model, padded, own_logits=True)
+    tolerance = _tolerance(inner)
+    if not inner.spin_own_logits:
+        inner.spin_own_logits = _difference(logps(model, padded, own_logits=False), own, padded) > tolerance
+    reason = unsupported_reason(model, longest) if wanted else None
+    if wanted and reason is None:
+        before = inner.config._attn_implementation
+        enable(model)
+        difference = _difference(logps(model, flat), own, padded)
+        if difference > tolerance:
+            inner.set_attn_implementation(before)
+            reason = f"{type(inner).__name__} differs between the forms by {difference:.2g} a token"
+    return Forms(wanted and reason is None, reason, inner.spin_own_logits)
+
+
+def _difference(found: Tensor, expected: Tensor, batch: dict[str, Tensor]) -> float:
+    """The largest difference of a response's log-probability, a token."""
+    return ((found - expected).abs() / batch["lengths"]).max().item()
+
+
+def _tolerance(inner: nn.Module) -> float:
+    """What rounding explains, a token: tokens that see what they should not differ by more."""
+    parameter = next(inner.parameters())
+    exact = parameter.dtype == torch.float32 and not torch.is_autocast_enabled(parameter.device.type)
+    return 1e-4 if exact else 0.1
