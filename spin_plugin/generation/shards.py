@@ -1,0 +1,114 @@
+"""The synthetic responses on disk: shards that are whole or absent, each with its checksum.
+
+synthetic/
+  job.json              the manifest
+  shard-00000.jsonl     one response a line; the last line is {"responses": n, "sha256": ...} of the rest
+  vllm.log              what vLLM printed
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spin_plugin.generation.job import SHARD, Job
+from spin_plugin.messages import SpinError
+from spin_plugin.run import write_whole
+
+# The iteration that is being played draws a damaged shard anew by itself; this is about an earlier one's.
+WAY_OUT = "restore it from a backup or set spin.history to 0"
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The `synthetic/` folder of one iteration."""
+
+    folder: Path
+
+    @property
+    def manifest_file(self) -> Path:
+        return self.folder / "job.json"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "vllm.log"
+
+    def shard(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.jsonl"
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The stored manifest; None where it is absent or unreadable."""
+        try:
+            content = json.loads(self.manifest_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return content if isinstance(content, dict) else None
+
+    def prepare(self, job: Job) -> None:
+        """Keep the shards of this very job; throw away what another job has left."""
+        manifest = self.manifest()
+        if manifest is None or not job.same_responses_as(manifest):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            write_whole(self.manifest_file, json.dumps(job.manifest(), indent=2) + "\n")
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to the manifest, such as vLLM's version."""
+        write_whole(self.manifest_file, json.dumps((self.manifest() or {}) | facts, indent=2) + "\n")
+
+    def write(self, number: int, responses: Iterable[dict[str, Any]]) -> None:
+        """Write one shard in one step."""
+        lines = [json.dumps(response) for response in responses]
+        write_whole(self.shard(number), "\n".join([*lines, _seal(lines)]) + "\n")
+
+    def read(self, number: int) -> list[dict[str, Any]]:
+        """The responses of one shard.
+
+        Raises:
+            SpinError: the shard is missing, truncated or altered.
+        """
+        path = self.shard(number)
+        try:
+            *lines, seal = path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            raise SpinError(
+                f"{path} is missing; restore it, or set spin.history to 0 if it is an earlier iteration's"
+            ) from None
+        except (ValueError, UnicodeDecodeError):
+            raise SpinError(f"{path} is damaged; {WAY_OUT}") from None
+        if seal != _seal(lines):
+            raise SpinError(f"{path} is damaged (its checksum does not fit); {WAY_OUT}")
+        return [json.loads(line) for line in lines]
+
+    def missing(self, job: Job) -> list[int]:
+        """Numbers of the shards that are absent or damaged; a damaged one is removed."""
+        absent = []
+        for number in range(job.shards):
+            try:
+                self.read(number)
+            except SpinError:
+                self.shard(number).unlink(missing_ok=True)
+                absent.append(number)
+        return absent
+
+    def responses(self) -> Iterator[dict[str, Any]]:
+        """All responses in the order of the requests.
+
+        Raises:
+            SpinError: the folder, or one of its shards, is missing or damaged.
+        """
+        manifest = self.manifest()
+        if manifest is None:
+            raise SpinError(
+                f"{self.folder} is missing though its responses are mixed in; restore it or set spin.history to 0"
+            )
+        for number in range(-(-manifest["requests"] // SHARD)):
+            yield from self.read(number)
+
+
+def _seal(lines: list[str]) -> str:
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return json.dumps({"responses": len(lines), "sha256": digest})
