@@ -1,0 +1,95 @@
+"""`axolotl spin …`, and the same as `python -m spin_plugin.cli …` without Axolotl's banner and start-up time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from rich import box
+from rich.table import Table
+
+from spin_plugin.args import parse_spin_block
+from spin_plugin.messages import SpinError, console, exit_in_one_line
+from spin_plugin.run import RunDir
+
+METRIC_COLUMNS = {"loss": "spin/loss", "margin": "spin/reward_margin", "acc.": "spin/accuracy"}
+
+
+@click.group()
+def spin() -> None:
+    """Look at Self-Play Fine-Tuning runs."""
+
+
+@spin.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON, the last one of the output.")
+@exit_in_one_line
+def status(config: Path, as_json: bool) -> None:
+    """Show the iterations of the run that CONFIG describes."""
+    content = run_status(config)
+    if as_json:
+        click.echo(json.dumps(content))
+    else:
+        console.print(_table(content))
+
+
+def run_status(config: Path) -> dict[str, Any]:
+    """State, pairs, statistics and newest metrics of every iteration.
+
+    Raises:
+        SpinError: CONFIG is no SPIN configuration, or the run directory is damaged.
+    """
+    try:
+        cfg = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise SpinError(f"{config} is not readable YAML: {error}") from None
+    if not isinstance(cfg, dict) or cfg.get("rl") != "spin" or not cfg.get("output_dir"):
+        raise SpinError(f"{config} is no SPIN configuration: it needs `rl: spin`, a `spin:` block and `output_dir`")
+    args, run = parse_spin_block(cfg.get("spin")), RunDir(Path(cfg["output_dir"]))
+    state = run.read_state()
+    finished = state.finished if state else []
+    iterations = [entry | {"state": "finished"} for entry in finished]
+    for number in range(len(finished), args.iterations):
+        iterations.append(_unfinished(run, number, started=number == len(finished)))
+    return {"output_dir": str(run.root), "iterations": iterations}
+
+
+def _unfinished(run: RunDir, number: int, *, started: bool) -> dict[str, Any]:
+    """How far an iteration has come, read off its files."""
+    folder = run.iteration(number)
+    stats_file = folder.pairs / "stats.json"
+    pairs = json.loads(stats_file.read_text(encoding="utf-8")) if started and stats_file.exists() else {}
+    metrics = folder.last_metrics() if started else {}
+    if metrics:
+        state = f"training, step {int(metrics['step'])}"
+    elif pairs:
+        state = "pairs built"
+    elif started and folder.synthetic.exists():
+        shards = len(list(folder.synthetic.glob("shard-*.jsonl")))
+        state = f"drawing responses, {shards} shards"
+    else:
+        state = "not started"
+    return {"iteration": number, "state": state, "pairs": pairs, "metrics": metrics}
+
+
+def _table(content: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"{content['output_dir']} (iterations; real and synthetic responses in tokens)", box=box.SIMPLE_HEAD
+    )
+    for heading in ("", "state", "pairs", "real", "synth.", "equal", *METRIC_COLUMNS):
+        table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
+    for entry in content["iterations"]:
+        stats, metrics = entry["pairs"].get("train"), entry["metrics"]
+        described = ["", "", "", ""]
+        if stats:
+            equal = stats["equal"] / max(1, stats["responses"])
+            lengths = (stats["real_mean"], stats["synthetic_mean"])
+            described = [f"{stats['pairs']:,}", *(f"{mean:.1f}" for mean in lengths), f"{equal:.1%}"]
+        values = [f"{metrics[name]:.4f}" if name in metrics else "" for name in METRIC_COLUMNS.values()]
+        table.add_row(str(entry["iteration"]), entry["state"], *described, *values)
+    return table
+
+
+if __name__ == "__main__":
+    spin()

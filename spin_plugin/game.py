@@ -1,0 +1,147 @@
+"""The iteration being played by this command: from the run directory's lock to its last line."""
+
+import json
+import math
+import os
+import shutil
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from spin_plugin import __version__
+from spin_plugin.checkpoint import check_model_dir
+from spin_plugin.iteration import (
+    PairsOnDisk,
+    answer_questions,
+    clear_questions,
+    prepare_iteration,
+    wait_for_iteration,
+)
+from spin_plugin.lowering import Lowered
+from spin_plugin.messages import SpinError, say
+from spin_plugin.run import IterationDir, RunState, differing_keys
+
+
+class Game:
+    """What the plugin's hooks share while one iteration is prepared, trained and finished."""
+
+    def __init__(self, cfg: Any, lowered: Lowered, *, first: bool) -> None:
+        self.cfg, self.lowered, self.first = cfg, lowered, first
+        self.spin = lowered.spin.at(lowered.iteration)
+        self.folder: IterationDir = lowered.run.iteration(lowered.iteration)
+        self.pairs: PairsOnDisk
+        self.held = ExitStack()
+
+    # --- before training ---------------------------------------------------------------------
+
+    def prepare(self, *, for_training: bool) -> None:
+        """Claim the run directory, make the pairs, and point Axolotl at the iteration.
+
+        Raises:
+            SpinError: the directory is in use or belongs to another configuration, or the data cannot be used.
+        """
+        run, number = self.lowered.run, self.lowered.iteration
+        if self.first:
+            self.held.enter_context(run.locked())
+            self._claim()
+            clear_questions(run)
+            self.pairs = prepare_iteration(self.cfg, run, self.spin, number)
+            answer_questions(run, int(os.environ.get("WORLD_SIZE", "1")) - 1)
+        else:
+            self.pairs = wait_for_iteration(run, number, rank=int(os.environ["RANK"]))
+        self.cfg.output_dir = str(self.folder.path)
+        if self.pairs.eval is None:
+            self.cfg.val_set_size, self.cfg.test_datasets = 0, None
+        if for_training:
+            self._resume()
+        else:
+            self.held.close()
+
+    def _claim(self) -> None:
+        """Write run.json on the first start; refuse another configuration afterwards."""
+        run, state = self.lowered.run, self.lowered.run.read_state()
+        if state is None:
+            if any(run.root.glob("*.safetensors")) or (run.root / "config.json").exists():
+                raise SpinError(f"output_dir {run.root} holds a model that is not a SPIN run; use another output_dir")
+            run.write_state(RunState(self.lowered.config, [], __version__))
+            return
+        keys = differing_keys(state.config, self.lowered.config, len(state.finished))
+        if len(state.finished) != self.lowered.iteration:
+            raise SpinError(
+                f"iteration {self.lowered.iteration} was finished by another process; run the same command again"
+            )
+        if not state.finished and not run.holds_responses():
+            shutil.rmtree(run.real, ignore_errors=True)  # nothing was drawn yet: configuration and data may change
+        elif keys:
+            raise SpinError(
+                f"output_dir {run.root} belongs to a run with another configuration; these keys differ: "
+                f"{', '.join(keys)}. Use another output_dir, or put the keys back to finish that run"
+            )
+        run.write_state(RunState(self.lowered.config, state.finished, state.version))
+
+    def _resume(self) -> None:
+        """Go on from the last complete checkpoint; forget what was logged after it."""
+        # Without the optimizer's state a checkpoint is a model, not a place to go on from.
+        checkpoint = None if self.cfg.save_only_model else self.folder.last_complete_checkpoint()
+        self.cfg.auto_resume_from_checkpoints = False
+        self.cfg.resume_from_checkpoint = str(checkpoint) if checkpoint else None
+        if not self.first:
+            return
+        for leftover in self.folder.checkpoints():
+            if self.cfg.save_only_model or not (leftover / "trainer_state.json").exists():
+                shutil.rmtree(leftover)  # cut off in the middle of its save, or of no use
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
+        if self.folder.metrics.exists():
+            lines = self.folder.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if checkpoint and line.endswith("\n") and json.loads(line)["step"] <= step]
+            self.folder.metrics.write_text("".join(kept), encoding="utf-8")
+        if checkpoint:
+            say(f"iteration {self.lowered.iteration}: resuming at step {step}")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the iteration, counted as transformers counts them."""
+        batches = math.ceil(len(self.pairs.train) / (self.cfg.micro_batch_size * self.cfg.world_size))
+        an_epoch = max(1, math.ceil(batches / self.cfg.gradient_accumulation_steps))
+        steps = math.ceil(self.cfg.num_epochs * an_epoch)
+        return min(steps, self.cfg.max_steps) if self.cfg.max_steps else steps
+
+    # --- training ----------------------------------------------------------------------------
+
+    def equip(self, trainer: Any) -> None:
+        """Hand the trainer its block and files; refuse a trainer of somebody else's."""
+        from spin_plugin.trainer import SpinTrainer
+
+        if not isinstance(trainer, SpinTrainer):
+            raise SpinError(
+                f"another plugin brings the trainer {type(trainer).__name__}, so this is not SPIN; "
+                "remove it from `plugins`"
+            )
+        trainer.spin = self.spin
+        trainer.opponent_files = self.pairs.opponent_files
+        trainer.metrics_file = self.folder.metrics
+
+    # --- after training ----------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Check what was saved, then mark the iteration as finished: the marker is written last."""
+        run, number = self.lowered.run, self.lowered.iteration
+        check_model_dir(self.folder.path, adapter=bool(self.cfg.adapter))
+        state = run.read_state()
+        assert state is not None
+        assert len(state.finished) == number
+        metrics = self.folder.last_metrics()
+        stats = {split: value.as_dict() for split, value in self.pairs.stats.items() if value.responses}
+        finished_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        state.finished.append({"iteration": number, "finished_at": finished_at, "pairs": stats, "metrics": metrics})
+        run.link_newest(number)
+        run.write_state(state)
+        self.held.close()
+        left = self.lowered.spin.iterations - number - 1
+        shown = {
+            key: metrics[f"spin/{key}"] for key in ("loss", "reward_margin", "accuracy") if f"spin/{key}" in metrics
+        }
+        say(
+            f"iteration {number} finished: {', '.join(f'{key} {value:.4f}' for key, value in shown.items())}; model in "
+            f"{self.folder.path}; {f'{left} to go: run the same command again' if left else 'that was the last one'}"
+        )

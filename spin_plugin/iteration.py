@@ -1,0 +1,244 @@
+"""One iteration up to training: tokenised data, the opponent's responses, pairs, all on disk."""
+
+import hashlib
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+
+from spin_plugin.args import SpinArgs
+from spin_plugin.generation.interpreter import vllm_python
+from spin_plugin.generation.job import Job, Prompts, fingerprint_requests, requests_for
+from spin_plugin.generation.launcher import generate
+from spin_plugin.generation.shards import Shards
+from spin_plugin.messages import SpinError, say, warn
+from spin_plugin.pairs import (
+    PairStats,
+    Synthetic,
+    build_pairs,
+    choose_prompts,
+    open_table,
+    read_stats,
+    write_stats,
+)
+from spin_plugin.real import Real, prepare_real
+from spin_plugin.run import IterationDir, RunDir, make_folder_whole, without_secrets, write_whole
+
+SPLITS = ("train", "eval")
+SECONDS_BETWEEN_LOOKS = 0.5
+ANSWERED = ".answered"
+
+
+@dataclass(frozen=True)
+class PairsOnDisk:
+    """The pairs of an iteration, memory-mapped."""
+
+    train: Dataset
+    eval: Dataset | None
+    stats: dict[str, PairStats]
+    opponent_files: dict[str, Path]
+
+
+def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> PairsOnDisk:
+    """Everything before training; what is on disk already is kept.
+
+    Args:
+        cfg: Axolotl's validated configuration.
+        run: the run directory.
+        spin: the block as it stands in this iteration.
+        number: the iteration.
+
+    Raises:
+        SpinError: the data cannot be used, or vLLM is missing or died.
+    """
+    folder = run.iteration(number)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    resolved = {key: value for key, value in without_secrets(cfg).items() if key != "spin_config"}
+    write_whole(folder.config, yaml.safe_dump(json.loads(json.dumps(resolved, default=str))))
+    real = prepare_real(cfg, run, spin)
+    job = _draw(cfg, run, spin, number, real)
+    sources = range(max(0, number - spin.history), number + 1)
+    key = _pairs_key(run, sources, job, spin, cfg)
+    if not _has_pairs(folder, key):
+        for checkpoint in folder.checkpoints():  # they belong to other pairs
+            shutil.rmtree(checkpoint)
+        make_folder_whole(folder.pairs, partial(_write_pairs, run, spin, cfg.sequence_len, real, sources, key))
+    found = open_pairs(folder)
+    say(f"iteration {number}: {found.stats['train'].described()}")
+    if not len(found.train):
+        raise SpinError(
+            "no pair is left to train on (see the statistics above); where all responses equal the real ones the "
+            "opponent already reproduces the data, and where all are over sequence_len, raise it"
+        )
+    return found
+
+
+def wait_for_iteration(run: RunDir, number: int, *, rank: int) -> PairsOnDisk:
+    """What every process but the first does: look at files, outside any collective that could time out.
+
+    Pairs of an earlier start may lie here and be rebuilt by the first process, so this one asks, under a name that no
+    other start has used, and goes on when the first process has renamed its question to an answer.
+    """
+    question = run.questions / f"{rank}-{uuid.uuid4().hex}"
+    answer = question.with_suffix(ANSWERED)
+    while not answer.exists():
+        if not question.exists():  # the first process has just cleared away what earlier starts had left
+            question.parent.mkdir(parents=True, exist_ok=True)
+            question.touch()
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    return open_pairs(run.iteration(number))
+
+
+def clear_questions(run: RunDir) -> None:
+    """Forget what an earlier start has left; the first process does this before it prepares the iteration."""
+    shutil.rmtree(run.questions, ignore_errors=True)
+
+
+def answer_questions(run: RunDir, processes: int) -> None:
+    """Let the other processes go on: the iteration is prepared."""
+    answered = 0
+    while answered < processes:
+        for question in run.questions.glob("*"):
+            if question.suffix != ANSWERED:
+                question.rename(question.with_suffix(ANSWERED))
+                answered += 1
+        if answered < processes:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def open_pairs(folder: IterationDir) -> PairsOnDisk:
+    """The pairs of an iteration that was prepared."""
+    tables = {split: open_table(folder.pairs / f"{split}.arrow") for split in SPLITS}
+    return PairsOnDisk(
+        train=tables["train"],
+        eval=tables["eval"] if len(tables["eval"]) else None,
+        stats=read_stats(folder.pairs / "stats.json"),
+        opponent_files={split: folder.pairs / f"opponent-{split}.safetensors" for split in SPLITS},
+    )
+
+
+# --- responses ---------------------------------------------------------------------------------
+
+
+def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real) -> Job:
+    """Have vLLM draw this iteration's responses."""
+    options = spin.generation
+    if options.temperature != 1.0 or options.top_p != 1.0:
+        warn(
+            f"temperature {options.temperature} and top_p {options.top_p}: SPIN assumes responses drawn from the "
+            "opponent itself, which is temperature 1 and top_p 1"
+        )
+    seed = int(cfg.seed or 0)
+    draw = number if spin.resample_prompts else 0
+    train = choose_prompts(len(real.train), spin.num_prompts, seed=seed, draw=draw)
+    prompts = [Prompts("train", real.train, train)]
+    if real.eval is not None:
+        prompts.append(Prompts("eval", real.eval, choose_prompts(len(real.eval), None, seed=seed, draw=0)))
+    requests = partial(
+        requests_for,
+        prompts,
+        iteration=number,
+        seed=seed if options.seed is None else options.seed,
+        samples=options.samples_per_prompt,
+        sequence_len=min(cfg.sequence_len, options.max_model_len or cfg.sequence_len),
+        max_tokens=options.max_tokens,
+    )
+    count, digest = fingerprint_requests(requests())
+    if left_out := sum(len(ids) for _, _, ids in prompts) - count // options.samples_per_prompt:
+        warn(f"{left_out:,} prompts leave no room within spin.generation.max_model_len and are not played")
+    if cfg.load_in_4bit or cfg.load_in_8bit:
+        warn("vLLM draws from the unquantised base model plus adapter, training scores with the quantised one")
+    sampling = {
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "stop_token_ids": real.stop_tokens,
+    }
+    adapter = str(cfg.lora_model_dir) if cfg.adapter and cfg.lora_model_dir else None
+    job = Job(number, engine_arguments(cfg, spin), adapter, weights_of(cfg, adapter), sampling, count, digest)
+    generate(job, Shards(run.iteration(number).synthetic), requests, partial(vllm_python, options.python))
+    return job
+
+
+def engine_arguments(cfg: Any, spin: SpinArgs) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for the opponent."""
+    options = spin.generation
+    arguments = {
+        "model": str(cfg.base_model),
+        "revision": cfg.revision_of_model,
+        "trust_remote_code": bool(cfg.trust_remote_code),
+        "skip_tokenizer_init": True,  # prompts and responses are token ids
+        "generation_config": "vllm",  # else a model's own file changes the sampling
+        "dtype": options.dtype or str(cfg.torch_dtype).removeprefix("torch."),
+        "hf_overrides": dict(cfg.overrides_of_model_config) if cfg.overrides_of_model_config else None,
+        "seed": int(cfg.seed or 0),
+        "max_model_len": options.max_model_len or cfg.sequence_len,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        **options.vllm,
+    }
+    return {key: value for key, value in arguments.items() if value is not None}
+
+
+def weights_of(cfg: Any, adapter: str | None) -> str:
+    """Fingerprint of the opponent: the content of local weights, the name and revision of remote ones."""
+    digest = hashlib.sha256()
+    for place in filter(None, (str(cfg.base_model), adapter)):
+        if not Path(place).is_dir():
+            digest.update(f"{place}@{cfg.revision_of_model}".encode())
+            continue
+        for file in sorted(Path(place).glob("*.safetensors")):
+            with open(file, "rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+# --- pairs -------------------------------------------------------------------------------------
+
+
+def _pairs_key(run: RunDir, sources: range, job: Job, spin: SpinArgs, cfg: Any) -> str:
+    """What the pairs depend on."""
+    manifests = [Shards(run.iteration(source).synthetic).manifest() or {} for source in sources]
+    drawn = [[manifest.get("weights"), manifest.get("requests_sha256")] for manifest in manifests]
+    parts = [drawn, job.sampling, spin.equal_pairs, cfg.sequence_len]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _has_pairs(folder: IterationDir, key: str) -> bool:
+    file = folder.pairs / "key"
+    return file.exists() and file.read_text(encoding="utf-8") == key
+
+
+def _write_pairs(
+    run: RunDir, spin: SpinArgs, sequence_len: int, real: Real, sources: range, key: str, folder: Path
+) -> None:
+    """Join this iteration's responses, and those of earlier ones for training, with the real ones."""
+    stats = {}
+    for split in SPLITS:
+        examples = real.train if split == "train" else real.eval
+        # The newest responses first; held-out prompts are judged on the newest alone.
+        iterations = list(reversed(sources)) if split == "train" else [sources[-1]]
+        stats[split] = build_pairs(
+            examples if examples is not None else real.train,
+            _responses(run, iterations, split),
+            folder / f"{split}.arrow",
+            end_tokens=real.stop_tokens,
+            sequence_len=sequence_len,
+            keep_equal=spin.equal_pairs == "keep",
+        )
+    write_stats(folder / "stats.json", stats)
+    (folder / "key").write_text(key, encoding="utf-8")
+
+
+def _responses(run: RunDir, iterations: list[int], split: str) -> Iterator[Synthetic]:
+    for number in iterations:
+        for response in Shards(run.iteration(number).synthetic).responses():
+            if response["split"] == split:
+                yield Synthetic(response["example"], number, response["tokens"], response["finish"] == "length")

@@ -1,0 +1,209 @@
+"""`rl: spin` becomes the supervised Axolotl run that plays the next unfinished iteration.
+
+`rl` is a closed enumeration in Axolotl, so the key is gone before validation. What stays is an SFT
+configuration: `datasets:` keep every format Axolotl knows, no reference model is loaded, and the plugin's
+hooks provide data, trainer and collator.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spin_plugin.args import SpinArgs, parse_spin_block
+from spin_plugin.checkpoint import check_model_dir
+from spin_plugin.messages import SpinError, say
+from spin_plugin.run import RunDir, without_secrets
+
+PLUGIN = "spin_plugin.SpinPlugin"
+
+# What SPIN cannot use, and why.
+REFUSED = {
+    "reward_model": "SPIN trains a language model, not a reward model",
+    "process_reward_model": "SPIN trains a language model, not a reward model",
+    "pretraining_dataset": "SPIN needs prompts and responses; name an SFT dataset under `datasets`",
+    "streaming": "SPIN draws a response for every prompt, so it needs the whole dataset",
+    "processor_type": "multimodal training is not supported",
+    "skip_prepare_dataset": "SPIN needs the tokenised prompts and responses",
+    "reinit_weights": "the opponent would not be the model that training starts from",
+    "relora": "ReLoRA merges adapters during training, which SPIN's opponent cannot follow",
+    "peft_use_dora": "vLLM cannot serve DoRA adapters",
+    "lora_modules_to_save": "vLLM cannot serve adapters that hold whole modules",
+    "peft_layer_replication": "vLLM cannot serve adapters of replicated layers",
+    "peft_trainable_token_indices": "vLLM cannot serve adapters that hold trained tokens",
+    "qat": "vLLM would draw from another model than the one that is trained",
+    "neftune_noise_alpha": "noise in training makes the policy differ from the opponent before any step",
+    "trainer_cls": "SPIN brings its own trainer",
+    "eval_table_size": "its callback reads SFT batches; SPIN's hold pairs",
+    "do_causal_lm_eval": "its callback reads SFT batches; SPIN's hold pairs",
+    "do_bench_eval": "its callback reads SFT batches; SPIN's hold pairs",
+    "generate_samples": "its callback reads SFT batches; SPIN's hold pairs",
+}
+NO_PROMPT_TYPES = ("completion", "pretrain", "bradley_terry", "stepwise_supervised", "_synthetic")
+ADAPTERS = (None, "", "lora", "qlora")
+
+# What an SFT configuration may well say and SPIN has to answer differently.
+SFT_ONLY: dict[str, Any] = {
+    "sample_packing": False,  # a pair is one unit; packing would drop and split rows
+    "eval_sample_packing": False,
+    "pad_to_sequence_len": False,
+    "train_on_inputs": False,  # the labels tell where the prompt ends
+    "auto_resume_from_checkpoints": True,  # the debug log of one run goes on
+}
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What the later hooks need to know of the configuration as the user wrote it."""
+
+    run: RunDir
+    spin: SpinArgs
+    iteration: int
+    """The next unfinished iteration; `spin.iterations` when all are finished."""
+    config: dict[str, Any]
+    """The user's configuration without secrets, as run.json keeps it."""
+
+    @property
+    def all_finished(self) -> bool:
+        return self.iteration >= self.spin.iterations
+
+
+def lower(cfg: MutableMapping[str, Any], known_axolotl_keys: Iterable[str] = ()) -> Lowered:
+    """Rewrite a raw configuration in place.
+
+    Raises:
+        SpinError: the configuration asks for something SPIN cannot do, or is not a SPIN configuration at all.
+    """
+    original = without_secrets(_plain(cfg))
+    _require_spin(cfg)
+    spin = parse_spin_block(_plain(cfg["spin"]), known_axolotl_keys)
+    _refuse(cfg)
+    if not cfg.get("output_dir"):
+        raise SpinError("output_dir: name the directory of the run, for example `output_dir: ./outputs/spin`")
+    run = RunDir(Path(cfg["output_dir"]))
+    iteration = run.finished()
+    cfg.pop("resume_from_checkpoint", None)  # resuming needs no key
+    # The next opponent is the model at the end of the iteration, unless the user asks for the best one.
+    cfg["load_best_model_at_end"] = bool(cfg.get("load_best_model_at_end"))
+    current = min(iteration, spin.iterations - 1)
+    for key, value in spin.axolotl_overrides(current).items():
+        cfg[key] = value
+    _refuse(cfg)  # the schedule may have brought in what is refused
+    cfg.update(SFT_ONLY)
+    _start_from_opponent(cfg, run, iteration)
+    del cfg["rl"]
+    cfg["spin"] = spin.at(current).model_dump(exclude_none=True, exclude={"schedule"})
+    cfg["spin_iteration"] = iteration
+    cfg["spin_config"] = original
+    return Lowered(run, spin, iteration, original)
+
+
+def restore(cfg: Mapping[str, Any]) -> Lowered:
+    """The same for a configuration that was lowered in another process (a Ray worker)."""
+    spin = parse_spin_block(_plain(cfg["spin"]))
+    return Lowered(RunDir(Path(cfg["output_dir"])), spin, int(cfg["spin_iteration"]), _plain(cfg["spin_config"]))
+
+
+def _plain(value: Any) -> Any:
+    """Plain dicts and lists, independent of Axolotl's, whose missing keys read as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "model_dump"):
+        return _plain(value.model_dump(exclude_none=True))
+    return copy.deepcopy(value)
+
+
+def _require_spin(cfg: Mapping[str, Any]) -> None:
+    """A run must never silently be something else than SPIN."""
+    rl, block = cfg.get("rl"), cfg.get("spin")
+    rl = "spin" if cfg.get("inference") and rl is None else rl  # `axolotl inference` takes `rl` away itself
+    if rl is None:
+        raise SpinError(f"`rl: spin` is missing though {PLUGIN} is loaded; add it, or remove the plugin and `spin:`")
+    if rl != "spin":
+        raise SpinError(
+            f"`rl: {rl}` cannot be combined with {PLUGIN}; use `rl: spin`, or remove the plugin and `spin:`"
+        )
+    if block is None:
+        raise SpinError("the `spin:` block is missing; add one, for example `spin: {iterations: 3}`")
+
+
+def _refuse(cfg: Mapping[str, Any]) -> None:
+    for key, reason in REFUSED.items():
+        if cfg.get(key):
+            raise SpinError(f"{key}: cannot be used with `rl: spin`: {reason}")
+    for key in ("context_parallel_size", "sequence_parallel_degree"):
+        if (cfg.get(key) or 1) > 1:
+            raise SpinError(f"{key}: cannot be used with `rl: spin`: a pair's log-probabilities are summed on one rank")
+    if cfg.get("adapter") not in ADAPTERS:
+        raise SpinError(
+            f"adapter: {cfg['adapter']} cannot be used with `rl: spin`: vLLM serves lora and qlora adapters"
+        )
+    if cfg.get("base_model_config") not in (None, "", cfg.get("base_model")):
+        raise SpinError("base_model_config: must be base_model itself: vLLM reads the file beside the weights")
+    _refuse_adapter_start(cfg)
+    if not cfg.get("datasets"):
+        raise SpinError("datasets: SPIN needs at least one SFT dataset")
+    if not isinstance(cfg["datasets"], list | tuple):
+        raise SpinError("datasets: must be a list of mappings with `path` and `type`")
+    for number, dataset in enumerate([*cfg["datasets"], *(cfg.get("test_datasets") or [])]):
+        _refuse_dataset(f"datasets[{number}]" if number < len(cfg["datasets"]) else "test_datasets", dataset)
+
+
+def _refuse_adapter_start(cfg: Mapping[str, Any]) -> None:
+    """PiSSA, LoftQ and their like change the base model when they start; vLLM adds the adapter to the original."""
+    start = cfg.get("peft_init_lora_weights")
+    if start not in (None, True, False, "gaussian"):
+        raise SpinError(
+            f"peft_init_lora_weights: {start} changes the base model, which vLLM would not know of; use true"
+        )
+    if (cfg.get("peft") or {}).get("loftq_config"):
+        raise SpinError("peft.loftq_config: changes the base model, which vLLM would not know of; remove it")
+
+
+def _refuse_dataset(name: str, dataset: Any) -> None:
+    if not isinstance(dataset, Mapping) and not hasattr(dataset, "model_dump"):
+        raise SpinError(f"{name}: must be a mapping with `path` and `type`")
+    entry = _plain(dataset)
+    kind = entry.get("type")
+    if isinstance(kind, str) and kind.split(":")[0].split(".")[0] in NO_PROMPT_TYPES:
+        raise SpinError(f"{name}.type: {kind} has no prompt to answer; SPIN needs an instruction or chat format")
+    for key in ("train_on_eos", "train_on_eot"):
+        if entry.get(key) == "all":
+            raise SpinError(f"{name}.{key}: `all` trains on the ends of user turns, which are no responses; use `turn`")
+    path = str(entry.get("path") or "")
+    looks_local = path.startswith((".", "/", "~")) or Path(path).suffix in (
+        ".json",
+        ".jsonl",
+        ".csv",
+        ".parquet",
+        ".arrow",
+    )
+    if looks_local and "://" not in path and not Path(path).expanduser().exists():
+        raise SpinError(f"{name}.path: {path} does not exist")
+
+
+def _start_from_opponent(cfg: MutableMapping[str, Any], run: RunDir, iteration: int) -> None:
+    """The model of iteration t-1 is base and opponent of iteration t; with an adapter, base plus adapter is."""
+    state = run.read_state()
+    # Another base model on the command line (`axolotl inference --base-model …`) is meant; training refuses it later.
+    if iteration > 0 and state and cfg.get("base_model") == state.config.get("base_model"):
+        previous = run.iteration(iteration - 1).path
+        check_model_dir(previous, adapter=bool(cfg.get("adapter")))
+        if cfg.get("adapter"):
+            cfg["lora_model_dir"] = str(previous)
+        else:
+            cfg["base_model"] = str(previous)
+            for key in ("base_model_config", "revision_of_model", "tokenizer_config"):
+                cfg.pop(key, None)
+    base = Path(str(cfg.get("base_model") or ""))
+    if base.is_dir():
+        check_model_dir(base, tokenizer_elsewhere=bool(cfg.get("tokenizer_config")))
+
+
+def announce(lowered: Lowered) -> None:
+    """One line that says what the command is about to do."""
+    opponent = "the base model" if lowered.iteration == 0 else f"the model of iteration {lowered.iteration - 1}"
+    say(f"iteration {lowered.iteration} of 0…{lowered.spin.iterations - 1}, opponent: {opponent}")

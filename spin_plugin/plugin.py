@@ -1,0 +1,86 @@
+"""The hooks by which Axolotl plays SPIN. Each one hands over to the room that knows."""
+
+import os
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+
+from spin_plugin.lowering import Lowered, announce, lower, restore
+from spin_plugin.messages import SpinError, exit_in_one_line, say
+
+
+class SpinPlugin(BasePlugin):
+    """Self-Play Fine-Tuning: `plugins: [spin_plugin.SpinPlugin]`, `rl: spin` and a `spin:` block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lowered: Lowered | None = None
+        self.game: Any = None
+        """The iteration being played (`spin_plugin.game.Game`); None in commands that do not train."""
+
+    @exit_in_one_line
+    def register(self, cfg: Any) -> None:
+        """Lower `rl: spin` to a supervised run before Axolotl validates the configuration."""
+        from axolotl.utils.schemas.config import AxolotlInputConfig
+
+        known = AxolotlInputConfig.model_fields
+        self.lowered = restore(cfg) if cfg.get("spin_iteration") is not None else lower(cfg, known)
+
+    def get_input_args(self) -> str:
+        return "spin_plugin.args.SpinPluginArgs"
+
+    @exit_in_one_line
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
+        """Draw the opponent's responses and build the pairs; only `train` and `preprocess` get here."""
+        from axolotl.common.datasets import TrainDatasetMeta
+
+        from spin_plugin.game import Game
+
+        lowered = self.lowered
+        assert lowered is not None
+        if lowered.all_finished:
+            if is_first_process():
+                say(f"all {lowered.spin.iterations} iterations are finished; the model is in {lowered.run.root}")
+            raise SystemExit(0)
+        if is_first_process():
+            announce(lowered)
+        self.game = Game(cfg, lowered, first=is_first_process())
+        self.game.prepare(for_training=not preprocess)
+        pairs = self.game.pairs
+        return TrainDatasetMeta(pairs.train, pairs.eval, self.game.steps)
+
+    def get_trainer_cls(self, cfg: Any) -> Any:
+        if self.game is None:
+            return None
+        from spin_plugin.trainer import SpinTrainer
+
+        return SpinTrainer
+
+    def get_collator_cls_and_kwargs(self, cfg: Any, is_eval: bool = False) -> Any:
+        if self.game is None:
+            return None
+        from spin_plugin.layout import PairCollator
+
+        return PairCollator, {}
+
+    def get_training_args(self, cfg: Any) -> dict[str, Any]:
+        """Keep the pairs' columns, which no model's forward knows; never wait for the GPU to look for NaN."""
+        ours = {"remove_unused_columns": False, "label_names": [], "logging_nan_inf_filter": False}
+        return ours if self.game is not None else {}
+
+    @exit_in_one_line
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        if self.game is None:
+            raise SpinError("another plugin brought the data, so this is not SPIN; remove it from `plugins`")
+        self.game.equip(trainer)
+
+    @exit_in_one_line
+    def post_train_unload(self, cfg: Any) -> None:
+        """Model, tokenizer and metrics are on disk: the iteration is finished."""
+        if self.game is not None and is_first_process():
+            self.game.finish()
+
+
+def is_first_process() -> bool:
+    """Whether this is the one process, of all that train together, that works on the run directory."""
+    return int(os.environ.get("RANK", "0")) == 0

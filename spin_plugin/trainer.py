@@ -1,0 +1,216 @@
+"""SpinTrainer: forward, log-probabilities, loss, log. Everything else is Axolotl's trainer."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.core.trainers import AxolotlTrainer
+from datasets import Dataset
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from spin_plugin.args import SpinArgs
+from spin_plugin.head import choose_forms, install, logps
+from spin_plugin.layout import Pair
+from spin_plugin.loss import METRICS, metric_sums, spin_terms
+from spin_plugin.messages import SpinError, console, exit_in_one_line, say
+from spin_plugin.opponent import OpponentStore, shares
+from spin_plugin.order import BalancedSampler
+
+SCORING_FACTOR = 4  # without gradients this many times the pairs fit into memory
+PREFIX = {"train": "spin/", "eval": "eval_spin/"}  # reporters turn the eval_ prefix into a group of its own
+
+
+class SpinTrainer(AxolotlTrainer):
+    """Trains the main player against stored log-probabilities of the opponent.
+
+    `spin`, `opponent_files` and `metrics_file` are set by the plugin right after construction.
+    """
+
+    spin: SpinArgs
+    opponent_files: dict[str, Path]
+    metrics_file: Path
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # compute_loss divides by the pairs of the global batch itself; transformers must not divide
+        # again by the accumulation steps, which would weigh pairs by how micro-batches fell.
+        self.model_accepts_loss_kwargs = True
+        for module in self.model.modules():
+            silence_dropout(module)
+        install(self.model)  # before anything wraps the model
+        self.opponent: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor | None] = dict.fromkeys(PREFIX)
+        self._pairs = dict.fromkeys(PREFIX, 0)
+        self.add_callback(_OpponentBeforeFirstStep(self))
+
+    # --- log-probabilities -------------------------------------------------------------------
+
+    def choose_form(self, model: nn.Module) -> None:
+        """Settle whether pairs are flat rows or padded sequences, before the first of them is scored."""
+        rows = self.train_dataset.select(range(min(3, len(self.train_dataset))))
+        few = [Pair(row["prompt"], row["real"], row["synthetic"]) for row in rows]
+        with self.compute_loss_context_manager():
+            forms = choose_forms(
+                model,
+                few,
+                wanted=self.spin.shared_prefix != "off",
+                pad_token_id=self.train_data_collator.pad_token_id,
+                longest=self.args.max_seq_length,
+            )
+        if forms.no_shared_prefix_because and self.spin.shared_prefix == "on":
+            raise SpinError(f"spin.shared_prefix: on is not possible: {forms.no_shared_prefix_because}; use auto")
+        if forms.no_shared_prefix_because and self.is_world_process_zero():
+            say(f"pairs are padded instead of sharing their prompt: {forms.no_shared_prefix_because}")
+        for collator in (self.train_data_collator, self.eval_data_collator):
+            collator.shared_prefix = forms.shared_prefix
+
+    def load_opponent(self, model: nn.Module) -> None:
+        """Fill `opponent` from disk, or compute and store it with the model as it is now."""
+        self.choose_form(model)
+        splits = {"train": self.train_dataset, "eval": self.eval_dataset}
+        for split, pairs in splits.items():
+            if pairs is None:
+                continue
+            store = OpponentStore(self.opponent_files[split], len(pairs))
+            if not store.exists():
+                if self.state.global_step:
+                    raise SpinError(
+                        f"{store.file} is missing, and the policy has moved on from the opponent; delete the "
+                        f"checkpoints in {self.args.output_dir} to train this iteration from its start"
+                    )
+                values = self._score(model, pairs, split)
+                if self.accelerator.is_main_process:
+                    store.save(values)
+                self.accelerator.wait_for_everyone()
+            self.opponent[split] = store.load().to(self.args.device)
+
+    @torch.no_grad()
+    def _score(self, model: nn.Module, pairs: Dataset, split: str) -> Tensor:
+        """[2, N] log-probabilities of all pairs, each rank computing its share."""
+        state, batch_size = self.accelerator, SCORING_FACTOR * self.args.per_device_eval_batch_size
+        lengths = torch.as_tensor(pairs.with_format("numpy")["length"][:])
+        batches = shares(lengths, batch=batch_size, rank=state.process_index, world=state.num_processes)
+        result = torch.empty(2, len(pairs), device=self.args.device)
+        training = model.training
+        model.eval()
+        for indices in self._shown(batches, f"opponent's log-probabilities ({split})"):
+            batch = self._prepare_inputs(self.train_data_collator([pairs[index] for index in indices]))
+            with self.compute_loss_context_manager():
+                values = logps(model, batch)
+            gathered_index, gathered = state.gather((batch["index"], values.T.contiguous()))
+            result[:, gathered_index] = gathered.T.float()
+        model.train(training)
+        if state.is_main_process:
+            say(f"opponent's log-probabilities of {len(pairs):,} {split} pairs stored")
+        return result.cpu()
+
+    def _shown(self, batches: list[list[int]], title: str) -> Iterable[list[int]]:
+        shown = console.is_terminal and self.accelerator.is_main_process
+        return track(batches, title, console=console, transient=True, disable=not shown)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        """A random order whose steps are balanced by tokens, unless the configuration asks for another."""
+        pairs = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.curriculum_sampling or self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(pairs)
+        return BalancedSampler(
+            torch.as_tensor(pairs.with_format("numpy")["length"][:]),
+            micro_batch=self.args.per_device_train_batch_size,
+            groups=self.args.gradient_accumulation_steps * self.args.world_size,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
+
+    # --- loss --------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """Pairs in the global batch: what the sum of the losses is divided by."""
+        pairs = torch.tensor(sum(len(batch["index"]) for batch in batch_samples), device=device)
+        return self.accelerator.reduce(pairs, "sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The sum of the micro-batch's losses over the pairs of the global batch."""
+        split = "train" if model.training else "eval"
+        policy = logps(model, inputs)
+        opponent = self.opponent[split][:, inputs["index"]]
+        terms = spin_terms(policy, opponent, beta=self.spin.beta, loss=self.spin.loss)
+        sums = metric_sums(terms, policy, inputs["lengths"], loss=self.spin.loss)
+        kept = self._sums[split]
+        self._sums[split] = sums if kept is None else kept + sums
+        self._pairs[split] += len(inputs["index"])
+        if split == "eval" or num_items_in_batch is None:
+            loss = terms.loss.mean()
+        else:
+            # Data parallelism averages gradients over the ranks; this makes it their sum.
+            loss = terms.loss.sum() * self.accelerator.num_processes / num_items_in_batch
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss alone: evaluation has no logits to gather."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    # --- logging -----------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of every metric since the last log, over all ranks."""
+        if "loss" in logs and self._pairs["train"]:
+            logs |= self._drain("train")
+        if self.is_world_process_zero():
+            with open(self.metrics_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.state.global_step, "epoch": self.state.epoch, **logs}) + "\n")
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Metrics of the held-out pairs; their loss is the mean over pairs, whatever the batches."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self._drain("eval")
+        output.metrics.update(metrics, **{f"{metric_key_prefix}_loss": metrics[PREFIX["eval"] + "loss"]})
+        return output
+
+    def _drain(self, split: str) -> dict[str, float]:
+        sums = self._sums[split]
+        assert sums is not None
+        packed = torch.cat([sums, sums.new_tensor([self._pairs[split]])])
+        *totals, pairs = self.accelerator.reduce(
+            packed.double() if packed.device.type == "cpu" else packed, "sum"
+        ).tolist()
+        self._sums[split], self._pairs[split] = None, 0
+        return {PREFIX[split] + name: total / pairs for name, total in zip(METRICS, totals, strict=True)}
+
+
+def silence_dropout(module: nn.Module) -> None:
+    """Noise would make the policy differ from the opponent before any step.
+
+    Some models hold the rate as a plain number (`attention_dropout`) and hand it to the attention function.
+    """
+    if isinstance(module, nn.Dropout):
+        module.p = 0.0
+    for name, value in vars(module).items():
+        if name.endswith("dropout") and isinstance(value, float):
+            setattr(module, name, 0.0)
+
+
+class _OpponentBeforeFirstStep(TrainerCallback):
+    """Scores the pairs once the model is wrapped for training and before anything changes it."""
+
+    def __init__(self, trainer: SpinTrainer) -> None:
+        self.trainer = trainer
+
+    @exit_in_one_line
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.load_opponent(self.trainer.model_wrapped)
