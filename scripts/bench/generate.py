@@ -1,0 +1,124 @@
+"""Our generation, with its shards written while vLLM works, against one bare `LLM.generate`.
+
+    python scripts/bench/generate.py [--rounds 3] [--prompts 1024] [--json FILE]
+
+Both sides run the same engine arguments, prompts, budgets and seeds in vLLM's own interpreter; time counts from the
+moment the engine is ready. Rounds alternate; medians are printed.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from spin_plugin.generation.interpreter import vllm_python
+from spin_plugin.generation.job import Job, Request
+from spin_plugin.generation.launcher import generate
+from spin_plugin.generation.shards import Shards
+
+BARE = """
+import json, os, sys, time
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0") if sys.argv[2] == "cpu" else None
+import vllm
+job = json.load(open(sys.argv[1]))
+llm = vllm.LLM(**job["engine"])
+prompts = [vllm.TokensPrompt(prompt_token_ids=request["prompt"]) for request in job["requests"]]
+sampling = [
+    vllm.SamplingParams(**job["sampling"], max_tokens=request["max_tokens"], seed=request["seed"], detokenize=False)
+    for request in job["requests"]
+]
+started = time.monotonic()
+outputs = llm.generate(prompts, sampling, use_tqdm=False)
+seconds = time.monotonic() - started
+tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+with open(sys.argv[3], "w") as result:
+    json.dump({"tokens": tokens, "seconds": seconds}, result)
+os._exit(0)
+"""
+
+
+def make_model(folder: Path) -> None:
+    torch.manual_seed(0)
+    small = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=8000, num_key_value_heads=2, **small)).save_pretrained(folder)
+
+
+def make_requests(count: int) -> list[Request]:
+    """Prompts and budgets of log-normal length; the random model never stops by itself."""
+    rng = np.random.default_rng(0)
+    prompts = np.clip(rng.lognormal(np.log(60), 0.6, count).astype(int), 4, 256)
+    budgets = np.clip(rng.lognormal(np.log(60), 0.6, count).astype(int), 4, 256)
+    return [
+        Request(number, "train", number, rng.integers(3, 8000, prompt).tolist(), int(budget), number)
+        for number, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True))
+    ]
+
+
+def ours(folder: Path, job: Job, requests: list[Request]) -> float:
+    """Tokens/s of the launcher and its worker."""
+    shards = Shards(folder / "synthetic")
+    shutil.rmtree(shards.folder, ignore_errors=True)
+    generate(job, shards, lambda: requests, lambda: vllm_python(None))
+    drawn = (shards.manifest() or {})["drawn"]
+    return drawn["tokens"] / drawn["seconds"]
+
+
+def bare(folder: Path, job: Job, requests: list[Request]) -> float:
+    """Tokens/s of one `LLM.generate`."""
+    script, content, result = folder / "bare.py", folder / "job.json", folder / "bare.json"
+    script.write_text(BARE)
+    rows = [request._asdict() for request in requests]
+    content.write_text(json.dumps({"engine": job.engine, "sampling": job.sampling, "requests": rows}))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    command = [str(vllm_python(None)), str(script), str(content), device, str(result)]
+    with open(folder / "bare.log", "w") as log:
+        done = subprocess.run(command, check=False, stdout=log, stderr=log)
+    if done.returncode:
+        raise RuntimeError((folder / "bare.log").read_text()[-2000:])
+    measured = json.loads(result.read_text())
+    return measured["tokens"] / measured["seconds"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=1024)
+    parser.add_argument("--json", type=Path, help="write the result here")
+    options = parser.parse_args()
+    requests = make_requests(options.prompts)
+    rates: dict[str, list[float]] = {"ours": [], "bare": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder / "model")
+        engine: dict[str, Any] = {
+            "model": str(folder / "model"),
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+        }
+        engine |= {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "seed": 0}
+        if not torch.cuda.is_available():
+            engine |= {"kv_cache_memory_bytes": 512 << 20, "enable_chunked_prefill": False}
+        sampling = {"temperature": 1.0, "top_p": 1.0, "stop_token_ids": [1]}
+        job = Job(0, engine, None, "bench", sampling, len(requests), "bench")
+        for number in range(options.rounds):
+            rates["bare"].append(bare(folder, job, requests))
+            rates["ours"].append(ours(folder, job, requests))
+            sys.stdout.write(f"round {number}: bare {rates['bare'][-1]:,.0f}, ours {rates['ours'][-1]:,.0f} tokens/s\n")
+    medians = {side: statistics.median(values) for side, values in rates.items()}
+    summary = {"vs_bare": medians["ours"] / medians["bare"], "tokens_per_second": medians, "rounds": rates}
+    sys.stdout.write(f"medians: {medians}, ours / bare {summary['vs_bare']:.3f}\n")
+    if options.json:
+        options.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Time and memory of the way from shards of responses to stored pairs.
+
+    python scripts/bench/pairs.py [--json FILE]
+
+Both sizes run the real code (`Shards`, `build_pairs`) in a fresh process each, on examples and shards that were
+written before: 600 tokens a pair, half of the responses from the iteration before, as in iterations 1, 2, ...
+`rss_growth` compares the peaks of the process's own memory (RssAnon). The whole resident size, which counts pages of
+memory-mapped files too though the kernel drops them when it needs room, is printed beside it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import disable_progress_bars
+
+from spin_plugin.generation.job import SHARD
+from spin_plugin.generation.shards import Shards
+from spin_plugin.pairs import EXAMPLE_SCHEMA, Synthetic, build_pairs, open_table, table_writer
+
+SIZES = (25_000, 100_000)
+PROMPT, REAL, SYNTHETIC = 160, 240, 200  # tokens; 600 a pair
+VOCABULARY = 32_000
+END = 2
+
+
+def write_inputs(folder: Path, pairs: int) -> None:
+    """Examples, and shards of two iterations with half of the responses each."""
+    rng = np.random.default_rng(0)
+
+    def tokens(count: int, length: int) -> Any:
+        return rng.integers(3, VOCABULARY, (count, length), dtype=np.int32)
+
+    examples = pairs // 2
+    with table_writer(folder / "examples.arrow", EXAMPLE_SCHEMA) as write:
+        for start in range(0, examples, SHARD):
+            count = min(SHARD, examples - start)
+            write({"prompt": list(tokens(count, PROMPT)), "real": list(tokens(count, REAL))})
+    for iteration in (0, 1):
+        shards = Shards(folder / f"synthetic-{iteration}")
+        shards.folder.mkdir()
+        for number, start in enumerate(range(0, examples, SHARD)):
+            drawn = tokens(min(SHARD, examples - start), SYNTHETIC).tolist()
+            shards.write(
+                number,
+                (
+                    {
+                        "split": "train",
+                        "example": start + place,
+                        "tokens": [*response, END],
+                        "finish": "stop",
+                        "stop": END,
+                    }
+                    for place, response in enumerate(drawn)
+                ),
+            )
+
+
+def responses(folder: Path) -> Iterator[Synthetic]:
+    for iteration in (1, 0):
+        for response in Shards(folder / f"synthetic-{iteration}").responses():
+            yield Synthetic(response["example"], iteration, response["tokens"], response["finish"] == "length")
+
+
+class Peak:
+    """The highest RssAnon and VmRSS of this process in MiB, looked at every 5 ms."""
+
+    def __init__(self) -> None:
+        self.seen = {"RssAnon": 0.0, "VmRSS": 0.0}
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+
+    def watch(self) -> None:
+        while not self.stopped.wait(0.005):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                name, _, value = line.partition(":")
+                if name in self.seen:
+                    self.seen[name] = max(self.seen[name], int(value.split()[0]) / 1024)
+
+    def __enter__(self) -> dict[str, float]:
+        self.thread.start()
+        return self.seen
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        self.thread.join()
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """Join, mix, filter and store."""
+    with Peak() as peak:
+        seconds, pairs = build(folder)
+    return {"pairs": pairs, "seconds": seconds, "own_mib": peak["RssAnon"], "resident_mib": peak["VmRSS"]}
+
+
+def build(folder: Path) -> tuple[float, int]:
+    started = time.perf_counter()
+    stats = build_pairs(
+        open_table(folder / "examples.arrow"),
+        responses(folder),
+        folder / "pairs.arrow",
+        end_tokens=[END],
+        sequence_len=1024,
+        keep_equal=False,
+    )
+    return time.perf_counter() - started, stats.pairs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    disable_progress_bars()
+    if options.inside:
+        sys.stdout.write(json.dumps(measure(options.inside)))
+        return
+    results: dict[int, dict[str, float]] = {}
+    for size in SIZES:
+        with tempfile.TemporaryDirectory() as folder:
+            write_inputs(Path(folder), size)
+            command = [sys.executable, __file__, "--inside", folder]
+            results[size] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        sys.stdout.write(f"{size:,} pairs: {results[size]}\n")
+    small, large = (results[size] for size in SIZES)
+    summary = {
+        "seconds_100k": large["seconds"],
+        "rss_growth": large["own_mib"] / small["own_mib"],
+        "time_growth": large["seconds"] / small["seconds"],
+        "sizes": results,
+    }
+    sys.stdout.write(json.dumps({key: summary[key] for key in ("seconds_100k", "rss_growth", "time_growth")}) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

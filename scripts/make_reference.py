@@ -1,0 +1,97 @@
+"""Write docs/reference.md, the reference of the `spin:` block, from the typed model.
+
+python scripts/make_reference.py           # write
+python scripts/make_reference.py --check   # exit 1 where the file is not what would be written
+"""
+
+import argparse
+import sys
+import types
+from pathlib import Path
+from typing import Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from spin_plugin.args import RESERVED_VLLM_KEYS, RUN_WIDE_KEYS, Block, GenerationArgs, SpinArgs
+
+TARGET = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
+HEAD = """# The `spin:` block
+
+Generated from `spin_plugin/args.py` by `scripts/make_reference.py`; do not edit.
+
+An unknown key is an error that names the nearest known one.
+"""
+
+
+def type_name(annotation: object) -> str:
+    """A field's type as a reader of YAML would call it."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " \\| ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return type_name(next(argument for argument in arguments if argument is not type(None)))
+    if origin is list:
+        return "list of mappings"
+    if origin is dict:
+        return "mapping"
+    if isinstance(annotation, type) and issubclass(annotation, Block):
+        return "mapping, below"
+    names = {int: "integer", float: "number", str: "text", bool: "true \\| false"}
+    return names[annotation]  # type: ignore[index]
+
+
+def bounds(field: FieldInfo) -> str:
+    """A field's bounds, in words as short as the signs."""
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    limits = [(sign, getattr(item, name, None)) for item in field.metadata for name, sign in signs.items()]
+    return ", ".join(f"{sign} {limit:g}" for sign, limit in limits if limit is not None)
+
+
+def default(field: FieldInfo) -> str:
+    if field.default_factory is not None or field.default is None:
+        return ""
+    return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+
+
+def table(block: type[Block]) -> str:
+    lines = ["| key | type | default | bounds | meaning |", "|---|---|---|---|---|"]
+    for name, field in block.model_fields.items():
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"| `{name}` | {type_name(field.annotation)} | {default(field)} | {bounds(field)} | {meaning} |")
+    return "\n".join(lines)
+
+
+def reference() -> str:
+    def keys(names: frozenset[str]) -> str:
+        return ", ".join(f"`{name}`" for name in sorted(names))
+
+    return "\n".join(
+        [
+            HEAD,
+            table(SpinArgs),
+            "",
+            f"An entry of `schedule` cannot change {keys(RUN_WIDE_KEYS)}.",
+            "",
+            "## `spin.generation`",
+            "",
+            table(GenerationArgs),
+            "",
+            f"`vllm` cannot hold {keys(RESERVED_VLLM_KEYS)}: another option or the plugin decides them.",
+            "",
+        ]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    wanted = reference()
+    if parser.parse_args().check:
+        return int(not TARGET.exists() or TARGET.read_text(encoding="utf-8") != wanted)
+    TARGET.parent.mkdir(exist_ok=True)
+    TARGET.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
