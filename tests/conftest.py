@@ -1,0 +1,70 @@
+"""Fixtures: tiny models that cost a moment, and commands run as the user runs them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tiny import chat_rows, make_model, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1"}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that came to its end."""
+
+    code: int
+    output: str
+    """stdout and stderr together."""
+
+    @property
+    def errors(self) -> list[str]:
+        """The plugin's one-line errors."""
+        return [line for line in self.output.splitlines() if line.startswith("spin: error: ")]
+
+
+def run_command(*command: str | Path, folder: Path, environment: Mapping[str, str] | None = None) -> Finished:
+    """Run a command in `folder` with the test interpreter's `bin` first on PATH."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    variables = os.environ | {"PATH": path, "OMP_NUM_THREADS": "2"} | dict(environment or {})
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    return Finished(done.returncode, done.stdout)
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., Finished]:
+    return run_command
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """vLLM's interpreter; without one the tests fail, they are never skipped."""
+    from spin_plugin.generation.interpreter import vllm_python
+
+    return vllm_python(None)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="session")
+def chat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 conversations of one turn."""
+    return write_jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", chat_rows(24))

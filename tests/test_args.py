@@ -1,0 +1,292 @@
+"""The `spin:` block: bounds, names of wrong keys, the schedule, and that nothing but a SpinError leaves it."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spin_plugin.args import RESERVED_VLLM_KEYS, RUN_WIDE_KEYS, Block, GenerationArgs, SpinArgs, parse_spin_block
+from spin_plugin.messages import SpinError
+
+
+def error_of(block: object, known: tuple[str, ...] = ()) -> str:
+    """The one-line message by which a block is refused."""
+    with pytest.raises(SpinError) as caught:
+        parse_spin_block(block, known)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+def nested(path: str, value: object) -> dict[str, Any]:
+    """`{"a": {"b": value}}` for "a.b"."""
+    *parents, last = path.split(".")
+    block: dict[str, Any] = {last: value}
+    for parent in reversed(parents):
+        block = {parent: block}
+    return block
+
+
+def value_at(args: SpinArgs, path: str) -> Any:
+    value: Any = args
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+# --- bounds ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("iterations", 0), ("iterations", -1), ("iterations", 101), ("iterations", 2.5), ("iterations", "many"),
+        ("beta", 0), ("beta", -1), ("beta", float("nan")), ("beta", float("inf")), ("beta", "strong"), ("beta", None),
+        ("loss", "sigmoid"), ("loss", "Logistic"), ("loss", None),
+        ("history", -1), ("history", 1.5),
+        ("num_prompts", 0), ("num_prompts", -5), ("num_prompts", "all"),
+        ("resample_prompts", "sometimes"), ("resample_prompts", 2),
+        ("turns", "second"), ("turns", 1),
+        ("equal_pairs", True), ("equal_pairs", "remove"),
+        ("schedule", {"beta": 1}), ("schedule", 3), ("schedule", [1]), ("schedule", [["beta", 1]]),
+        ("generation", 3), ("generation", "fast"), ("generation", []),
+        ("generation.python", 3),
+        ("generation.temperature", 0), ("generation.temperature", -0.1), ("generation.temperature", 2.5),
+        ("generation.top_p", 0), ("generation.top_p", 1.5), ("generation.top_p", -1),
+        ("generation.max_tokens", 0), ("generation.max_tokens", -1),
+        ("generation.samples_per_prompt", 0), ("generation.samples_per_prompt", 65),
+        ("generation.seed", -1),
+        ("generation.tensor_parallel_size", 0),
+        ("generation.gpu_memory_utilization", 0), ("generation.gpu_memory_utilization", 1.01),
+        ("generation.dtype", "int8"), ("generation.dtype", "bf16"),
+        ("generation.max_model_len", 1),
+        ("generation.vllm", []), ("generation.vllm", "enforce_eager"),
+    ],
+)  # fmt: skip
+def test_value_out_of_bounds_is_named_with_its_key(path: str, value: object) -> None:
+    assert error_of(nested(path, value)).startswith(f"spin.{path}")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("iterations", 1), ("iterations", 100), ("beta", 1e-6), ("beta", 50), ("history", 0), ("num_prompts", 1),
+        ("loss", "hinge"), ("loss", "exponential"), ("loss", "correlation"), ("loss", "logistic"),
+        ("turns", "first"), ("turns", "last"), ("turns", "all"), ("equal_pairs", "keep"), ("resample_prompts", True),
+        ("generation.temperature", 0.01), ("generation.temperature", 2), ("generation.top_p", 0.01),
+        ("generation.top_p", 1), ("generation.max_tokens", 1), ("generation.samples_per_prompt", 64),
+        ("generation.seed", 0), ("generation.gpu_memory_utilization", 1), ("generation.dtype", "auto"),
+        ("generation.max_model_len", 2), ("generation.vllm", {"enforce_eager": True}),
+        ("generation.python", "/x/python"),
+    ],
+)  # fmt: skip
+def test_value_at_its_bound_is_taken(path: str, value: object) -> None:
+    assert value_at(parse_spin_block(nested(path, value)), path) == value
+
+
+def test_several_wrong_values_are_named_in_one_line() -> None:
+    message = error_of({"beta": -1, "iterations": 0, "turns": "x"})
+    assert all(name in message for name in ("spin.beta", "spin.iterations", "spin.turns"))
+
+
+def test_long_value_is_shortened() -> None:
+    assert len(error_of({"schedule": "x" * 10_000})) < 200
+
+
+@pytest.mark.parametrize("block", [None, True, 3, "iterations: 3", [], [{"iterations": 3}]])
+def test_block_that_is_no_mapping(block: object) -> None:
+    assert error_of(block).startswith("spin: must be a mapping")
+
+
+def test_empty_block_is_the_paper() -> None:
+    args = parse_spin_block({})
+    assert (args.iterations, args.beta, args.loss, args.history) == (4, 0.1, "logistic", 1)
+    assert (args.generation.temperature, args.generation.top_p) == (1.0, 1.0)
+
+
+# --- unknown keys ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ("betta", "beta"),
+        ("iteration", "iterations"),
+        ("num_prompt", "num_prompts"),
+        ("equal_pair", "equal_pairs"),
+        ("generation.temprature", "temperature"),
+        ("generation.max_token", "max_tokens"),
+        ("generation.vlm", "vllm"),
+    ],
+)
+def test_unknown_key_names_the_nearest_one(path: str, nearest: str) -> None:
+    assert error_of(nested(path, 1)) == f"spin.{path}: there is no such key; did you mean `{nearest}`?"
+
+
+@pytest.mark.parametrize(("path", "fields"), [("zzz", SpinArgs), ("generation.zzz", GenerationArgs)])
+def test_unknown_key_without_a_near_one_lists_them_all(path: str, fields: type[Block]) -> None:
+    message = error_of(nested(path, 1))
+    assert message.startswith(f"spin.{path}: there is no such key; known keys: ")
+    assert message.rpartition(": ")[2].split(", ") == sorted(fields.model_fields)
+
+
+def test_key_that_is_no_string() -> None:
+    assert error_of({1: 2}).startswith("spin.1: ")
+
+
+@pytest.mark.parametrize("key", sorted(RESERVED_VLLM_KEYS))
+def test_vllm_argument_that_the_plugin_sets_is_refused(key: str) -> None:
+    assert f"vllm.{key} " in error_of({"generation": {"vllm": {key: 1}}})
+
+
+def test_further_vllm_arguments_are_handed_on() -> None:
+    args = parse_spin_block({"generation": {"vllm": {"enforce_eager": True, "max_num_seqs": 8}}})
+    assert args.generation.vllm == {"enforce_eager": True, "max_num_seqs": 8}
+
+
+# --- schedule ----------------------------------------------------------------------------------
+
+AXOLOTL_KEYS = ("learning_rate", "num_epochs", "base_model", "micro_batch_size")
+
+
+@pytest.mark.parametrize("entries", [1, 3])
+def test_schedule_has_one_entry_an_iteration(entries: int) -> None:
+    assert f"schedule has {entries} entries for 2 iterations" in error_of(
+        {"iterations": 2, "schedule": [{"beta": 1}] * entries}
+    )
+
+
+@pytest.mark.parametrize("key", sorted(RUN_WIDE_KEYS))
+def test_schedule_cannot_change_a_key_of_the_whole_run(key: str) -> None:
+    assert f"schedule[1].{key} cannot change between iterations" in error_of(
+        {"iterations": 2, "schedule": [{}, {key: 1}]}
+    )
+
+
+def test_schedule_cannot_change_turns() -> None:
+    """Prompts are cut once for the whole run, so another `turns` later on would be ignored without a word."""
+    assert "schedule[1].turns cannot change between iterations" in error_of(
+        {"iterations": 2, "schedule": [{}, {"turns": "last"}]}
+    )
+
+
+def test_spin_keys_of_the_schedule_are_merged() -> None:
+    args = parse_spin_block({"iterations": 2, "beta": 0.2, "history": 0, "schedule": [{}, {"beta": 5.0}]})
+    assert (args.at(0).beta, args.at(0).history) == (0.2, 0)
+    assert (args.at(1).beta, args.at(1).history) == (5.0, 0)
+    assert args.at(1).iterations == 2
+
+
+def test_nested_generation_keys_of_the_schedule_are_merged() -> None:
+    args = parse_spin_block(
+        {
+            "iterations": 2,
+            "generation": {"max_tokens": 8, "top_p": 0.9},
+            "schedule": [{"generation": {"top_p": 0.5}}, {"generation": {"samples_per_prompt": 2}}],
+        }
+    )
+    first, second = args.at(0).generation, args.at(1).generation
+    assert (first.max_tokens, first.top_p, first.samples_per_prompt) == (8, 0.5, 1)
+    assert (second.max_tokens, second.top_p, second.samples_per_prompt) == (8, 0.9, 2)
+
+
+def test_without_a_schedule_every_iteration_is_the_same() -> None:
+    args = parse_spin_block({"iterations": 3})
+    assert args.at(2) is args
+    assert args.axolotl_overrides(2) == {}
+
+
+def test_axolotl_keys_of_the_schedule_stand_apart() -> None:
+    schedule = [{"learning_rate": 5e-7, "beta": 1.0}, {"learning_rate": 1e-7, "generation": {"top_p": 0.5}}]
+    args = parse_spin_block({"iterations": 2, "schedule": schedule}, AXOLOTL_KEYS)
+    assert args.axolotl_overrides(0) == {"learning_rate": 5e-7}
+    assert args.axolotl_overrides(1) == {"learning_rate": 1e-7}
+
+
+def test_unknown_key_in_the_schedule_names_the_nearest_one() -> None:
+    message = error_of({"iterations": 1, "schedule": [{"learning_rat": 1e-7}]}, AXOLOTL_KEYS)
+    assert message == "spin.schedule[0].learning_rat: there is no such key; did you mean `learning_rate`?"
+    assert "did you mean `beta`" in error_of({"iterations": 1, "schedule": [{"betta": 1}]}, AXOLOTL_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [({"beta": -1}, "schedule[1].beta"), ({"generation": {"top_p": 3}}, "schedule[1].generation.top_p")],
+)
+def test_wrong_value_in_the_schedule_is_named_where_it_stands(entry: dict[str, Any], named: str) -> None:
+    assert error_of({"iterations": 2, "schedule": [{}, entry]}).startswith(f"spin.{named}: ")
+
+
+def test_unknown_generation_key_in_the_schedule_is_named_where_it_stands() -> None:
+    message = error_of({"iterations": 1, "schedule": [{"generation": {"temprature": 1}}]})
+    assert message == "spin.schedule[0].generation.temprature: there is no such key; did you mean `temperature`?"
+
+
+# --- the classes themselves --------------------------------------------------------------------
+
+
+def fields() -> Iterator[tuple[str, Any]]:
+    for block in (SpinArgs, GenerationArgs):
+        for name, field in block.model_fields.items():
+            yield f"{block.__name__}.{name}", field
+
+
+@pytest.mark.parametrize(("name", "field"), list(fields()), ids=lambda value: value if isinstance(value, str) else "")
+def test_every_option_has_a_meaning_and_a_default(name: str, field: Any) -> None:
+    assert field.description, f"{name} has no docstring"
+    assert field.description.rstrip().endswith(".")
+    assert not field.is_required()
+
+
+def test_no_option_shares_its_name_with_an_axolotl_key() -> None:
+    """An entry of `schedule` may name both kinds, so a shared name would mean two things."""
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    assert not SpinArgs.model_fields.keys() & (AxolotlInputConfig.model_fields.keys() - {"spin"})
+
+
+def test_the_reserved_vllm_keys_that_have_an_option_beside_them_exist() -> None:
+    """The message sends users to "the option beside `vllm`"."""
+    typed = {"seed", "dtype", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len"}
+    assert typed <= RESERVED_VLLM_KEYS & GenerationArgs.model_fields.keys()
+
+
+# --- anything at all ---------------------------------------------------------------------------
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 200), st.floats(), st.sampled_from(["logistic", "all", "drop", "x", ""])
+)
+KEYS = st.sampled_from([*SpinArgs.model_fields, *GenerationArgs.model_fields, "betta", "learning_rate", ""])
+LEAVES = st.one_of(SCALARS, st.lists(SCALARS, max_size=2), st.dictionaries(KEYS, SCALARS, max_size=3))
+VALUES = st.one_of(LEAVES, st.dictionaries(KEYS, LEAVES, max_size=3), st.lists(st.dictionaries(KEYS, LEAVES)))
+ENTRIES = st.dictionaries(
+    st.sampled_from(["beta", "history", "learning_rate", "generation", "turns"]), LEAVES, max_size=2
+)
+NEARLY_RIGHT = st.fixed_dictionaries(
+    {"iterations": st.sampled_from([1, 2])},
+    optional={
+        "beta": st.floats(0.0, 10.0),
+        "schedule": st.lists(ENTRIES, min_size=1, max_size=2),
+        "generation": st.dictionaries(st.sampled_from(list(GenerationArgs.model_fields)), LEAVES, max_size=2),
+    },
+)
+BLOCKS = st.one_of(
+    NEARLY_RIGHT, st.dictionaries(KEYS, VALUES, max_size=4), st.dictionaries(st.integers(), SCALARS), VALUES
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(block=BLOCKS, known=st.sampled_from([(), AXOLOTL_KEYS]))
+def test_any_block_is_parsed_or_refused_in_one_line(block: object, known: tuple[str, ...]) -> None:
+    try:
+        args = parse_spin_block(block, known)
+    except SpinError as error:
+        assert re.fullmatch(r"[^\r\n]+", str(error))
+    else:
+        for iteration in range(args.iterations):
+            assert args.at(iteration).iterations == args.iterations
+            assert not args.axolotl_overrides(iteration).keys() & SpinArgs.model_fields.keys()

@@ -1,0 +1,202 @@
+"""The fast attention paths and their masks against the dense reference; which models may use them."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from tiny import SMALL
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from spin_plugin import attention
+from spin_plugin.attention import (
+    BLOCK,
+    Scores,
+    SharedPrefix,
+    attend,
+    dense_attention,
+    dense_mask,
+    enable,
+    unsupported_reason,
+)
+
+WINDOWS = [None, 1, 5, 150]
+
+
+def draw_spans(seed: int, *most: int) -> tuple[Tensor, int]:
+    """A few pairs of prompt, real and synthetic lengths up to `most`, and the length of their row."""
+    rng = random.Random(seed)
+    spans, start = [], 0
+    for _ in range(rng.randint(1, 4)):
+        lengths = [rng.randint(1, longest) for longest in most]
+        spans.append([start, *lengths])
+        start += sum(lengths)
+    return torch.tensor(spans), start
+
+
+def draw_states(tokens: int, heads: int = 4, shared_heads: int = 2) -> list[Tensor]:
+    torch.manual_seed(tokens)
+    return [torch.randn(1, count, tokens, 16, requires_grad=True) for count in (heads, shared_heads, shared_heads)]
+
+
+def test_dense_mask_by_hand() -> None:
+    """One pair: prompt 0 1, real 2 3, synthetic 4; then a pair of one token each."""
+    expected = [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1, 0, 1],
+    ]
+    spans = torch.tensor([[0, 2, 2, 1], [5, 1, 1, 1]])
+    assert dense_mask(spans, 8).int().tolist() == expected
+    # two positions: the synthetic token sees the prompt's last, and not its first
+    assert dense_mask(spans, 8, window=2).int()[4].tolist() == [0, 1, 0, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("seed", range(3))
+def test_block_mask_is_the_dense_mask(seed: int, window: int | None) -> None:
+    """Its mask function token by token, and its blocks: partial where some key is seen, full where all are."""
+    spans, tokens = draw_spans(seed, 300, 200, 300)
+    dense = dense_mask(spans, tokens, window)
+    mask = SharedPrefix(spans, tokens).block_mask(window)
+    index = torch.arange(tokens)
+    assert torch.equal(mask.mask_mod(None, None, index[:, None], index[None]), dense)
+    blocks = -(-tokens // BLOCK)
+    excess = blocks * BLOCK - tokens
+    tiles = torch.nn.functional.pad(dense, (0, excess, 0, excess)).view(blocks, BLOCK, blocks, BLOCK).transpose(1, 2)
+    full = tiles.all(-1).all(-1)
+    assert torch.equal(named_blocks(mask.full_kv_num_blocks, mask.full_kv_indices), full)
+    assert torch.equal(named_blocks(mask.kv_num_blocks, mask.kv_indices), tiles.any(-1).any(-1) & ~full)
+
+
+def named_blocks(counts: Tensor, indices: Tensor) -> Tensor:
+    """[N, N] boolean of FlexAttention's counts and indices."""
+    named = torch.zeros(indices.shape[-2:], dtype=torch.bool)
+    for row, (count, places) in enumerate(zip(counts[0, 0].tolist(), indices[0, 0].tolist(), strict=True)):
+        named[row, places[:count]] = True
+    return named
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (6, 2)])
+def test_by_pair_equals_dense(heads: tuple[int, int], window: int | None, softcap: float | None) -> None:
+    spans, tokens = draw_spans(7, 20, 30, 30)
+    states = draw_states(tokens, *heads)
+    scores = Scores(0.3, window, softcap)
+    expected = dense_attention(*states, dense_mask(spans, tokens, window), scores)
+    found = attend(torch.nn.Module(), *states, None, scaling=0.3, spans=spans, sliding_window=window, softcap=softcap)[
+        0
+    ].transpose(1, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    direction = torch.randn_like(expected)
+    gradients = [torch.autograd.grad((output * direction).sum(), states) for output in (found, expected)]
+    for ours, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("heads", [(4, 2), (6, 2)])
+@pytest.mark.parametrize("window", [None, 50])
+def test_by_blocks_equals_dense(window: int | None, heads: tuple[int, int], softcap: float | None) -> None:
+    """CUDA's path, run by FlexAttention's eager mode: what differs there is the compiler alone."""
+    spans, tokens = draw_spans(3, 100, 150, 150)
+    states = [state.detach() for state in draw_states(tokens, *heads)]
+    scores = Scores(None, window, softcap)
+    expected = dense_attention(*states, dense_mask(spans, tokens, window), scores)
+    found = attention._by_blocks(*states, SharedPrefix(spans, tokens), scores)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_block_mask_is_made_once_per_window() -> None:
+    shared = SharedPrefix(*draw_spans(0, 9, 9, 9))
+    assert shared.block_mask(None) is shared.block_mask(None)
+    assert shared.block_mask(4) is not shared.block_mask(None)
+
+
+@pytest.mark.parametrize("name", ["s_aux", "position_bias"])
+def test_what_a_flat_row_cannot_do_is_refused(name: str) -> None:
+    spans, tokens = draw_spans(1, 4, 4, 4)
+    with pytest.raises(ValueError, match=f"cannot have {name}; set spin.shared_prefix: off"):
+        attend(torch.nn.Module(), *draw_states(tokens), None, spans=spans, **{name: torch.zeros(4)})
+
+
+# --- models ----------------------------------------------------------------------------------------
+
+
+def make(architecture: str, *, attention: str = "eager", **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **(SMALL | changes))
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"]
+)
+def test_supported(architecture: str) -> None:
+    assert unsupported_reason(make(architecture)) is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "reason"),
+    [
+        ("mamba", {}, "does not use|state-space"),
+        ("jamba", {}, "state-space"),
+        ("bloom", {}, "does not use transformers' AttentionInterface"),
+        ("gpt_oss", {"num_local_experts": 2}, "attention sinks"),
+        ("llama4_text", {}, "layers of another kind|in chunks|keeps"),
+        ("qwen3_next", {"num_experts": 2}, "state-space or linear"),
+        ("phimoe", {"sliding_window": 64, "num_local_experts": 2}, "keeps its sliding window of 64"),
+    ],
+)
+def test_unsupported(architecture: str, changes: dict[str, Any], reason: str) -> None:
+    with torch.device("meta"):
+        model = make(architecture, **changes)
+    found = unsupported_reason(model)
+    assert found is not None
+    assert found.startswith(type(model).__name__)
+    assert any(part in found for part in reason.split("|"))
+
+
+def test_window_that_no_sequence_reaches_is_none() -> None:
+    with torch.device("meta"):
+        model = make("phimoe", sliding_window=64, num_local_experts=2)
+    assert unsupported_reason(model, longest=64) is None
+    assert unsupported_reason(model, longest=65) is not None
+
+
+def test_a_class_of_ones_own_is_unknown() -> None:
+    class Mine(type(make("llama"))):  # type: ignore[misc]
+        pass
+
+    assert (
+        unsupported_reason(Mine(AutoConfig.for_model("llama", **SMALL)))
+        == "Mine is not one of transformers' own models"
+    )
+
+
+def test_saved_configuration_does_not_name_our_attention(tmp_path: Any) -> None:
+    model = make("llama", attention="sdpa")
+    enable(model)
+    model.save_pretrained(tmp_path)
+    assert attention.NAME not in (tmp_path / "config.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_padded_batches_are_as_before(architecture: str) -> None:
+    model = make(architecture, attention="sdpa", **({"sliding_window": 4} if architecture == "mistral" else {}))
+    ids = torch.randint(3, 250, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    with torch.no_grad():
+        before = model(input_ids=ids, attention_mask=mask).logits
+        enable(model)
+        after = model(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(before[mask.bool()], after[mask.bool()])

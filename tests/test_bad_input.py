@@ -1,0 +1,181 @@
+"""Bad input: one clear line that names the key or file and the way out, exit code 1, nothing destroyed."""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Finished
+from tiny import chat_rows, spin_config, write_config, write_jsonl
+
+Command = Callable[..., Finished]
+Preprocess = Callable[[Path], str]
+
+
+@pytest.fixture
+def preprocess(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Preprocess]:
+    """`axolotl preprocess` in this process: the last line it printed when it gave up with exit code 1."""
+    from axolotl.cli.preprocess import do_cli
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.tee import close_debug_log
+
+    monkeypatch.setattr(sys, "argv", ["axolotl"])
+
+    def run(config: Path) -> str:
+        PluginManager._instance = None
+        with pytest.raises(SystemExit) as stopped:
+            do_cli(config=str(config))
+        assert stopped.value.code == 1
+        errors = [line for line in capsys.readouterr().out.splitlines() if line.startswith("spin: error: ")]
+        assert len(errors) == 1
+        return errors[0]
+
+    yield run
+    close_debug_log()
+    PluginManager._instance = None
+
+
+def config(folder: Path, llama: Path, data: Path, **changes: Any) -> Path:
+    return write_config(folder, spin_config(folder, llama, data, **changes))
+
+
+@pytest.mark.parametrize(
+    ("spin", "words"),
+    [
+        ({"betta": 0.2}, ("spin.betta", "`beta`")),
+        ({"beta": -1}, ("spin.beta", "greater than 0", "-1")),
+        ({"generation": {"temprature": 0.7}}, ("spin.generation.temprature", "`temperature`")),
+        ({"loss": "dpo"}, ("spin.loss", "logistic")),
+        (
+            {"iterations": 2, "schedule": [{"learning_rat": 1}, {}]},
+            ("spin.schedule[0].learning_rat", "`learning_rate`"),
+        ),
+    ],
+)
+def test_wrong_value_in_the_block(
+    tmp_path: Path, llama: Path, chat_data: Path, preprocess: Preprocess, spin: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    error = preprocess(config(tmp_path, llama, chat_data, spin=spin))
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_dataset(tmp_path: Path, llama: Path, preprocess: Preprocess) -> None:
+    error = preprocess(config(tmp_path, llama, tmp_path / "nowhere.jsonl"))
+    assert "datasets[0].path" in error
+    assert "nowhere.jsonl does not exist" in error
+
+
+def test_empty_dataset(tmp_path: Path, llama: Path, preprocess: Preprocess) -> None:
+    error = preprocess(config(tmp_path, llama, write_jsonl(tmp_path / "empty.jsonl", [])))
+    assert "empty.jsonl" in error
+
+
+def test_dataset_without_an_assistant_turn(tmp_path: Path, llama: Path, preprocess: Preprocess) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"hello {number}"}]} for number in range(8)]
+    error = preprocess(config(tmp_path, llama, write_jsonl(tmp_path / "users.jsonl", rows)))
+    assert "datasets" in error
+    assert "assistant" in error or "response" in error, error
+
+
+def test_every_prompt_too_long(tmp_path: Path, llama: Path, chat_data: Path, preprocess: Preprocess) -> None:
+    error = preprocess(config(tmp_path, llama, chat_data, sequence_len=16))
+    assert "sequence_len (16)" in error
+
+
+def test_no_end_token_in_the_labels(tmp_path: Path, llama: Path, chat_data: Path, preprocess: Preprocess) -> None:
+    rows = [
+        {"segments": [{"label": False, "text": f"q{n} "}, {"label": True, "text": f"answer {n}"}]} for n in range(40)
+    ]
+    data = write_jsonl(tmp_path / "segments.jsonl", rows)
+    datasets = [{"path": str(data), "ds_type": "json", "type": "input_output"}]
+    error = preprocess(config(tmp_path, llama, chat_data, datasets=datasets, chat_template=None, eot_tokens=None))
+    assert "end token" in error
+
+
+def test_model_without_tokenizer(tmp_path: Path, llama: Path, chat_data: Path, preprocess: Preprocess) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    assert "no tokenizer" in preprocess(config(tmp_path, model, chat_data))
+
+
+def test_truncated_weights(tmp_path: Path, llama: Path, chat_data: Path, preprocess: Preprocess) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    error = preprocess(config(tmp_path, model, chat_data))
+    assert "model.safetensors is truncated" in error
+
+
+def test_tokens_outside_the_vocabulary(tmp_path: Path, llama: Path, chat_data: Path, preprocess: Preprocess) -> None:
+    from tiny import make_model
+
+    model = make_model(tmp_path / "model", vocab_size=258, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    assert "outside the vocabulary" in preprocess(config(tmp_path, model, chat_data))
+
+
+def test_no_vllm(tmp_path: Path, llama: Path, chat_data: Path, preprocess: Preprocess) -> None:
+    spin = {"iterations": 1, "generation": {"python": sys.executable}}
+    error = preprocess(config(tmp_path, llama, chat_data, spin=spin))
+    assert "spin.generation.python" in error
+    assert "scripts/setup.sh" in error
+
+
+def test_spin_block_without_rl(tmp_path: Path, llama: Path, chat_data: Path, preprocess: Preprocess) -> None:
+    assert "`rl: spin` is missing" in preprocess(config(tmp_path, llama, chat_data, rl=None))
+
+
+def test_output_dir_of_another_config(tmp_path: Path, llama: Path, chat_data: Path, preprocess: Preprocess) -> None:
+    from spin_plugin.run import RunDir, RunState
+
+    run = tmp_path / "run"
+    first = spin_config(tmp_path, llama, chat_data)
+    shard = run / "iteration-0/synthetic/shard-00000.jsonl"
+    shard.parent.mkdir(parents=True)
+    shard.write_text("drawn\n")
+    RunDir(run).write_state(RunState(first))
+    before = (run / "run.json").read_bytes()
+    error = preprocess(config(tmp_path, llama, chat_data, learning_rate=5e-4))
+    assert "learning_rate" in error
+    assert "another output_dir" in error
+    assert (run / "run.json").read_bytes() == before
+    assert shard.read_text() == "drawn\n"
+
+
+@pytest.mark.slow
+def test_plugin_missing_from_the_list(tmp_path: Path, llama: Path, chat_data: Path, command: Command) -> None:
+    """Without the plugin nobody lowers `rl: spin`: Axolotl itself refuses the value."""
+    write_config(tmp_path, spin_config(tmp_path, llama, chat_data, plugins=None))
+    done = command("axolotl", "train", "config.yml", "--launcher", "python", folder=tmp_path)
+    assert done.code != 0
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_vllm_refuses_to_start(
+    tmp_path: Path, llama: Path, chat_data: Path, command: Command, vllm_python: Path
+) -> None:
+    spin = {"iterations": 1, "generation": {"vllm": {"quantization": "nonsense"}}}
+    write_config(tmp_path, spin_config(tmp_path, llama, chat_data, spin=spin))
+    done = command("axolotl", "train", "config.yml", "--launcher", "python", folder=tmp_path)
+    assert done.code == 1
+    assert len(done.errors) == 1
+    assert "nonsense" in done.errors[0]
+    assert "vllm.log" in done.errors[0]
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.slow
+def test_conversations_of_several_turns_need_no_room_for_all(
+    tmp_path: Path, llama: Path, command: Command, vllm_python: Path
+) -> None:
+    """Single prompts that are too long are left out and counted; the others are played."""
+    rows = [*chat_rows(4), *chat_rows(2, turns=8)]
+    data = write_jsonl(tmp_path / "chat.jsonl", rows)
+    write_config(tmp_path, spin_config(tmp_path, llama, data))
+    done = command("axolotl", "preprocess", "config.yml", folder=tmp_path)
+    assert done.code == 0, done.output[-3000:]
+    assert "over sequence_len" in done.output

@@ -1,0 +1,263 @@
+"""The flat row is the padded batch: same tensors by hand, same values and gradients through real models."""
+
+import copy
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import SMALL, byte_tokenizer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from spin_plugin.attention import enable
+from spin_plugin.head import choose_forms, install, logps
+from spin_plugin.layout import Pair, PairCollator, flat_batch, padded_batch
+from spin_plugin.loss import response_logps, spin_terms
+
+PAD = 0
+
+
+def draw_pairs(count: int, seed: int = 0) -> list[Pair]:
+    rng = random.Random(seed)
+
+    def part(most: int) -> list[int]:
+        return [rng.randrange(3, 250) for _ in range(rng.randint(1, most))]
+
+    return [Pair(part(9), part(14), part(14)) for _ in range(count)]
+
+
+PAIRS = [*draw_pairs(4), Pair([7], [8], [9])]
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 6},
+    "qwen3": {},
+    "gemma": {},
+    # eager, for SDPA leaves Gemma 2's soft-capping of attention out
+    "gemma2": {
+        "attn_implementation": "eager",
+        "sliding_window": 7,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "final_logit_softcapping": 2.0,
+        "attn_logit_softcapping": 3.0,
+    },
+    "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.4},
+    "cohere": {"logit_scale": 0.3},
+    "phi": {},
+    "phi3": {},
+    "mixtral": {"num_local_experts": 4, "output_router_logits": True},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
+
+
+def make(architecture: str = "llama", **changes: Any) -> Any:
+    torch.manual_seed(3)
+    options = SMALL | ARCHITECTURES[architecture] | changes
+    attention = options.pop("attn_implementation", "sdpa")
+    config = AutoConfig.for_model(architecture, **options)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2.0)
+    install(model)
+    return model
+
+
+def step(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """[2, B] log-probabilities and the gradients of a training step's loss."""
+    model.zero_grad()
+    found = logps(model, batch, **options)
+    spin_terms(found, found.detach() + 0.1, beta=0.1, loss="logistic").loss.sum().backward()
+    return found.detach(), {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The relative difference of all gradients together."""
+    assert found.keys() == expected.keys()
+    squares = sum((found[name] - expected[name]).square().sum() for name in expected)
+    return (squares / sum(tensor.square().sum() for tensor in expected.values())).sqrt().item()
+
+
+# --- the row -----------------------------------------------------------------------------------
+
+
+def test_flat_batch_by_hand() -> None:
+    """Two pairs back to back; each prompt's last position (1 and 6) predicts two tokens.
+
+    index     0 1  2  3  4  5 | 6  7  8  9
+    token     1 2 10 11 12 13 | 3 20 30 31
+    position  0 1  2  3  4  2 | 0  1  1  2
+    """
+    batch = flat_batch([Pair([1, 2], [10, 11, 12], [13]), Pair([3], [20], [30, 31])])
+    expected = {
+        "input_ids": [[1, 2, 10, 11, 12, 13, 3, 20, 30, 31]],
+        "position_ids": [[0, 1, 2, 3, 4, 2, 0, 1, 1, 2]],
+        "spans": [[0, 2, 3, 1], [6, 1, 1, 2]],
+        "keep": [1, 2, 3, 6, 1, 6, 8],
+        "targets": [10, 11, 12, 20, 13, 30, 31],
+        "segments": [0, 0, 0, 1, 2, 3, 3],
+        "lengths": [[3, 1], [1, 2]],
+    }
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_flat_and_padded_name_the_same_predictions(seed: int) -> None:
+    """The history that each kept position stands for, too: all tokens before the target, in order."""
+    pairs = draw_pairs(6, seed)
+    padded, flat = padded_batch(pairs, PAD), flat_batch(pairs)
+
+    def predictions(batch: dict[str, Tensor], history: list[list[int]]) -> Counter[Any]:
+        kept = [tuple(history[place]) for place in batch["keep"].tolist()]
+        return Counter(zip(batch["segments"].tolist(), batch["targets"].tolist(), kept, strict=True))
+
+    rows = padded["input_ids"].tolist()
+    padded_history = [row[: place + 1] for row in rows for place in range(len(row))]
+    flat_history = [
+        [*pair.prompt, *response][: place + 1]
+        for pair in pairs
+        for response, first in ((pair.real, 0), (pair.synthetic, len(pair.prompt)))
+        for place in range(first, len(pair.prompt) + len(response))
+    ]
+    assert predictions(flat, flat_history) == predictions(padded, padded_history)
+    assert torch.equal(flat["lengths"], padded["lengths"])
+    assert [len(seen) - 1 for seen in flat_history] == flat["position_ids"][0].tolist()
+
+
+def test_collator_makes_the_flat_row_when_told() -> None:
+    collator = PairCollator(byte_tokenizer())
+    collator.shared_prefix = True
+    batch = collator([{"prompt": [1, 2], "real": [10, 11], "synthetic": [13], "index": 7}])
+    expected = flat_batch([Pair([1, 2], [10, 11], [13])])
+    assert batch.keys() == {*expected, "index"}
+    assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
+
+
+# --- flat = padded, through models -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_flat_equals_padded(architecture: str) -> None:
+    """And both equal the model's own logits in the padded form, which nothing of ours touches."""
+    model = make(architecture)
+    expected, gradients = step(model, padded_batch(PAIRS, PAD), own_logits=True)
+    forms = choose_forms(model, PAIRS, wanted=True, pad_token_id=PAD)
+    assert forms == (True, None, False)
+    for batch in (flat_batch(PAIRS), padded_batch(PAIRS, PAD)):
+        if architecture == "gemma2" and "spans" not in batch:
+            continue  # once the flat row is on, its padded form is SDPA, without soft-capping
+        found, found_gradients = step(model, batch)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert distance(found_gradients, gradients) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_own_logits_of_the_flat_row(architecture: str) -> None:
+    """The way of a model whose head we do not understand."""
+    model = make(architecture)
+    enable(model)
+    expected, gradients = step(model, padded_batch(PAIRS, PAD))
+    found, found_gradients = step(model, flat_batch(PAIRS), own_logits=True)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert distance(found_gradients, gradients) < 1e-5
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_gradient_checkpointing_changes_nothing(architecture: str, reentrant: bool) -> None:
+    model = make(architecture).train()
+    enable(model)
+    expected, gradients = step(model, flat_batch(PAIRS))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    found, found_gradients = step(model, flat_batch(PAIRS))
+    torch.testing.assert_close(found, expected)
+    assert distance(found_gradients, gradients) < 1e-6
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["v_proj", "lm_head"]])
+def test_lora(targets: list[str], tied: bool) -> None:
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL, tie_word_embeddings=tied)).float()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    install(model)
+    expected, gradients = step(model, padded_batch(PAIRS, PAD), own_logits=True)
+    assert choose_forms(model, PAIRS, wanted=True, pad_token_id=PAD) == (True, None, False)
+    found, found_gradients = step(model, flat_batch(PAIRS))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert distance(found_gradients, gradients) < 1e-5
+    assert all("lora" in name for name in gradients)
+
+
+def test_tied_embeddings() -> None:
+    model = make("llama", tie_word_embeddings=True)
+    expected, gradients = step(model, padded_batch(PAIRS, PAD), own_logits=True)
+    enable(model)
+    found, found_gradients = step(model, flat_batch(PAIRS))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert distance(found_gradients, gradients) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma"])
+def test_bf16_error_is_bounded_by_the_naive_forms(architecture: str) -> None:
+    """Against fp32 arithmetic on the same (bf16) weights: no worse than full logits of the padded form, times 1.5."""
+    low = make(architecture).bfloat16()
+    exact = copy.deepcopy(low).float()
+    batch = padded_batch(PAIRS, PAD)
+    truth, true_gradients = step(exact, batch, own_logits=True)
+    naive, naive_gradients = step(low, batch, own_logits=True)
+    enable(low)
+    found, found_gradients = step(low, flat_batch(PAIRS))
+    assert found.dtype == torch.float32
+    assert (found - truth).square().mean().sqrt() <= 1.5 * (naive - truth).square().mean().sqrt() + 1e-3
+    assert distance(found_gradients, true_gradients) <= 1.5 * distance(naive_gradients, true_gradients)
+
+
+def test_autocast_gives_fp32_log_probabilities_near_the_exact_ones() -> None:
+    model = make()
+    enable(model)
+    expected, gradients = step(model, flat_batch(PAIRS))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, found_gradients = step(model, flat_batch(PAIRS))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    assert distance(found_gradients, gradients) < 0.05
+
+
+def test_corrupting_one_pair_leaves_the_others_alone() -> None:
+    model = make()
+    enable(model)
+    with torch.no_grad():
+        before = logps(model, flat_batch(PAIRS))
+        for corrupt, pair in enumerate(PAIRS):
+            changed = list(PAIRS)
+            changed[corrupt] = Pair(*([token % 200 + 5 for token in part] for part in pair))
+            after = logps(model, flat_batch(changed))
+            others = [number for number in range(len(PAIRS)) if number != corrupt]
+            torch.testing.assert_close(after[:, others], before[:, others], rtol=0, atol=1e-6)
+            assert (after[:, corrupt] - before[:, corrupt]).abs().max() > 1e-3
+
+
+def test_responses_do_not_see_each_other() -> None:
+    model = make()
+    enable(model)
+    with torch.no_grad():
+        before = logps(model, flat_batch(PAIRS))
+        real = logps(model, flat_batch([pair._replace(synthetic=[5] * len(pair.synthetic)) for pair in PAIRS]))
+        synthetic = logps(model, flat_batch([pair._replace(real=[5] * len(pair.real)) for pair in PAIRS]))
+    torch.testing.assert_close(real[0], before[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(synthetic[1], before[1], rtol=0, atol=1e-6)
+
+
+def test_padded_reference_is_what_the_loss_module_says() -> None:
+    """`own_logits` is the oracle of this file, so it is held to the plain formula once."""
+    model = make()
+    batch = padded_batch(PAIRS, PAD)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten(0, 1)
+    expected = response_logps(logits[batch["keep"]], batch["targets"], batch["segments"], 2 * len(PAIRS))
+    assert torch.equal(logps(model, batch, own_logits=True).flatten(), expected)

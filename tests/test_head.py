@@ -1,0 +1,249 @@
+"""The chunked head against full logits: values, gradients, memory, and how a strange model falls back."""
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import SMALL
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from spin_plugin import head
+from spin_plugin.head import LogitMap, choose_forms, install, logps
+from spin_plugin.layout import Pair, flat_batch, padded_batch
+from spin_plugin.loss import response_logps
+
+PAIRS = [Pair([5, 6, 7], [8, 9, 1], [10, 1]), Pair([11], [1], [12, 13, 14, 15, 16, 1]), Pair([3] * 5, [4] * 7, [9] * 3)]
+PAD = 0
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the few tokens of the tests are several chunks, the last one shorter."""
+    monkeypatch.setattr(head, "CHUNK", 5)
+
+
+def make(architecture: str = "llama", **changes: Any) -> Any:
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **(SMALL | changes))).float()
+
+
+def draw(bias: bool, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor | None], Tensor, Tensor]:
+    """Hidden states [13, 8], weight [50, 8] and bias [50] as leaves; targets [13]; a direction [13]."""
+    torch.manual_seed(2)
+    shapes: list[tuple[int, ...]] = [(13, 8), (50, 8), (50,)]
+    leaves: list[Tensor | None] = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+    return leaves if bias else [*leaves[:2], None], torch.randint(0, 50, (13,)), torch.randn(13)
+
+
+CHUNK_BYTES = 5 * 50 * 8
+
+
+@pytest.mark.parametrize("kept", [0, CHUNK_BYTES, 10 * CHUNK_BYTES])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("logit_map", [LogitMap(), LogitMap(scale=0.3), LogitMap(cap=1.5), LogitMap(2.0, 1.5)])
+def test_linear_logps_equals_the_formula(logit_map: LogitMap, bias: bool, kept: int) -> None:
+    leaves, targets, direction = draw(bias)
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    found = head._LinearLogps.apply(*leaves, targets, logit_map, kept)
+    logits = logit_map(linear(*leaves))  # type: ignore[arg-type]
+    expected = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0].float()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad((output * direction).sum(), wanted) for output in (found, expected)]
+    for ours, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_weight_gets_no_gradient() -> None:
+    (hidden, weight, _), targets, _ = draw(bias=False)
+    assert hidden is not None
+    assert weight is not None
+    head._LinearLogps.apply(hidden, weight.requires_grad_(False), None, targets, LogitMap(), 0).sum().backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("kept", "forward_and_backward"),
+    [(0, [5, 5, 3, 5, 5, 3]), (CHUNK_BYTES, [5, 5, 3, 5, 3]), (10 * CHUNK_BYTES, [5, 5, 3])],
+)
+def test_logits_are_made_by_the_chunk(
+    monkeypatch: pytest.MonkeyPatch, kept: int, forward_and_backward: list[int]
+) -> None:
+    """No product as wide as the vocabulary has more rows than a chunk; what is not kept is made again."""
+    rows: list[int] = []
+
+    def watched(states: Tensor, *weights: Tensor) -> Tensor:
+        rows.append(len(states))
+        return linear(states, *weights)
+
+    monkeypatch.setattr(head, "linear", watched)
+    leaves, targets, _ = draw(bias=False)
+    head._LinearLogps.apply(*leaves, targets, LogitMap(), kept).sum().backward()
+    assert rows == forward_and_backward
+
+
+def test_nothing_is_kept_where_there_is_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    function = head._LinearLogps
+
+    class Watched:
+        @staticmethod
+        def apply(*arguments: Any) -> Tensor:
+            kept.append(arguments[-1])
+            return function.apply(*arguments)
+
+    monkeypatch.setattr(head, "_LinearLogps", Watched)
+    model = make()
+    install(model)
+    with torch.no_grad():
+        logps(model, padded_batch(PAIRS, PAD))
+    logps(model, padded_batch(PAIRS, PAD))
+    assert kept == [0, head.KEPT]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "expected"),
+    [
+        ("llama", {}, LogitMap()),
+        ("gemma2", {"final_logit_softcapping": 30.0}, LogitMap(cap=30.0)),
+        ("granite", {"logits_scaling": 4.0}, LogitMap(scale=0.25)),
+        ("cohere", {"logit_scale": 0.0625}, LogitMap(scale=0.0625)),
+    ],
+)
+def test_logit_map_of(architecture: str, changes: dict[str, float], expected: LogitMap) -> None:
+    assert LogitMap.of(AutoConfig.for_model(architecture, **changes)) == expected
+
+
+def test_install_changes_nothing_for_others() -> None:
+    model = make()
+    ids = torch.tensor([[5, 6, 7]])
+    before, signature = model(input_ids=ids, labels=ids), inspect.signature(model.forward)
+    install(model)
+    install(model)
+    after = model(input_ids=ids, labels=ids)
+    assert torch.equal(before.logits, after.logits)
+    assert torch.equal(before.loss, after.loss)
+    assert inspect.signature(model.forward) == signature
+    assert model.state_dict().keys() == make().state_dict().keys()
+
+
+def test_deep_copy_uses_its_own_weights() -> None:
+    model = make()
+    install(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        before = logps(model, padded_batch(PAIRS, PAD))
+        twin.lm_head.weight.zero_()
+        assert torch.equal(logps(model, padded_batch(PAIRS, PAD)), before)
+        uniform = -torch.tensor(float(SMALL["vocab_size"])).log() * padded_batch(PAIRS, PAD)["lengths"]
+        torch.testing.assert_close(logps(twin, padded_batch(PAIRS, PAD)), uniform)
+
+
+class Wrapper(nn.Module):
+    """Calls a model as DDP does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def test_wrapped_model() -> None:
+    model = make()
+    install(Wrapper(model))
+    batch = padded_batch(PAIRS, PAD)
+    assert torch.equal(logps(Wrapper(model), batch), logps(model, batch))
+
+
+def test_head_is_called_once_so_that_ranks_call_it_equally_often() -> None:
+    """ZeRO-3 and FSDP gather its weights in each call; unequal numbers of calls would wait for ever."""
+    model, calls = make(), []
+    install(model)
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    logps(model, padded_batch(PAIRS, PAD)).sum().backward()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_lora_on_the_head_is_chunked_unless_sharded(sharded: bool) -> None:
+    model = get_peft_model(make(), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    install(model)
+    adapted, calls = model.get_base_model().lm_head, []
+    if sharded:
+        adapted.base_layer.weight.ds_id = 0  # what DeepSpeed's ZeRO-3 marks its parameters with
+    adapted.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        found = logps(model, padded_batch(PAIRS, PAD))
+        kept = len(padded_batch(PAIRS, PAD)["keep"])
+        assert len(calls) == (1 if sharded else -(-kept // head.CHUNK))
+        torch.testing.assert_close(found, logps(model, padded_batch(PAIRS, PAD), own_logits=True))
+
+
+# --- falling back ----------------------------------------------------------------------------------
+
+
+class Strange(LlamaForCausalLM):
+    """Does to its logits what nobody has heard of."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * 3 + torch.arange(outputs.logits.shape[-1]) / 100
+        return outputs
+
+
+def strange() -> Strange:
+    torch.manual_seed(1)
+    return Strange(AutoConfig.for_model("llama", **SMALL))
+
+
+def test_unknown_head_falls_back_to_the_models_own_logits() -> None:
+    model = strange()
+    install(model)
+    forms = choose_forms(model, PAIRS, wanted=True, pad_token_id=PAD)
+    assert forms == (False, "Strange is not one of transformers' own models", True)
+    batch = padded_batch(PAIRS, PAD)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten(0, 1)
+    expected = response_logps(logits[batch["keep"]], batch["targets"], batch["segments"], 2 * len(PAIRS)).view(2, -1)
+    assert torch.equal(logps(model, batch), expected)
+
+
+def test_model_without_an_output_layer_of_its_own() -> None:
+    """Llama 4's decoder is the whole model, head included."""
+    changes = {"num_local_experts": 2, "intermediate_size_mlp": 96}
+    model = make("llama4_text", **changes)
+    install(model)
+    assert model.spin_own_logits
+    assert choose_forms(model, PAIRS, wanted=True, pad_token_id=PAD).own_logits
+
+
+def test_forms_that_differ_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that nothing speaks against, and whose flat row is wrong all the same."""
+    model = make()
+    install(model)
+    monkeypatch.setattr(head, "flat_inputs", lambda spans, tokens: {"spans": None})
+    forms = choose_forms(model, PAIRS, wanted=True, pad_token_id=PAD)
+    assert not forms.shared_prefix
+    assert "LlamaForCausalLM differs between the forms by" in str(forms.no_shared_prefix_because)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_shared_prefix_that_is_not_wanted() -> None:
+    model = make().train()
+    install(model)
+    assert choose_forms(model, PAIRS, wanted=False, pad_token_id=PAD) == (False, None, False)
+    assert model.config._attn_implementation == "sdpa"
+    assert model.training
+
+
+def test_flat_and_padded_agree_across_chunks() -> None:
+    model = make()
+    install(model)
+    assert choose_forms(model, PAIRS, wanted=True, pad_token_id=PAD).shared_prefix
+    torch.testing.assert_close(logps(model, flat_batch(PAIRS)), logps(model, padded_batch(PAIRS, PAD)))

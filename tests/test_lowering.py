@@ -1,0 +1,345 @@
+"""`rl: spin` becomes a supervised run, or one line that says why it cannot."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from axolotl.utils.dict import DictDefault
+from safetensors.torch import save_file
+from tiny import spin_config
+
+from spin_plugin.lowering import NO_PROMPT_TYPES, REFUSED, Lowered, announce, lower, restore
+from spin_plugin.messages import SpinError
+from spin_plugin.run import RunDir, RunState, differing_keys
+
+Config = Callable[..., MutableMapping[str, Any]]
+
+
+@pytest.fixture(params=[dict, DictDefault], ids=["dict", "DictDefault"])
+def config(request: pytest.FixtureRequest, tmp_path: Path, llama: Path, chat_data: Path) -> Config:
+    """A working configuration with changes, as plain YAML gives it and as Axolotl hands it over."""
+    return lambda **changes: request.param(spin_config(tmp_path, llama, chat_data, **changes))
+
+
+def error_of(cfg: MutableMapping[str, Any], known: tuple[str, ...] = ()) -> str:
+    """The one line by which a configuration is refused."""
+    with pytest.raises(SpinError) as caught:
+        lower(cfg, known)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+def finish(cfg: Mapping[str, Any], model: Path, iterations: int = 1, *, adapter: bool = False) -> RunDir:
+    """A run directory with finished iterations, each with a real model (or adapter)."""
+    run = RunDir(Path(cfg["output_dir"]))
+    for number in range(iterations):
+        folder = run.iteration(number).path
+        if adapter:
+            folder.mkdir(parents=True)
+            (folder / "adapter_config.json").write_text(json.dumps({"r": 4}))
+            save_file({"lora_A.weight": torch.ones(4, 2)}, folder / "adapter_model.safetensors")
+        else:
+            shutil.copytree(model, folder)
+    run.root.mkdir(exist_ok=True)
+    run.write_state(
+        RunState({"base_model": cfg["base_model"]}, [{"iteration": number} for number in range(iterations)], "0")
+    )
+    return run
+
+
+# --- what stays --------------------------------------------------------------------------------
+
+
+def test_lowered_configuration_is_supervised(config: Config, tmp_path: Path, llama: Path) -> None:
+    cfg = config(sample_packing=True, eval_sample_packing=True, pad_to_sequence_len=True, train_on_inputs=True)
+    before = copy.deepcopy(cfg)
+    lowered = lower(cfg)
+    assert "rl" not in cfg
+    assert cfg["spin_iteration"] == lowered.iteration == 0
+    for key in ("sample_packing", "eval_sample_packing", "pad_to_sequence_len", "train_on_inputs"):
+        assert cfg[key] is False
+    for key in ("datasets", "plugins", "learning_rate", "chat_template", "output_dir"):
+        assert cfg[key] == before[key]
+    assert cfg["base_model"] == str(llama)
+    assert lowered.run.root == tmp_path / "run"
+    assert lowered.spin.iterations == 2
+    assert not lowered.all_finished
+    assert not (tmp_path / "run").exists(), "lowering writes nothing"
+
+
+def test_configuration_of_the_user_is_kept_as_it_was(config: Config) -> None:
+    cfg = config(hf_token="hf_secret", sample_packing=True)
+    plain = json.loads(json.dumps(cfg))
+    lowered = lower(cfg)
+    del plain["hf_token"]
+    assert lowered.config == plain
+    assert type(lowered.config) is type(lowered.config["spin"]["generation"]) is dict
+
+
+def test_block_is_complete_and_typed_afterwards(config: Config) -> None:
+    cfg = config(spin={"iterations": 3, "loss": "hinge"})
+    lower(cfg)
+    assert cfg["spin"]["iterations"] == 3
+    assert cfg["spin"]["loss"] == "hinge"
+    assert cfg["spin"]["beta"] == 0.1
+    assert cfg["spin"]["generation"]["temperature"] == 1.0
+    assert "schedule" not in cfg["spin"]
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, False), (False, False), (True, True)])
+def test_model_of_the_end_is_the_next_opponent_unless_the_best_is_asked_for(
+    config: Config, asked: bool | None, given: bool
+) -> None:
+    cfg = config(load_best_model_at_end=asked)
+    lower(cfg)
+    assert cfg["load_best_model_at_end"] is given
+
+
+def test_resuming_needs_no_key(config: Config) -> None:
+    cfg = config(resume_from_checkpoint="somewhere")
+    lower(cfg)
+    assert "resume_from_checkpoint" not in cfg
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_key_that_spin_cannot_use_is_named_with_the_reason(config: Config, key: str) -> None:
+    assert error_of(config(**{key: "something"})) == f"{key}: cannot be used with `rl: spin`: {REFUSED[key]}"
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_key_that_is_switched_off_is_taken(config: Config, key: str) -> None:
+    lower(config(**{key: False}))
+
+
+@pytest.mark.parametrize("key", ["context_parallel_size", "sequence_parallel_degree"])
+def test_sequence_parallelism_is_refused(config: Config, key: str) -> None:
+    assert key in error_of(config(**{key: 2}))
+    lower(config(**{key: 1}))
+
+
+@pytest.mark.parametrize("adapter", ["llama-adapter", "ia3", "dora"])
+def test_adapter_that_vllm_cannot_serve_is_refused(config: Config, adapter: str) -> None:
+    assert error_of(config(adapter=adapter)).startswith(f"adapter: {adapter} cannot be used")
+
+
+@pytest.mark.parametrize("adapter", ["lora", "qlora", ""])
+def test_adapter_that_vllm_can_serve_is_taken(config: Config, adapter: str) -> None:
+    lower(config(adapter=adapter))
+
+
+@pytest.mark.parametrize("kind", [*NO_PROMPT_TYPES, "completion:field", "bradley_terry.chat_template"])
+def test_dataset_without_prompts_is_refused(config: Config, chat_data: Path, kind: str) -> None:
+    good, bad = {"path": str(chat_data), "type": "alpaca"}, {"path": str(chat_data), "type": kind}
+    assert error_of(config(datasets=[good, bad])).startswith(f"datasets[1].type: {kind} ")
+    assert error_of(config(test_datasets=[bad])).startswith(f"test_datasets.type: {kind} ")
+
+
+@pytest.mark.parametrize("kind", ["chat_template", "alpaca", "input_output", {"field_instruction": "q"}, None])
+def test_dataset_with_prompts_is_taken(config: Config, chat_data: Path, kind: Any) -> None:
+    lower(config(datasets=[{"path": str(chat_data), "ds_type": "json", "type": kind}]))
+
+
+@pytest.mark.parametrize(
+    "path", ["nowhere.jsonl", "./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "data/nowhere.parquet"]
+)
+def test_dataset_that_does_not_exist_is_named(config: Config, path: str) -> None:
+    assert error_of(config(datasets=[{"path": path}])) == f"datasets[0].path: {path} does not exist"
+
+
+@pytest.mark.parametrize("path", ["org/name", "s3://bucket/rows.jsonl", "https://host/rows.json"])
+def test_remote_dataset_is_not_looked_for_on_disk(config: Config, path: str) -> None:
+    lower(config(datasets=[{"path": path, "type": "alpaca"}]))
+
+
+@pytest.mark.parametrize("datasets", [None, [], ["org/name"], [3], {"path": "org/name"}, "org/name", 3])
+def test_datasets_that_are_missing_or_no_list_of_mappings(config: Config, datasets: Any) -> None:
+    assert error_of(config(datasets=datasets)).startswith("datasets")
+
+
+@pytest.mark.parametrize("output_dir", [None, ""])
+def test_missing_output_dir(config: Config, output_dir: str | None) -> None:
+    assert error_of(config(output_dir=output_dir)).startswith("output_dir: ")
+
+
+def test_block_without_rl(config: Config) -> None:
+    assert "`rl: spin` is missing" in error_of(config(rl=None))
+
+
+@pytest.mark.parametrize("rl", ["dpo", "kto", "grpo", "SPIN"])
+def test_another_rl_with_the_block(config: Config, rl: str) -> None:
+    assert error_of(config(rl=rl)).startswith(f"`rl: {rl}` cannot be combined")
+
+
+def test_plugin_without_a_block(config: Config) -> None:
+    assert "`spin:` block is missing" in error_of(config(spin=None))
+
+
+@pytest.mark.parametrize("block", [3, "iterations: 3", []])
+def test_block_that_is_no_mapping(config: Config, block: Any) -> None:
+    assert error_of(config(spin=block)).startswith("spin: must be a mapping")
+
+
+def test_wrong_block_is_refused_in_the_words_of_its_types(config: Config) -> None:
+    message = "spin.betta: there is no such key; did you mean `beta`?"
+    assert error_of(config(spin={"iterations": 1, "betta": 1})) == message
+
+
+def test_damaged_base_model_is_named(config: Config, llama: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(llama, tmp_path / "damaged"))
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    assert str(weights) in error_of(config(base_model=str(damaged)))
+
+
+# --- the schedule ------------------------------------------------------------------------------
+
+
+def scheduled(*entries: dict[str, Any]) -> dict[str, Any]:
+    return {"iterations": len(entries), "schedule": list(entries)}
+
+
+def test_schedule_reaches_the_configuration_of_its_iteration(config: Config, llama: Path) -> None:
+    block = scheduled({"learning_rate": 5e-7}, {"learning_rate": 1e-7, "beta": 5.0, "num_epochs": 3})
+    first, second = config(spin=block), config(spin=block)
+    lower(first)
+    assert (first["learning_rate"], first["num_epochs"], first["spin"]["beta"]) == (5e-7, 1, 0.1)
+    finish(second, llama)
+    lower(second)
+    assert (second["learning_rate"], second["num_epochs"], second["spin"]["beta"]) == (1e-7, 3, 5.0)
+
+
+def test_misspelt_axolotl_key_in_the_schedule_is_named(config: Config) -> None:
+    message = error_of(config(spin=scheduled({}, {"learning_rte": 1e-7})), ("learning_rate", "num_epochs"))
+    assert message == "spin.schedule[1].learning_rte: there is no such key; did you mean `learning_rate`?"
+
+
+def test_schedule_cannot_switch_packing_on(config: Config) -> None:
+    cfg = config(spin=scheduled({"sample_packing": True, "train_on_inputs": True}))
+    lower(cfg)
+    assert (cfg["sample_packing"], cfg["train_on_inputs"]) == (False, False)
+
+
+@pytest.mark.parametrize("key", ["peft_use_dora", "trainer_cls", "reward_model"])
+def test_schedule_cannot_bring_in_what_is_refused(config: Config, key: str) -> None:
+    assert key in error_of(config(spin=scheduled({key: True})))
+
+
+# --- later iterations --------------------------------------------------------------------------
+
+
+def test_model_of_the_iteration_before_is_base_and_opponent(config: Config, llama: Path, tmp_path: Path) -> None:
+    cfg = config(revision_of_model="abc", tokenizer_config="org/other")
+    cfg["base_model_config"] = cfg["base_model"]
+    finish(cfg, llama)
+    lowered = lower(cfg)
+    assert (lowered.iteration, cfg["spin_iteration"]) == (1, 1)
+    assert cfg["base_model"] == str(tmp_path / "run" / "iteration-0")
+    assert not cfg.keys() & {"revision_of_model", "base_model_config", "tokenizer_config"}
+    assert lowered.config["base_model"] == str(llama)
+    assert lowered.config["revision_of_model"] == "abc"
+
+
+def test_first_iteration_keeps_the_pinned_revision(config: Config) -> None:
+    cfg = config(base_model="org/model", revision_of_model="abc")
+    lower(cfg)
+    assert (cfg["base_model"], cfg["revision_of_model"]) == ("org/model", "abc")
+
+
+def test_adapter_of_the_iteration_before_goes_on_the_same_base(config: Config, llama: Path, tmp_path: Path) -> None:
+    cfg = config(adapter="lora", base_model=str(llama), lora_r=4)
+    finish(cfg, llama, adapter=True)
+    lower(cfg)
+    assert cfg["base_model"] == str(llama)
+    assert cfg["lora_model_dir"] == str(tmp_path / "run" / "iteration-0")
+
+
+def test_first_iteration_with_an_adapter_starts_a_new_one(config: Config) -> None:
+    cfg = config(adapter="lora")
+    lower(cfg)
+    assert "lora_model_dir" not in cfg
+
+
+@pytest.mark.parametrize("adapter", [None, "lora"])
+def test_damaged_model_of_the_iteration_before_is_named(config: Config, llama: Path, adapter: str | None) -> None:
+    cfg = config(adapter=adapter)
+    run = finish(cfg, llama, adapter=bool(adapter))
+    weights = next(run.iteration(0).path.glob("*model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert str(weights) in error_of(cfg)
+
+
+def test_all_iterations_finished(config: Config, llama: Path, tmp_path: Path) -> None:
+    """Commands that read the configuration, such as `evaluate`, then get the last model."""
+    cfg = config(spin=scheduled({"learning_rate": 1.0}, {"learning_rate": 2.0}))
+    finish(cfg, llama, 2)
+    lowered = lower(cfg)
+    assert lowered.all_finished
+    assert cfg["base_model"] == str(tmp_path / "run" / "iteration-1")
+    assert cfg["learning_rate"] == 2.0
+
+
+def test_fewer_iterations_than_are_finished(config: Config, llama: Path) -> None:
+    cfg = config(spin={"iterations": 1})
+    finish(cfg, llama, 2)
+    assert lower(cfg).all_finished
+
+
+def test_damaged_run_json_is_refused(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{")
+    assert "run.json is damaged" in error_of(config())
+
+
+def test_inference_takes_rl_away_and_is_welcome(config: Config, llama: Path, tmp_path: Path) -> None:
+    cfg = config()
+    cfg.update(inference=True, rl=None)
+    finish(cfg, llama)
+    lower(cfg)
+    assert "rl" not in cfg
+    assert cfg["base_model"] == str(tmp_path / "run" / "iteration-0")
+
+
+# --- another process ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("finished", [0, 1])
+def test_restored_configuration_says_the_same(config: Config, llama: Path, finished: int) -> None:
+    """A Ray worker gets the lowered configuration as a plain dict."""
+    cfg = config(spin=scheduled({"beta": 0.3}, {"beta": 5.0}))
+    finish(cfg, llama, finished)
+    lowered = lower(cfg)
+    restored = restore(DictDefault(json.loads(json.dumps(cfg))))
+    assert (restored.run, restored.iteration) == (lowered.run, lowered.iteration)
+    assert restored.all_finished == lowered.all_finished
+    assert restored.spin.at(restored.iteration) == lowered.spin.at(lowered.iteration)
+
+
+@pytest.mark.parametrize("finished", [0, 1])
+def test_restored_configuration_belongs_to_the_same_run(config: Config, llama: Path, finished: int) -> None:
+    """A worker that claims the directory must find the run that its own driver describes."""
+    cfg = config(spin=scheduled({"beta": 0.3}, {"beta": 5.0}))
+    finish(cfg, llama, finished)
+    lowered = lower(cfg)
+    restored = restore(DictDefault(json.loads(json.dumps(cfg))))
+    assert differing_keys(lowered.config, restored.config, finished) == []
+
+
+@pytest.mark.parametrize(("finished", "opponent"), [(0, "the base model"), (1, "the model of iteration 0")])
+def test_announcement_names_iteration_and_opponent(
+    config: Config, llama: Path, capsys: pytest.CaptureFixture[str], finished: int, opponent: str
+) -> None:
+    cfg = config()
+    finish(cfg, llama, finished)
+    lowered: Lowered = lower(cfg)
+    announce(lowered)
+    assert capsys.readouterr().out == f"spin: iteration {finished} of 0…1, opponent: {opponent}\n"

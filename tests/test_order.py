@@ -1,0 +1,45 @@
+"""The order of the pairs: random, seeded, complete, and balanced within each step."""
+
+import torch
+
+from spin_plugin.order import BalancedSampler, balanced
+
+
+def test_balanced_by_hand() -> None:
+    """Lengths 8 … 1 in two groups of four: 8, 5, 4, 1 and 7, 6, 3, 2 hold 18 tokens each."""
+    lengths = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8])
+    order = balanced(torch.arange(8), lengths, groups=2)
+    assert lengths[order].tolist() == [8, 5, 4, 1, 7, 6, 3, 2]
+
+
+def test_an_epoch_holds_every_pair_once_and_steps_keep_their_pairs() -> None:
+    lengths = torch.randint(10, 1000, (103,), generator=torch.Generator().manual_seed(0))
+    plain = BalancedSampler(lengths, micro_batch=16, groups=1, seed=3)
+    grouped = BalancedSampler(lengths, micro_batch=4, groups=4, seed=3)
+    one, other = list(plain), list(grouped)
+    assert sorted(one) == sorted(other) == list(range(103))
+    assert len(grouped) == 103
+    for start in range(0, 103, 16):
+        assert set(one[start : start + 16]) == set(other[start : start + 16])
+
+
+def test_groups_are_closer_to_each_other_than_in_random_order() -> None:
+    lengths = torch.randn(4096, generator=torch.Generator().manual_seed(1)).mul(0.6).exp().mul(500).long()
+
+    def spread(order: list[int]) -> float:
+        tokens = lengths[torch.tensor(order)].view(-1, 8, 8).sum(-1).float()
+        return (tokens.max(1).values / tokens.mean(1)).mean().item()
+
+    random = torch.randperm(4096, generator=torch.Generator().manual_seed(2)).tolist()
+    ours = spread(list(BalancedSampler(lengths, micro_batch=8, groups=8, seed=2)))
+    assert ours - 1 < (spread(random) - 1) / 3
+
+
+def test_epochs_differ_and_a_seed_repeats_them() -> None:
+    lengths = torch.arange(50)
+    sampler, again = (BalancedSampler(lengths, micro_batch=5, groups=2, seed=9) for _ in range(2))
+    first = list(sampler)
+    sampler.set_epoch(1)
+    again.set_epoch(1)
+    assert list(sampler) != first
+    assert list(sampler) == list(again)

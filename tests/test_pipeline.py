@@ -1,0 +1,215 @@
+"""Two iterations through the user's own commands: real Axolotl, real vLLM, a tiny random model."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, Finished
+from safetensors.torch import load_file
+from tiny import chat_rows, spin_config, write_config, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from spin_plugin.iteration import open_pairs
+from spin_plugin.run import RunDir
+
+pytestmark = pytest.mark.slow
+Command = Callable[..., Finished]
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory, llama: Path, command: Command) -> Path:
+    """A run of two finished iterations with two-turn conversations and held-out rows; the folder of its config."""
+    folder = tmp_path_factory.mktemp("played")
+    data = write_jsonl(folder / "chat.jsonl", chat_rows(20, turns=2))
+    config = write_config(folder, spin_config(folder, llama, data, val_set_size=4, eval_strategy="epoch", save_steps=3))
+    done = command(ROOT / "scripts/iterate.sh", config, folder=folder)
+    assert done.code == 0, done.output[-3000:]
+    return folder
+
+
+def logged(run: Path, iteration: int) -> list[dict[str, Any]]:
+    lines = (run / f"iteration-{iteration}" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("iteration", [0, 1])
+def test_first_loss_is_ln_2_and_first_margin_0(played: Path, iteration: int) -> None:
+    first = next(line for line in logged(played / "run", iteration) if "spin/loss" in line)
+    assert first["step"] == 1
+    assert first["spin/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["spin/reward_margin"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("iteration", [0, 1])
+def test_opponent_is_the_model_of_the_iteration_before(played: Path, llama: Path, iteration: int) -> None:
+    run = RunDir(played / "run")
+    pairs = open_pairs(run.iteration(iteration))
+    opponent = AutoModelForCausalLM.from_pretrained(run.iteration(iteration - 1).path if iteration else llama)
+    stored = load_file(pairs.opponent_files["train"])["logps"]
+    for pair in pairs.train.select(range(6)):
+        for row, side in enumerate(("real", "synthetic")):
+            tokens = torch.tensor([pair["prompt"] + pair[side]])
+            with torch.no_grad():
+                logps = opponent(tokens).logits.log_softmax(-1)[0, :-1]
+            response = range(len(pair["prompt"]) - 1, tokens.shape[1] - 1)
+            by_hand = sum(logps[place, tokens[0, place + 1]].item() for place in response)
+            assert stored[row, pair["index"]].item() == pytest.approx(by_hand, abs=1e-3)
+
+
+def test_second_iteration_mixes_in_the_responses_of_the_first(played: Path) -> None:
+    run = RunDir(played / "run")
+    first, second = (open_pairs(run.iteration(number)).train for number in (0, 1))
+    assert set(first["iteration"]) == {0}
+    old = second.filter(lambda pair: pair["iteration"] == 0)
+    assert old["synthetic"] == first["synthetic"]
+    assert len(second) > len(old)
+    assert list(second["index"]) == list(range(len(second)))
+
+
+def test_held_out_prompts_are_judged_too(played: Path) -> None:
+    evaluated = [line for line in logged(played / "run", 0) if "eval_spin/loss" in line]
+    assert evaluated[0]["eval_spin/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert evaluated[-1]["eval_spin/loss"] != evaluated[0]["eval_spin/loss"]
+    pairs = open_pairs(RunDir(played / "run").iteration(0))
+    trained = {tuple(prompt) for prompt in pairs.train["prompt"]}
+    assert pairs.eval is not None
+    assert not trained & {tuple(prompt) for prompt in pairs.eval["prompt"]}
+
+
+def test_a_response_cut_by_its_budget_has_no_end_token(played: Path) -> None:
+    from spin_plugin.generation.shards import Shards
+
+    stop = json.loads((played / "run/real/meta.json").read_text())["stop_tokens"]
+    responses = list(Shards(played / "run/iteration-0/synthetic").responses())
+    cut = [response for response in responses if response["finish"] == "length"]
+    ended = [response for response in responses if response["finish"] == "stop"]
+    assert cut and ended
+    assert all(response["tokens"][-1] not in stop for response in cut)
+    assert all(response["tokens"][-1] == response["stop"] in stop for response in ended)
+
+
+def test_status_shows_the_run(played: Path, command: Command) -> None:
+    done = command("axolotl", "spin", "status", played / "config.yml", "--json", folder=played)
+    content = json.loads(done.output.splitlines()[-1])
+    assert [entry["state"] for entry in content["iterations"]] == ["finished", "finished"]
+    assert content["iterations"][1]["pairs"]["train"]["pairs"] > 0
+    assert "spin/loss" in content["iterations"][1]["metrics"]
+
+
+def test_finished_run_says_so_and_leaves_everything_alone(played: Path, command: Command) -> None:
+    before = (played / "run/run.json").read_bytes()
+    done = command("axolotl", "train", "config.yml", "--launcher", "python", folder=played)
+    assert done.code == 0
+    assert "all 2 iterations are finished" in done.output
+    done = command(ROOT / "scripts/iterate.sh", "config.yml", folder=played)
+    assert done.code == 0
+    assert (played / "run/run.json").read_bytes() == before
+
+
+def test_output_dir_holds_the_newest_model(played: Path) -> None:
+    newest = load_file(played / "run/iteration-1/model.safetensors")
+    linked = load_file(played / "run/model.safetensors")
+    assert all(torch.equal(linked[name], tensor) for name, tensor in newest.items())
+    AutoModelForCausalLM.from_pretrained(played / "run")
+
+
+def test_evaluate_judges_the_last_finished_iteration(played: Path, command: Command) -> None:
+    done = command("axolotl", "evaluate", "config.yml", "--launcher", "python", folder=played)
+    assert done.code == 0, done.output[-3000:]
+    assert "run/iteration-1" in done.output
+    assert (played / "run/eval_summary.csv").exists()
+
+
+def test_resolved_configuration_is_saved(played: Path) -> None:
+    import yaml
+
+    config = yaml.safe_load((played / "run/iteration-1/config.yml").read_text())
+    assert config["base_model"].endswith("run/iteration-0")
+    assert config["spin"]["beta"] == 0.1
+
+
+def test_accumulation_changes_nothing(
+    played: Path, tmp_path: Path, llama: Path, chat_data: Path, command: Command
+) -> None:
+    """1 x 8 = 8 x 1, also in the last, incomplete batch of an epoch (23 pairs, 8 a step)."""
+    curves, weights = [], []
+    for micro, accumulation in ((8, 1), (1, 8)):
+        folder = tmp_path / str(micro)
+        folder.mkdir()
+        spin = {"iterations": 1, "num_prompts": 23, "beta": 1.0, "generation": {"max_tokens": 12}}
+        spin["generation"]["vllm"] = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
+        changes = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation, "num_epochs": 2}
+        write_config(folder, spin_config(folder, llama, chat_data, spin=spin, **changes))
+        done = command("axolotl", "train", "config.yml", folder=folder)
+        assert done.code == 0, done.output[-3000:]
+        curves.append([line["spin/loss"] for line in logged(folder / "run", 0) if "spin/loss" in line])
+        weights.append(load_file(folder / "run/iteration-0/model.safetensors"))
+    assert len(curves[0]) == 6
+    assert curves[0] == pytest.approx(curves[1], abs=1e-6)
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=1e-5, rtol=1e-5)
+
+
+def test_lora_plays_on_with_the_adapter(tmp_path: Path, llama: Path, chat_data: Path, command: Command) -> None:
+    """The opponent of iteration 1 is the base model plus the adapter of iteration 0, never the base model alone."""
+    from peft import PeftModel
+
+    lora = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True, "lora_dropout": 0.1}
+    # Axolotl switches its fused kernels on by itself; they exist for GPUs only.
+    kernels = {"lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False}
+    write_config(tmp_path, spin_config(tmp_path, llama, chat_data, learning_rate=1e-2, **lora, **kernels))
+    done = command(ROOT / "scripts/iterate.sh", "config.yml", folder=tmp_path)
+    assert done.code == 0, done.output[-3000:]
+    run = RunDir(tmp_path / "run")
+    for iteration in (0, 1):
+        first = logged(run.root, iteration)[0]
+        assert first["spin/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert json.loads((run.iteration(1).synthetic / "job.json").read_text())["adapter"].endswith("iteration-0")
+
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    opponent = PeftModel.from_pretrained(base, run.iteration(0).path).eval()
+    pairs = open_pairs(run.iteration(1))
+    stored = load_file(pairs.opponent_files["train"])["logps"]
+    pair = pairs.train[0]
+    tokens = torch.tensor([pair["prompt"] + pair["real"]])
+    asked = range(len(pair["prompt"]) - 1, tokens.shape[1] - 1)
+
+    def by_hand() -> float:
+        with torch.no_grad():
+            logps = opponent(tokens).logits.log_softmax(-1)[0]
+        return sum(logps[place, tokens[0, place + 1]].item() for place in asked)
+
+    assert stored[0, 0].item() == pytest.approx(by_hand(), abs=1e-3)
+    with opponent.disable_adapter():
+        assert abs(stored[0, 0].item() - by_hand()) > 0.1, "a wrong opponent would be seen"
+
+
+def test_flat_and_padded_runs_follow_one_trajectory(
+    tmp_path: Path, llama: Path, chat_data: Path, command: Command
+) -> None:
+    """Two iterations with the shared prefix and without, held-out prompts too: the same responses, losses, weights."""
+    runs = {}
+    for form in ("on", "off"):
+        folder = tmp_path / form
+        folder.mkdir()
+        config = spin_config(folder, llama, chat_data, val_set_size=4, eval_strategy="epoch")
+        config["spin"] = config["spin"] | {"shared_prefix": form, "beta": 1.0}
+        write_config(folder, config)
+        done = command(ROOT / "scripts/iterate.sh", "config.yml", folder=folder)
+        assert done.code == 0, done.output[-3000:]
+        runs[form] = folder / "run"
+    for iteration in (0, 1):
+        curves = [
+            [line[name] for line in logged(run, iteration) for name in line if name.endswith("spin/loss")]
+            for run in runs.values()
+        ]
+        assert len(curves[0]) > 6
+        assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+        flat, padded = (load_file(run / f"iteration-{iteration}/model.safetensors") for run in runs.values())
+        for name, tensor in padded.items():
+            torch.testing.assert_close(flat[name], tensor, atol=1e-4, rtol=1e-3)

@@ -1,0 +1,31 @@
+"""The main job as the README gives it: self-play raises the tiny model, measured on held-out prompts."""
+
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+from conftest import ROOT, Finished
+
+pytestmark = pytest.mark.slow
+
+
+def test_quickstart_ends_in_a_better_model_and_a_second_run_changes_nothing(command: Callable[..., Finished]) -> None:
+    done = command(ROOT / "scripts/quickstart.sh", folder=ROOT)
+    assert done.code == 0, done.output[-3000:]
+    run = ROOT / "outputs/spin-tiny"
+    summary = json.loads((run / "summary.json").read_text())
+    assert [entry["iteration"] for entry in summary["iterations"]] == [0, 1, 2, 3]
+    means = [(entry["in_domain"] + entry["out_of_domain"]) / 2 for entry in (summary["sft"], *summary["iterations"])]
+    assert means[-1] - means[0] >= 10
+    assert summary["iterations"][-1]["kl"] < summary["sft"]["kl"]
+    for number in range(4):
+        first = json.loads((run / f"iteration-{number}/metrics.jsonl").read_text().splitlines()[0])
+        assert first["spin/loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert first["spin/reward_margin"] == pytest.approx(0, abs=1e-6)
+
+    before = {path: path.read_bytes() for path in (run / "run.json", run / "summary.json")}
+    again = command(ROOT / "scripts/quickstart.sh", folder=ROOT)
+    assert again.code == 0
+    assert "all 4 iterations" in again.output
+    assert {path: path.read_bytes() for path in before} == before

@@ -1,0 +1,75 @@
+"""An iteration that is killed goes on where it stopped and ends as an undisturbed one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Finished
+from safetensors.torch import load_file
+from tiny import spin_config, write_config
+
+pytestmark = pytest.mark.slow
+Command = Callable[..., Finished]
+
+
+def kill_when(folder: Path, reached: Callable[[], bool]) -> None:
+    """Start `axolotl train`, kill everything it started once `reached` says so."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with open(folder / "killed.log", "w") as log:
+        process = subprocess.Popen(
+            ["axolotl", "train", "config.yml"],
+            cwd=folder,
+            env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "2"},  # as the undisturbed run: sums depend on it
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        while not reached():
+            assert process.poll() is None, (folder / "killed.log").read_text()[-3000:]
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted((folder / "run/iteration-0/synthetic").glob("shard-*.jsonl"))
+
+
+def test_killed_in_generation_and_in_training(tmp_path: Path, llama: Path, chat_data: Path, command: Command) -> None:
+    """Killed while responses are drawn, then after the first checkpoint; compared with a run left alone."""
+    spin = {"iterations": 1, "generation": {"samples_per_prompt": 25, "max_tokens": 100}}
+    spin["generation"]["vllm"] = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
+    changes = {"save_steps": 10, "micro_batch_size": 16, "sequence_len": 160, "dropout": None}
+    folders = {name: tmp_path / name for name in ("undisturbed", "killed")}
+    for folder in folders.values():
+        folder.mkdir()
+        write_config(folder, spin_config(folder, llama, chat_data, spin=spin, **changes))
+    assert command("axolotl", "train", "config.yml", folder=folders["undisturbed"]).code == 0
+
+    killed = folders["killed"]
+    kill_when(killed, lambda: len(shards(killed)) >= 1)
+    kept = {path.name: path.stat().st_mtime_ns for path in shards(killed)}
+    assert 1 <= len(kept) < len(shards(folders["undisturbed"]))
+    kill_when(killed, (killed / "run/iteration-0/checkpoint-10/trainer_state.json").exists)
+    assert {path.name: path.stat().st_mtime_ns for path in shards(killed) if path.name in kept} == kept
+    opponent = (killed / "run/iteration-0/pairs/opponent-train.safetensors").stat().st_mtime_ns
+    done = command("axolotl", "train", "config.yml", folder=killed)
+    assert done.code == 0, done.output[-3000:]
+    assert "resuming at step" in done.output
+    assert (killed / "run/iteration-0/pairs/opponent-train.safetensors").stat().st_mtime_ns == opponent
+
+    first, second = (folder / "run/iteration-0" for folder in folders.values())
+    for one, other in zip(shards(folders["undisturbed"]), shards(killed), strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    steps = [json.loads(line)["step"] for line in (second / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [json.loads(line)["step"] for line in (first / "metrics.jsonl").read_text().splitlines()]
+    weights, again = (load_file(folder / "model.safetensors") for folder in (first, second))
+    for name, tensor in weights.items():
+        torch.testing.assert_close(again[name], tensor, atol=1e-6, rtol=1e-5)

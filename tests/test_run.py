@@ -1,0 +1,446 @@
+"""The run directory: nothing half-written is ever seen, one run at a time, and only harmless keys may change."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from spin_plugin.messages import SpinError
+from spin_plugin.run import (
+    FORMAT,
+    IterationDir,
+    RunDir,
+    RunState,
+    differing_keys,
+    make_folder_whole,
+    without_secrets,
+    write_whole,
+)
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- files and folders appear whole ------------------------------------------------------------
+
+
+def test_file_is_written_and_replaced(tmp_path: Path) -> None:
+    write_whole(tmp_path / "run.json", "old")
+    write_whole(tmp_path / "run.json", "new: ü\n")
+    assert content(tmp_path) == {"run.json": "new: ü\n"}
+
+
+def test_writer_that_dies_leaves_the_old_file(tmp_path: Path) -> None:
+    """A lone surrogate cannot be written: the writer fails after it has begun."""
+    write_whole(tmp_path / "run.json", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(tmp_path / "run.json", "x" * 100_000 + "\ud800")
+    assert (tmp_path / "run.json").read_text() == "old"
+    write_whole(tmp_path / "run.json", "new")
+    assert content(tmp_path) == {"run.json": "new"}
+
+
+def test_reader_sees_the_old_file_or_the_new_one_and_never_a_mixture(tmp_path: Path) -> None:
+    write_whole(tmp_path / "run.json", "old")
+    with open(tmp_path / "run.json") as reader:
+        write_whole(tmp_path / "run.json", "new")
+        assert reader.read() == "old"
+
+
+def test_folder_appears_with_everything_in_it(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        assert not (tmp_path / "pairs").exists()
+        (folder / "train.arrow").write_text("1")
+        (folder / "deep").mkdir()
+        (folder / "deep" / "stats.json").write_text("2")
+
+    make_folder_whole(tmp_path / "pairs", fill)
+    assert content(tmp_path) == {"pairs/train.arrow": "1", "pairs/deep/stats.json": "2"}
+
+
+@pytest.mark.parametrize("there_before", [True, False])
+def test_fill_that_dies_leaves_the_folder_as_it_was(tmp_path: Path, there_before: bool) -> None:
+    if there_before:
+        make_folder_whole(tmp_path / "pairs", lambda folder: (folder / "a").write_text("old") and None)
+
+    def die(folder: Path) -> None:
+        (folder / "a").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_folder_whole(tmp_path / "pairs", die)
+    assert (tmp_path / "pairs").exists() == there_before
+    if there_before:
+        assert content(tmp_path / "pairs") == {"a": "old"}
+
+    make_folder_whole(tmp_path / "pairs", lambda folder: (folder / "b").write_text("new") and None)
+    assert content(tmp_path) == {"pairs/b": "new"}, "something of the attempt that died is left"
+
+
+# --- run.json ----------------------------------------------------------------------------------
+
+
+def test_no_run_has_no_state(tmp_path: Path) -> None:
+    assert RunDir(tmp_path).read_state() is None
+    assert RunDir(tmp_path / "absent").finished() == 0
+
+
+def test_state_survives_the_disk(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    state = RunState({"rl": "spin", "spin": {"beta": 0.1}}, [{"iteration": 0}, {"iteration": 1}], "0.1.0")
+    run.write_state(state)
+    assert run.read_state() == state
+    assert run.finished() == 2
+
+
+GOOD = {"format": FORMAT, "version": "0.1.0", "config": {}, "finished": []}
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"", b"{", b"\0" * 40, b"[]", b"5", b"null", b'"run"', b"{}", b"\xff\xfe\x80",
+        json.dumps(GOOD).encode()[:-1],
+        json.dumps(GOOD | {"finished": 3}).encode(),
+        json.dumps(GOOD | {"config": None}).encode(),
+        json.dumps({"format": FORMAT, "config": {}}).encode(),
+    ],
+)  # fmt: skip
+def test_damaged_state_is_refused_in_one_line(tmp_path: Path, damaged: bytes) -> None:
+    run = RunDir(tmp_path)
+    run.state_file.write_bytes(damaged)
+    with pytest.raises(SpinError, match=r"run\.json is damaged") as caught:
+        run.finished()
+    assert "\n" not in str(caught.value)
+    assert run.state_file.read_bytes() == damaged
+
+
+def test_state_of_another_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.state_file.write_text(json.dumps(GOOD | {"format": FORMAT + 1, "version": "9.1"}))
+    with pytest.raises(SpinError, match=r"written by another version of spin-plugin \(9\.1\)") as caught:
+        run.read_state()
+    assert "\n" not in str(caught.value)
+
+
+# --- one run at a time -------------------------------------------------------------------------
+
+HOLD = """
+import sys
+from pathlib import Path
+from spin_plugin.run import RunDir
+with RunDir(Path(sys.argv[1])).locked():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def other_process_holds(root: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another real process inside `locked()`, killed on the way out."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(root)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            yield holder
+        finally:
+            holder.kill()
+
+
+def test_second_run_is_refused_and_told_who_holds_the_directory(tmp_path: Path) -> None:
+    with other_process_holds(tmp_path) as holder:
+        with (
+            pytest.raises(SpinError, match=re.escape(f"{tmp_path} is in use by process {holder.pid} on ")) as caught,
+            RunDir(tmp_path).locked(),
+        ):
+            pytest.fail("two processes are in the directory")
+        assert "\n" not in str(caught.value)
+
+
+def test_lock_falls_with_the_process_that_holds_it(tmp_path: Path) -> None:
+    with other_process_holds(tmp_path) as holder:
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+        assert (tmp_path / "run.lock.json").exists(), "a killed process cleans nothing up"
+        with RunDir(tmp_path).locked():
+            assert json.loads((tmp_path / "run.lock.json").read_text())["pid"] == os.getpid()
+
+
+def test_lock_is_free_again_after_an_error_inside(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "new" / "run")
+    for _ in range(2):
+        with pytest.raises(SpinError, match="inside"), run.locked():
+            raise SpinError("inside")
+    assert not (run.root / "run.lock.json").exists()
+
+
+# --- what may change within a run --------------------------------------------------------------
+
+CONFIG: dict[str, Any] = {
+    "base_model": "org/model",
+    "learning_rate": 5e-7,
+    "datasets": [{"path": "org/data", "type": "chat_template"}],
+    "special_tokens": {"pad_token": "<pad>"},
+    "tokenizer_config": "org/tokenizer",
+    "output_dir": "out",
+    "logging_steps": 1,
+    "spin": {
+        "iterations": 4,
+        "beta": 0.1,
+        "schedule": [{}, {}, {}, {}],
+        "generation": {"temperature": 1.0, "gpu_memory_utilization": 0.9, "vllm": {"enforce_eager": True}},
+    },
+}
+
+
+def changed(path: str, value: object) -> dict[str, Any]:
+    """CONFIG with another value at a dotted path."""
+    config = json.loads(json.dumps(CONFIG))
+    place = config
+    *parents, last = path.split(".")
+    for parent in parents:
+        place = place.setdefault(parent, {})
+    place[last] = value
+    return config
+
+
+def stored(config: dict[str, Any]) -> dict[str, Any]:
+    """As run.json gives it back."""
+    return json.loads(json.dumps(without_secrets(config)))
+
+
+def test_same_configuration_differs_in_nothing() -> None:
+    assert differing_keys(stored(CONFIG), without_secrets(CONFIG), 1) == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "logging_steps", "save_steps", "saves_per_epoch", "save_total_limit", "eval_steps", "evals_per_epoch",
+        "wandb_project", "wandb_mode", "wandb_name", "use_wandb", "mlflow_tracking_uri", "use_tensorboard",
+        "hub_model_id", "output_dir", "dataset_prepared_path", "dataloader_num_workers", "ddp_timeout",
+        "resume_from_checkpoint", "debug_num_examples", "shard", "download", "iterable",
+        "spin.iterations", "spin.generation.python", "spin.generation.gpu_memory_utilization",
+        "spin.generation.tensor_parallel_size", "spin.generation.vllm.max_num_seqs",
+    ],
+)  # fmt: skip
+def test_key_without_influence_on_the_result_is_free(path: str) -> None:
+    assert differing_keys(stored(CONFIG), without_secrets(changed(path, 77)), 1) == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "base_model", "learning_rate", "datasets", "seed", "micro_batch_size", "gradient_accumulation_steps",
+        "num_epochs", "optimizer", "chat_template", "sequence_len", "adapter", "lora_r", "load_in_4bit",
+        "load_in_8bit", "val_set_size", "spin.beta", "spin.loss", "spin.history", "spin.turns", "spin.num_prompts",
+        "spin.equal_pairs", "spin.generation.temperature", "spin.generation.top_p", "spin.generation.max_tokens",
+        "spin.generation.samples_per_prompt", "spin.generation.seed", "spin.generation.max_model_len",
+    ],
+)  # fmt: skip
+def test_key_with_influence_on_the_result_is_named(path: str) -> None:
+    assert differing_keys(stored(CONFIG), without_secrets(changed(path, 77)), 1) == [path]
+
+
+@pytest.mark.parametrize("key", ["tokenizer_config", "tokenizer_type", "special_tokens.pad_token"])
+def test_tokenizer_is_no_secret_and_may_not_change(key: str) -> None:
+    """Its keys hold the word `token`, like those of real secrets."""
+    assert differing_keys(stored(CONFIG), without_secrets(changed(key, "other")), 1) == [key.partition(".")[0]]
+
+
+def test_removed_key_is_named_and_a_key_set_to_nothing_is_not() -> None:
+    without = {key: value for key, value in CONFIG.items() if key != "learning_rate"}
+    assert differing_keys(CONFIG, without, 1) == ["learning_rate"]
+    assert differing_keys(CONFIG, CONFIG | {"warmup_steps": None}, 1) == []
+
+
+def scheduled(*entries: dict[str, Any]) -> dict[str, Any]:
+    return {"spin": {"iterations": max(1, len(entries)), "schedule": list(entries)}}
+
+
+@pytest.mark.parametrize("finished", [1, 2])
+def test_schedule_may_grow_with_the_iterations(finished: int) -> None:
+    """More iterations after the last one is finished, and before."""
+    before = scheduled({"beta": 0.1}, {"beta": 0.2})
+    assert differing_keys(before, scheduled({"beta": 0.1}, {"beta": 0.2}, {"beta": 5.0}), finished) == []
+
+
+def test_schedule_may_come_with_the_second_iteration() -> None:
+    before = {"spin": {"iterations": 1}}
+    assert differing_keys(before, scheduled({}, {"beta": 5.0}), 1) == []
+    assert differing_keys(before, scheduled({"beta": 5.0}, {}), 1) == ["spin.schedule"]
+
+
+@pytest.mark.parametrize("entry", [0, 1])
+def test_schedule_of_played_iterations_may_not_change(entry: int) -> None:
+    """One is finished, the next one may be in the middle of its training."""
+    entries: list[dict[str, Any]] = [{}, {}, {}]
+    entries[entry] = {"beta": 9.0}
+    assert differing_keys(scheduled({}, {}, {}), scheduled(*entries), 1) == ["spin.schedule"]
+
+
+def test_schedule_of_later_iterations_may_change() -> None:
+    assert differing_keys(scheduled({}, {}, {}), scheduled({}, {}, {"learning_rate": 1e-7}), 1) == []
+
+
+# --- secrets -----------------------------------------------------------------------------------
+
+
+def test_secrets_are_left_out_at_every_depth() -> None:
+    config = {
+        "base_model": "m",
+        "hf_token": "hf_secret",
+        "WANDB_API_KEY": "secret",
+        "hub_token": "secret",
+        "db_password": "secret",
+        "client_secret": "secret",
+        "spin": {"generation": {"vllm": {"hf_token": "secret", "max_num_seqs": 4}}},
+        "datasets": [{"path": "d", "storage_options": {"aws_secret": "secret", "key": 1}}],
+    }
+    kept = without_secrets(config)
+    assert "secret" not in json.dumps(list(_values(kept)))
+    assert kept == {
+        "base_model": "m",
+        "spin": {"generation": {"vllm": {"max_num_seqs": 4}}},
+        "datasets": [{"path": "d", "storage_options": {"key": 1}}],
+    }
+    assert config["hf_token"] == "hf_secret", "the user's own configuration was changed"
+
+
+def _values(item: object) -> Iterator[object]:
+    if isinstance(item, dict):
+        for value in item.values():
+            yield from _values(value)
+    elif isinstance(item, list):
+        for value in item:
+            yield from _values(value)
+    else:
+        yield item
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"special_tokens": {"pad_token": "<pad>", "eos_token": "</s>"}},
+        {"eot_tokens": ["<|im_end|>"]},
+        {"tokens": ["<new>"]},
+        {"spin": {"generation": {"max_tokens": 12}}},
+        {"tokenizer_config": "org/tokenizer", "tokenizer_type": "AutoTokenizer", "tokenizer_use_fast": True},
+        {"added_tokens_overrides": {128041: "<|new|>"}},
+        {"hf_use_auth_token": True},
+    ],
+    ids=lambda config: next(iter(config)),
+)
+def test_tokens_of_the_tokenizer_are_no_secrets(harmless: dict[str, Any]) -> None:
+    assert without_secrets(harmless) == harmless
+
+
+# --- checkpoints and metrics -------------------------------------------------------------------
+
+
+def test_last_complete_checkpoint_is_the_newest_with_a_trainer_state(tmp_path: Path) -> None:
+    """By number, not by name; what was cut off in the middle of its save does not count."""
+    folder = IterationDir(tmp_path)
+    assert folder.last_complete_checkpoint() is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-100", "checkpoint-last", "checkpoint-20"):
+        (tmp_path / name).mkdir()
+    assert folder.last_complete_checkpoint() is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-last"):
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert folder.last_complete_checkpoint() == tmp_path / "checkpoint-10"
+    assert [path.name for path in folder.checkpoints()] == [
+        "checkpoint-9", "checkpoint-10", "checkpoint-20", "checkpoint-100"
+    ]  # fmt: skip
+
+
+def test_last_metrics_are_the_newest_of_each_name(tmp_path: Path) -> None:
+    folder = IterationDir(tmp_path)
+    assert folder.last_metrics() == {}
+    lines = [{"step": 1, "loss": 0.7, "grad_norm": 2.0}, {"step": 2, "eval_loss": 0.6}, {"step": 2, "loss": 0.5}]
+    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert folder.last_metrics() == {"step": 2, "loss": 0.5, "grad_norm": 2.0, "eval_loss": 0.6}
+
+
+def test_line_that_was_cut_off_when_training_was_killed_is_passed_over(tmp_path: Path) -> None:
+    folder = IterationDir(tmp_path)
+    folder.metrics.write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "lo')
+    assert folder.last_metrics() == {"step": 1, "loss": 0.7}
+
+
+# --- links to the newest model -----------------------------------------------------------------
+
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
+
+
+def finished_iteration(run: RunDir, number: int, *files: str) -> None:
+    folder = run.iteration(number).path
+    (folder / "checkpoint-3").mkdir(parents=True)
+    (folder / "pairs").mkdir()
+    for name in (*MODEL_FILES, *files, "config.yml", "metrics.jsonl", "training_args.bin", "README.md"):
+        (folder / name).write_text(f"{name} of {number}")
+
+
+def test_output_dir_links_to_the_model_and_nothing_else(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    finished_iteration(run, 0)
+    run.link_newest(0)
+    links = {path.name: os.readlink(path) for path in tmp_path.iterdir() if path.is_symlink()}
+    assert links == {name: f"iteration-0/{name}" for name in MODEL_FILES}
+
+
+def test_links_replace_those_of_the_iteration_before(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    finished_iteration(run, 0, "added_tokens.json")
+    finished_iteration(run, 1)
+    run.link_newest(0)
+    run.link_newest(1)
+    links = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_symlink()}
+    assert links == {name: f"{name} of 1" for name in MODEL_FILES}
+
+
+def test_links_survive_a_move_of_the_run(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "before")
+    finished_iteration(run, 0)
+    run.link_newest(0)
+    run.root.rename(tmp_path / "after")
+    assert (tmp_path / "after" / "config.json").read_text() == "config.json of 0"
+
+
+def test_files_of_the_user_are_never_touched(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    finished_iteration(run, 0)
+    (tmp_path / "elsewhere").write_text("elsewhere")
+    (tmp_path / "config.json").write_text("mine")
+    (tmp_path / "tokenizer.json").symlink_to(tmp_path / "elsewhere")
+    run.link_newest(0)
+    run.link_newest(0)
+    assert (tmp_path / "config.json").read_text() == "mine"
+    assert not (tmp_path / "config.json").is_symlink()
+    assert (tmp_path / "tokenizer.json").read_text() == "elsewhere"
+    assert (tmp_path / "model.safetensors").read_text() == "model.safetensors of 0"
+
+
+def test_link_of_the_user_that_leads_nowhere_is_never_touched(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    finished_iteration(run, 0)
+    (tmp_path / "config.json").symlink_to(tmp_path / "gone")
+    run.link_newest(0)
+    assert os.readlink(tmp_path / "config.json") == str(tmp_path / "gone")
+    assert (tmp_path / "tokenizer.json").read_text() == "tokenizer.json of 0"

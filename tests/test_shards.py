@@ -1,0 +1,405 @@
+"""The requests of a job, its shards on disk, and which interpreter answers them."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from datasets import Dataset
+
+from spin_plugin.generation import interpreter
+from spin_plugin.generation.interpreter import vllm_python
+from spin_plugin.generation.job import SHARD, Job, Prompts, Request, fingerprint_requests, request_seed, requests_for
+from spin_plugin.generation.shards import Shards
+from spin_plugin.messages import SpinError
+
+JOB = Job(
+    iteration=1,
+    engine={"model": "iteration-0", "gpu_memory_utilization": 0.9},
+    adapter=None,
+    weights="abc",
+    sampling={"temperature": 1.0, "top_p": 1.0, "stop_token_ids": [2, 7]},
+    requests=3 * SHARD,
+    requests_sha256="def",
+)
+
+
+def responses(number: int, count: int = SHARD) -> list[dict[str, Any]]:
+    first = number * SHARD
+    return [
+        {"split": "train", "example": n, "tokens": [n, n % 11, 2], "finish": "stop", "stop": 2}
+        for n in range(first, first + count)
+    ]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Shards:
+    """A finished job of three shards."""
+    shards = Shards(tmp_path / "synthetic")
+    shards.prepare(JOB)
+    for number in range(JOB.shards):
+        shards.write(number, responses(number))
+    return shards
+
+
+# --- shards ------------------------------------------------------------------------------------
+
+
+def test_shards_come_back_as_they_were_written(shards: Shards) -> None:
+    assert JOB.shards == 3
+    for number in range(3):
+        assert shards.read(number) == responses(number)
+    assert list(shards.responses()) == responses(0) + responses(1) + responses(2)
+    assert shards.missing(JOB) == []
+
+
+@pytest.mark.parametrize(("requests", "count"), [(0, 0), (1, 1), (SHARD, 1), (SHARD + 1, 2), (10 * SHARD - 1, 10)])
+def test_number_of_shards(requests: int, count: int) -> None:
+    assert replace(JOB, requests=requests).shards == count
+
+
+def test_shard_of_no_responses_is_whole(shards: Shards) -> None:
+    shards.write(0, [])
+    assert shards.read(0) == []
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def cut_seal(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def drop_seal(path: Path) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def drop_line(path: Path) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+
+
+def swap_lines(path: Path) -> None:
+    first, second, *rest = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([second, first, *rest]))
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+
+
+def break_encoding(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 0x80
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+DAMAGE = [cut_in_half, cut_seal, drop_seal, drop_line, swap_lines, flip_bit, break_encoding, empty, delete]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_damaged_shard_is_found_and_only_that_one(shards: Shards, damage: Callable[[Path], None]) -> None:
+    damage(shards.shard(1))
+    assert shards.missing(JOB) == [1]
+    assert not shards.shard(1).exists()
+    assert shards.read(0) == responses(0)
+    assert shards.read(2) == responses(2)
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_damaged_shard_is_never_read(shards: Shards, damage: Callable[[Path], None]) -> None:
+    damage(shards.shard(2))
+    with pytest.raises(SpinError) as caught:
+        list(shards.responses() if shards.shard(2).exists() else shards.read(2))
+    assert str(shards.shard(2)) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_flipped_byte_is_found_or_harmless(shards: Shards) -> None:
+    """A line break may become another one that reads the same."""
+    shards.write(0, responses(0, 2))
+    content = shards.shard(0).read_bytes()
+    for position in range(len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 1
+        shards.shard(0).write_bytes(flipped)
+        try:
+            assert shards.read(0) == responses(0, 2)
+            assert content[position] == ord("\n")
+        except SpinError:
+            pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"engine": {"model": "/elsewhere/iteration-0", "gpu_memory_utilization": 0.4, "tensor_parallel_size": 2}},
+        {"adapter": "/elsewhere/iteration-0"},
+    ],
+)
+def test_shards_of_the_same_job_are_kept_though_vllm_runs_otherwise(shards: Shards, change: dict[str, Any]) -> None:
+    shards.note(vllm="0.25.0")
+    shards.prepare(replace(JOB, **change))
+    assert shards.missing(JOB) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"iteration": 2},
+        {"weights": "other"},
+        {"sampling": JOB.sampling | {"temperature": 0.7}},
+        {"sampling": JOB.sampling | {"stop_token_ids": [2]}},
+        {"requests": 3 * SHARD - 1},
+        {"requests_sha256": "other"},
+    ],
+    ids=str,
+)
+def test_shards_of_another_job_are_thrown_away(shards: Shards, change: dict[str, Any]) -> None:
+    other = replace(JOB, **change)
+    shards.prepare(other)
+    assert shards.missing(other) == [0, 1, 2]
+    assert [path.name for path in shards.folder.iterdir()] == ["job.json"]
+    shards.prepare(other)
+    assert shards.manifest() == json.loads(json.dumps(other.manifest()))
+
+
+@pytest.mark.parametrize("manifest", [None, b"", b"{", b"[]", b"\xff\xfe\x80", b"{}"], ids=repr)
+def test_shards_of_nobody_knows_which_job_are_thrown_away(shards: Shards, manifest: bytes | None) -> None:
+    if manifest is None:
+        shards.manifest_file.unlink()
+    else:
+        shards.manifest_file.write_bytes(manifest)
+    shards.prepare(JOB)
+    assert shards.missing(JOB) == [0, 1, 2]
+
+
+def test_facts_are_added_to_the_manifest(shards: Shards) -> None:
+    shards.note(vllm="0.25.0")
+    manifest = shards.manifest()
+    assert manifest is not None
+    assert (manifest["vllm"], manifest["weights"]) == ("0.25.0", "abc")
+    assert JOB.same_responses_as(manifest)
+
+
+# --- seeds -------------------------------------------------------------------------------------
+
+
+def test_seed_of_a_response_never_changes() -> None:
+    """sha256("42/0/train/0/0") begins with these four bytes; another version would break running jobs."""
+    assert request_seed(42, 0, "train", 0, 0) == 3900211225
+
+
+def test_seed_of_a_response_is_the_same_in_another_process() -> None:
+    program = "from spin_plugin.generation.job import request_seed; print(request_seed(7, 3, 'eval', 11, 2))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) == request_seed(7, 3, "eval", 11, 2)
+
+
+def test_every_response_has_a_seed_of_its_own() -> None:
+    seeds = [
+        request_seed(seed, iteration, split, example, sample)
+        for seed, iteration, split, example, sample in product(
+            (0, 1, 42), range(3), ("train", "eval"), range(20), range(3)
+        )
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+# --- requests ----------------------------------------------------------------------------------
+
+EXAMPLES = Dataset.from_dict({"prompt": [[n] * (n + 1) for n in range(6)], "real": [[1, 2]] * 6})  # prompts of 1..6
+HELD_OUT = Dataset.from_dict({"prompt": [[9, 9]], "real": [[2]]})
+
+
+def drawn(
+    *, samples: int = 1, sequence_len: int = 10, max_tokens: int | None = None, block: int = 1024
+) -> list[Request]:
+    prompts = [Prompts("train", EXAMPLES, np.array([1, 2, 5])), Prompts("eval", HELD_OUT, np.array([0]))]
+    return list(
+        requests_for(
+            prompts,
+            iteration=3,
+            seed=42,
+            samples=samples,
+            sequence_len=sequence_len,
+            max_tokens=max_tokens,
+            block=block,
+        )
+    )
+
+
+def test_requests_are_numbered_across_the_splits() -> None:
+    assert [(r.number, r.split, r.example, r.prompt) for r in drawn()] == [
+        (0, "train", 1, [1, 1]),
+        (1, "train", 2, [2, 2, 2]),
+        (2, "train", 5, [5] * 6),
+        (3, "eval", 0, [9, 9]),
+    ]
+
+
+def test_samples_of_a_prompt_follow_one_another() -> None:
+    requests = drawn(samples=3)
+    assert [r.number for r in requests] == list(range(12))
+    assert [r.example for r in requests] == [1, 1, 1, 2, 2, 2, 5, 5, 5, 0, 0, 0]
+    assert [r.seed for r in requests[:3]] == [request_seed(42, 3, "train", 1, sample) for sample in range(3)]
+    assert len({r.seed for r in requests}) == 12
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "budgets"), [(None, [8, 7, 4, 8]), (100, [8, 7, 4, 8]), (5, [5, 5, 4, 5]), (1, [1, 1, 1, 1])]
+)
+def test_budget_is_what_sequence_len_leaves_or_max_tokens(max_tokens: int | None, budgets: list[int]) -> None:
+    """Prompts of 2, 3, 6 and 2 tokens, sequence_len 10."""
+    assert [r.max_tokens for r in drawn(max_tokens=max_tokens)] == budgets
+
+
+@pytest.mark.parametrize("sequence_len", [6, 4])
+def test_nothing_is_asked_of_a_prompt_that_leaves_no_room(sequence_len: int) -> None:
+    """`generation.max_model_len` may be shorter than `sequence_len`; vLLM dies of a budget below 1."""
+    assert all(request.max_tokens >= 1 for request in drawn(sequence_len=sequence_len))
+
+
+def test_blocks_are_an_affair_of_memory() -> None:
+    assert drawn(samples=2, block=1) == drawn(samples=2, block=2) == drawn(samples=2)
+
+
+def test_fingerprint_tells_requests_apart() -> None:
+    count, digest = fingerprint_requests(iter(drawn()))
+    assert count == 4
+    assert fingerprint_requests(iter(drawn())) == (count, digest)
+    others = [drawn(samples=2), drawn(max_tokens=3), drawn()[:3], drawn()[::-1]]
+    others += [[drawn()[0]._replace(seed=1), *drawn()[1:]], [drawn()[0]._replace(prompt=[1, 2]), *drawn()[1:]]]
+    assert len({digest, *(fingerprint_requests(iter(other))[1] for other in others)}) == 1 + len(others)
+
+
+# --- the interpreter ---------------------------------------------------------------------------
+
+
+def program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def with_vllm(folder: Path) -> Path:
+    """An interpreter that finds a (tiny, real) package named vllm."""
+    package = folder / "packages" / "vllm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    return program(
+        folder / "bin" / "python", f'#!/bin/sh\nPYTHONPATH="{package.parent}" exec "{sys.executable}" "$@"\n'
+    )
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory beside which there is no vLLM, neither by environment nor in the checkout."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.delenv("SPIN_VLLM_PYTHON", raising=False)
+    monkeypatch.setattr(interpreter, "CHECKOUT", tmp_path / "checkout")
+    monkeypatch.setattr(interpreter, "find_spec", lambda name: None)  # also where the tests run beside vLLM
+    return tmp_path
+
+
+def test_configured_interpreter_comes_first(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for_config, for_variable = with_vllm(nowhere / "config"), with_vllm(nowhere / "variable")
+    with_vllm(nowhere / "work" / ".venv-vllm")
+    monkeypatch.setenv("SPIN_VLLM_PYTHON", str(for_variable))
+    assert vllm_python(str(for_config)) == for_config
+    assert vllm_python(None) == for_variable
+
+
+@pytest.mark.parametrize("place", ["work", "checkout"])
+def test_environment_beside_the_working_directory_or_the_plugin_is_found(nowhere: Path, place: str) -> None:
+    python = with_vllm(nowhere / place / ".venv-vllm")
+    assert vllm_python(None) == python
+
+
+def test_this_interpreter_is_taken_where_it_has_vllm(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_vllm(nowhere / "work" / ".venv-vllm")
+    with_vllm(nowhere / "here")
+    monkeypatch.syspath_prepend(str(nowhere / "here" / "packages"))
+    monkeypatch.setattr(interpreter, "find_spec", importlib.util.find_spec)
+    assert vllm_python(None) == Path(sys.executable)
+
+
+def test_working_directory_comes_before_the_checkout(nowhere: Path) -> None:
+    with_vllm(nowhere / "checkout" / ".venv-vllm")
+    python = with_vllm(nowhere / "work" / ".venv-vllm")
+    assert vllm_python(None) == python
+
+
+def test_home_directory_is_understood(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = with_vllm(nowhere / "home")
+    monkeypatch.setenv("HOME", str(nowhere / "home"))
+    assert vllm_python("~/bin/python") == python
+
+
+@pytest.mark.parametrize("key", ["spin.generation.python", "SPIN_VLLM_PYTHON"])
+@pytest.mark.parametrize("kind", ["absent", "directory", "not executable", "no program", "no interpreter", "no vllm"])
+def test_named_interpreter_that_cannot_serve_is_refused_by_its_key(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch, key: str, kind: str
+) -> None:
+    python = nowhere / "python"
+    if kind == "directory":
+        python.mkdir()
+    elif kind == "not executable":
+        python.write_text("#!/bin/sh\nexit 0\n")
+    elif kind == "no program":
+        program(python, "just some text\n")
+    elif kind == "no interpreter":
+        program(python, "#!/nowhere/at/all\n")
+    elif kind == "no vllm":
+        program(python, f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    if key == "SPIN_VLLM_PYTHON":
+        monkeypatch.setenv(key, str(python))
+    with pytest.raises(SpinError) as caught:
+        vllm_python(str(python) if key == "spin.generation.python" else None)
+    assert str(caught.value).startswith(f"{key}: {python} ")
+    assert "\n" not in str(caught.value)
+
+
+def test_environment_without_vllm_is_named(nowhere: Path) -> None:
+    """Not passed over: someone made it for this."""
+    python = program(
+        nowhere / "work" / ".venv-vllm" / "bin" / "python", f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n'
+    )
+    with pytest.raises(SpinError, match=f"{python} has no vLLM"):
+        vllm_python(None)
+
+
+def test_no_vllm_at_all_names_every_way_out(nowhere: Path) -> None:
+    with pytest.raises(SpinError) as caught:
+        vllm_python(None)
+    for way in ("scripts/setup.sh", ".venv-vllm", "spin.generation.python", "SPIN_VLLM_PYTHON"):
+        assert way in str(caught.value)

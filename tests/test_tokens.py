@@ -1,0 +1,92 @@
+"""The ids vLLM was given plus those it returned are, id for id, what the trainer's batch holds."""
+
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Finished
+from tiny import byte_tokenizer, chat_rows, make_model, spin_config, write_config, write_jsonl
+from transformers import AutoTokenizer
+
+from spin_plugin.iteration import open_pairs
+from spin_plugin.layout import PairCollator
+from spin_plugin.run import RunDir
+
+pytestmark = pytest.mark.slow
+
+# An interpreter that keeps a copy of what vLLM is asked and answers, and is otherwise vLLM's own.
+RECORDER = """#!{python}
+import json, os, sys
+if len(sys.argv) < 3 or not sys.argv[1].endswith("vllm_worker.py"):
+    os.execv({vllm!r}, [{vllm!r}, *sys.argv[1:]])
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import vllm_worker
+answers = vllm_worker.answers
+def recorded(job):
+    with open({record!r}, "w") as out:
+        prompts = {{}}
+        for line in open(job["requests"]):
+            request = json.loads(line)
+            prompts[request["number"]] = request["prompt"]
+        for answer in answers(job):
+            if "number" in answer:
+                out.write(json.dumps([prompts[answer["number"]], answer["tokens"]]) + "\\n")
+            yield answer
+vllm_worker.answers = recorded
+sys.argv = sys.argv[1:]
+vllm_worker.main()
+"""
+
+ALPACA = [{"instruction": f"count to {n}", "input": "", "output": f"1 to {n}, {n} times"} for n in range(12)]
+CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str, str]] = {
+    # name: rows, changes of the configuration, eos of the tokenizer, the token that ends a real response
+    "chatml of three turns": (chat_rows(8, turns=3), {}, "</s>", "<|im_end|>"),
+    "llama3": (chat_rows(12), {"chat_template": "llama3", "eot_tokens": ["<|eot_id|>"]}, "</s>", "<|eot_id|>"),
+    "gemma": (chat_rows(12), {"chat_template": "gemma", "eot_tokens": ["<end_of_turn>"]}, "</s>", "<end_of_turn>"),
+    "alpaca": (ALPACA, {"chat_template": None, "eot_tokens": None, "type": "alpaca"}, "</s>", "</s>"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_batch_holds_what_vllm_saw_and_said(
+    case: str, tmp_path: Path, command: Callable[..., Finished], vllm_python: Path
+) -> None:
+    rows, changes, eos, end = CASES[case]
+    model = make_model(tmp_path / "model", eos=eos)
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    dataset = {"path": str(data), "ds_type": "json", "type": changes.pop("type", "chat_template")}
+    write_config(tmp_path, spin_config(tmp_path, model, data, datasets=[dataset], sequence_len=256, **changes))
+    recorder, record = tmp_path / "python", tmp_path / "record.jsonl"
+    text = RECORDER.format(python=vllm_python, vllm=str(vllm_python), record=str(record))
+    recorder.write_text(text)
+    recorder.chmod(recorder.stat().st_mode | stat.S_IXUSR)
+
+    environment = {"SPIN_VLLM_PYTHON": str(recorder)}
+    done = command("axolotl", "preprocess", "config.yml", folder=tmp_path, environment=environment)
+    assert done.code == 0, done.output[-3000:]
+
+    seen = {tuple(prompt) + tuple(answer) for prompt, answer in map(json.loads, record.read_text().splitlines())}
+    pairs = open_pairs(RunDir(tmp_path / "run").iteration(0)).train
+    batch = PairCollator(byte_tokenizer(eos))([pairs[index] for index in range(len(pairs))])
+    half = len(pairs)
+    for row in range(half, 2 * half):
+        held = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+        assert tuple(held.tolist()) in seen
+    assert_real_side_is_the_rendered_data(batch, half, rows, model, end)
+
+
+def assert_real_side_is_the_rendered_data(
+    batch: dict[str, torch.Tensor], half: int, rows: list[dict[str, Any]], model: Path, end: str
+) -> None:
+    """Every real row ends in the end token, and its response is a text of the data."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    answers = {row["output"] for row in rows if "output" in row}
+    answers |= {m["content"] for row in rows for m in row.get("messages", []) if m["role"] == "assistant"}
+    for row in range(half):
+        targets = batch["targets"][batch["segments"] == row].tolist()
+        assert targets[-1] == tokenizer.convert_tokens_to_ids(end)
+        assert tokenizer.decode(targets[:-1]).strip() in answers

@@ -1,0 +1,125 @@
+"""Tiny real models, tokenizers and datasets for the tests, made on the spot from a seed."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+# Every token that one of Axolotl's built-in chat templates of the tests needs, after the 256 bytes.
+SPECIAL = (
+    "<pad>", "<s>", "</s>", "<unk>",
+    "<|im_start|>", "<|im_end|>",
+    "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+    "<start_of_turn>", "<end_of_turn>",
+)  # fmt: skip
+VOCABULARY = 256 + len(SPECIAL)
+
+# Arguments that make a model of an architecture tiny. vLLM's CPU attention wants head size 32 or more.
+SMALL: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "pad_token_id": 256,
+    "bos_token_id": 257,
+    "eos_token_id": 258,
+}
+
+
+def byte_tokenizer(eos: str = "</s>") -> PreTrainedTokenizerFast:
+    """One token a byte, so that any text can be written, and the special tokens of several chat templates."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(alphabet)}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(list(SPECIAL))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token=eos, unk_token="<unk>"
+    )
+
+
+def make_model(path: Path, architecture: str = "llama", *, eos: str = "</s>", seed: int = 0, **overrides: Any) -> Path:
+    """Save a random model of an architecture with the byte tokenizer; returns `path`."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(architecture, **(SMALL | overrides))
+    model = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():  # less uniform than a fresh model, so that responses differ in length and content
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2.0)
+    model.save_pretrained(path)
+    byte_tokenizer(eos).save_pretrained(path)
+    return path
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def chat_rows(count: int, *, turns: int = 1) -> list[dict[str, Any]]:
+    """Conversations of so many user and assistant turns."""
+    return [
+        {
+            "messages": [
+                message
+                for turn in range(turns)
+                for message in (
+                    {"role": "user", "content": f"count {number + turn}"},
+                    {"role": "assistant", "content": f"{number + turn} comes before {number + turn + 1}"},
+                )
+            ]
+        }
+        for number in range(count)
+    ]
+
+
+def spin_config(folder: Path, model: Path, data: Path, **changes: Any) -> dict[str, Any]:
+    """A SPIN configuration for the tiny models: a few steps on a CPU. A change to None removes the key."""
+    config = {
+        "base_model": str(model),
+        "output_dir": str(folder / "run"),
+        "plugins": ["spin_plugin.SpinPlugin"],
+        "rl": "spin",
+        "spin": {
+            "iterations": 2,
+            "generation": {"max_tokens": 12, "vllm": {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}},
+        },
+        "datasets": [{"path": str(data), "ds_type": "json", "type": "chat_template"}],
+        "chat_template": "chatml",
+        "eot_tokens": ["<|im_end|>"],
+        "sequence_len": 160,
+        "dataset_num_proc": 1,  # else Axolotl starts processes that import everything for a handful of rows
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "num_epochs": 1,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "constant",
+        "optimizer": "adamw_torch",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "seed": 7,
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+        "attn_implementation": "sdpa",
+        "val_set_size": 0,
+        "logging_steps": 1,
+    }
+    return {key: value for key, value in (config | changes).items() if value is not None}
+
+
+def write_config(folder: Path, config: Mapping[str, Any], name: str = "config.yml") -> Path:
+    path = folder / name
+    path.write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
+    return path
