@@ -13,7 +13,7 @@ from spin_plugin.args import parse_spin_block
 from spin_plugin.messages import SpinError, console, exit_in_one_line
 from spin_plugin.run import RunDir
 
-METRIC_COLUMNS = {"loss": "spin/loss", "margin": "spin/reward_margin", "acc.": "spin/accuracy"}
+METRIC_COLUMNS = {"loss": "spin/loss", "margin": "spin/reward_margin", "accuracy": "spin/accuracy"}
 
 
 @click.group()
@@ -46,6 +46,8 @@ def run_status(config: Path) -> dict[str, Any]:
         raise SpinError(f"{config} is not readable YAML: {error}") from None
     if not isinstance(cfg, dict) or cfg.get("rl") != "spin" or not cfg.get("output_dir"):
         raise SpinError(f"{config} is no SPIN configuration: it needs `rl: spin`, a `spin:` block and `output_dir`")
+    if not any(str(name).startswith("spin_plugin.") for name in cfg.get("plugins") or []):
+        raise SpinError(f"{config} does not load the plugin; add `plugins: [spin_plugin.SpinPlugin]`")
     args, run = parse_spin_block(cfg.get("spin")), RunDir(Path(cfg["output_dir"]))
     state = run.read_state()
     finished = state.finished if state else []
@@ -75,10 +77,14 @@ def _unfinished(run: RunDir, number: int, *, started: bool) -> dict[str, Any]:
 
 def _table(content: dict[str, Any]) -> Table:
     table = Table(
-        title=f"{content['output_dir']} (iterations; real and synthetic responses in tokens)", box=box.SIMPLE_HEAD
+        title=f"{content['output_dir']} (real and synthetic responses in tokens; metrics of the last epoch)",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
-    for heading in ("", "state", "pairs", "real", "synth.", "equal", *METRIC_COLUMNS):
-        table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
+    for heading in ("t", "state", "pairs", "real", "synth.", "equal", *METRIC_COLUMNS):
+        # in a pipe there are 80 columns: what is longer goes on in the next line, nothing is left out
+        table.add_column(heading, justify="left" if heading == "state" else "right", overflow="fold")
     for entry in content["iterations"]:
         stats, metrics = entry["pairs"].get("train"), entry["metrics"]
         described = ["", "", "", ""]

@@ -18,7 +18,7 @@ from spin_plugin.iteration import (
     wait_for_iteration,
 )
 from spin_plugin.lowering import Lowered
-from spin_plugin.messages import SpinError, say
+from spin_plugin.messages import SpinError, say, warn
 from spin_plugin.run import IterationDir, RunState, differing_keys
 
 
@@ -120,6 +120,16 @@ class Game:
         trainer.spin = self.spin
         trainer.opponent_files = self.pairs.opponent_files
         trainer.metrics_file = self.folder.metrics
+        if self.first:
+            self._warn_of_warmup(trainer.args.get_warmup_steps(self.steps))
+
+    def _warn_of_warmup(self, warmup: int) -> None:
+        """transformers' schedules begin at 0, so a short iteration may be over before anything was learned."""
+        if 0 < warmup >= self.steps:
+            warn(
+                f"all {self.steps} steps of the iteration are warm-up, so the learning rate never reaches "
+                f"{self.cfg.learning_rate}; lower warmup_steps or warmup_ratio, or take smaller batches or more epochs"
+            )
 
     # --- after training ----------------------------------------------------------------------
 
@@ -138,10 +148,15 @@ class Game:
         run.write_state(state)
         self.held.close()
         left = self.lowered.spin.iterations - number - 1
-        shown = {
-            key: metrics[f"spin/{key}"] for key in ("loss", "reward_margin", "accuracy") if f"spin/{key}" in metrics
-        }
+        shown = [
+            f"{key} {metrics[f'spin/{key}']:.4f}"
+            for key in ("loss", "reward_margin", "accuracy")
+            if f"spin/{key}" in metrics
+        ]
+        train = self.pairs.stats["train"]
+        if shown and train.equal and not train.equal_dropped:
+            shown[-1] += f" of at most {1 - train.equal / train.pairs:.4f}, as equal responses cannot be told apart"
         say(
-            f"iteration {number} finished: {', '.join(f'{key} {value:.4f}' for key, value in shown.items())}; model in "
+            f"iteration {number} finished, last epoch: {', '.join(shown)}; model in "
             f"{self.folder.path}; {f'{left} to go: run the same command again' if left else 'that was the last one'}"
         )

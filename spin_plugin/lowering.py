@@ -205,5 +205,7 @@ def _start_from_opponent(cfg: MutableMapping[str, Any], run: RunDir, iteration: 
 
 def announce(lowered: Lowered) -> None:
     """One line that says what the command is about to do."""
-    opponent = "the base model" if lowered.iteration == 0 else f"the model of iteration {lowered.iteration - 1}"
+    opponent = (
+        lowered.config["base_model"] if lowered.iteration == 0 else f"the model of iteration {lowered.iteration - 1}"
+    )
     say(f"iteration {lowered.iteration} of 0…{lowered.spin.iterations - 1}, opponent: {opponent}")

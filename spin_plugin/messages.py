@@ -10,6 +10,8 @@ from rich.text import Text
 P = ParamSpec("P")
 R = TypeVar("R")
 
+INTERRUPTED = 128 + 2  # as a shell reports a command that SIGINT ended
+
 # Names from datasets and paths may hold brackets, so markup stays off; no highlighter, no wrapping:
 # a line in a log file is one line.
 console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -30,7 +32,7 @@ def warn(message: str) -> None:
 
 
 def exit_in_one_line(hook: Callable[P, R]) -> Callable[P, R]:
-    """Turn a `SpinError` that leaves `hook` into one line on the terminal and exit code 1."""
+    """Turn a `SpinError` or Ctrl-C that leaves `hook` into one line on the terminal and an exit code that is not 0."""
 
     @wraps(hook)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -40,5 +42,8 @@ def exit_in_one_line(hook: Callable[P, R]) -> Callable[P, R]:
             one_line = " ".join(str(error).split())
             console.print(Text.assemble(("spin: error: ", "bold red"), one_line))
             raise SystemExit(1) from None
+        except KeyboardInterrupt:
+            say("interrupted; run the same command again to go on")
+            raise SystemExit(INTERRUPTED) from None
 
     return wrapper

@@ -40,7 +40,10 @@ class SpinPlugin(BasePlugin):
         assert lowered is not None
         if lowered.all_finished:
             if is_first_process():
-                say(f"all {lowered.spin.iterations} iterations are finished; the model is in {lowered.run.root}")
+                say(
+                    f"nothing is left to play: {lowered.iteration} iterations are finished, spin.iterations is "
+                    f"{lowered.spin.iterations}; the model is in {lowered.run.root}"
+                )
             raise SystemExit(0)
         if is_first_process():
             announce(lowered)

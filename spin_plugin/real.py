@@ -80,8 +80,11 @@ def _load_rows(cfg: Any, prepared: str) -> dict[str, Dataset]:
     except DATA_ERRORS as error:
         LOG.debug("loading the datasets failed", exc_info=True)
         paths = ", ".join(str(entry["path"]) for entry in cfg.datasets)
-        reason = " ".join(str(error).split())[:300] or "the file is empty"
-        raise SpinError(f"datasets: {paths} could not be loaded: {type(error).__name__}: {reason}") from error
+        first: BaseException = error
+        while first.__cause__ is not None:  # `datasets` wraps what names the line
+            first = first.__cause__
+        reason = " ".join(str(first).split())[:300] or "the file is empty"
+        raise SpinError(f"datasets: {paths} could not be loaded: {type(first).__name__}: {reason}") from error
     return {
         split: rows for split, rows in (("train", meta.train_dataset), ("eval", meta.eval_dataset)) if rows is not None
     }

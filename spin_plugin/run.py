@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import socket
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -75,14 +76,28 @@ class IterationDir:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    def logged(self) -> list[dict[str, float]]:
+        """What training logged, a dictionary each time."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        entries = []
+        for line in lines:
+            with suppress(json.JSONDecodeError):  # the last line may have been cut off when training was killed
+                entries.append(json.loads(line))
+        return entries
+
     def last_metrics(self) -> dict[str, float]:
-        """The newest value of everything that training logged; empty before its first log."""
-        merged: dict[str, float] = {}
-        if self.metrics.exists():
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
-                with suppress(json.JSONDecodeError):  # the last line may have been cut off when training was killed
-                    merged |= json.loads(line)
-        return merged
+        """The newest value of everything that training logged, that of `spin/…` as its mean over the last epoch.
+
+        Empty before the first log. A log holds means over `pairs` pairs.
+        """
+        entries = self.logged()
+        merged = dict(ChainMap(*reversed(entries)))
+        trained = [entry for entry in entries if "pairs" in entry]
+        last_epoch = [entry for entry in trained if entry["epoch"] > trained[-1]["epoch"] - 1]
+        if pairs := sum(entry["pairs"] for entry in last_epoch):
+            for name in filter(lambda name: name.startswith("spin/"), merged):
+                merged[name] = sum(entry[name] * entry["pairs"] for entry in last_epoch) / pairs
+        return {name: value for name, value in merged.items() if name != "pairs"}
 
     def checkpoints(self) -> list[Path]:
         """Axolotl's checkpoints, oldest first, complete or not."""

@@ -166,21 +166,24 @@ class SpinTrainer(AxolotlTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of every metric since the last log, over all ranks."""
+        entry: dict[str, float | None] = {"step": self.state.global_step, "epoch": self.state.epoch}
         if "loss" in logs and self._pairs["train"]:
-            logs |= self._drain("train")
+            metrics, entry["pairs"] = self._drain("train")
+            logs |= metrics
         if self.is_world_process_zero():
             with open(self.metrics_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.state.global_step, "epoch": self.state.epoch, **logs}) + "\n")
+                file.write(json.dumps(entry | logs) + "\n")
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Metrics of the held-out pairs; their loss is the mean over pairs, whatever the batches."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = self._drain("eval")
+        metrics, _ = self._drain("eval")
         output.metrics.update(metrics, **{f"{metric_key_prefix}_loss": metrics[PREFIX["eval"] + "loss"]})
         return output
 
-    def _drain(self, split: str) -> dict[str, float]:
+    def _drain(self, split: str) -> tuple[dict[str, float], int]:
+        """Means since the last call, and of how many pairs, over all ranks."""
         sums = self._sums[split]
         assert sums is not None
         packed = torch.cat([sums, sums.new_tensor([self._pairs[split]])])
@@ -188,7 +191,7 @@ class SpinTrainer(AxolotlTrainer):
             packed.double() if packed.device.type == "cpu" else packed, "sum"
         ).tolist()
         self._sums[split], self._pairs[split] = None, 0
-        return {PREFIX[split] + name: total / pairs for name, total in zip(METRICS, totals, strict=True)}
+        return {PREFIX[split] + name: total / pairs for name, total in zip(METRICS, totals, strict=True)}, int(pairs)
 
 
 def silence_dropout(module: nn.Module) -> None:

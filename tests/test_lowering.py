@@ -334,7 +334,7 @@ def test_restored_configuration_belongs_to_the_same_run(config: Config, llama: P
     assert differing_keys(lowered.config, restored.config, finished) == []
 
 
-@pytest.mark.parametrize(("finished", "opponent"), [(0, "the base model"), (1, "the model of iteration 0")])
+@pytest.mark.parametrize(("finished", "opponent"), [(0, "{base_model}"), (1, "the model of iteration 0")])
 def test_announcement_names_iteration_and_opponent(
     config: Config, llama: Path, capsys: pytest.CaptureFixture[str], finished: int, opponent: str
 ) -> None:
@@ -342,4 +342,5 @@ def test_announcement_names_iteration_and_opponent(
     finish(cfg, llama, finished)
     lowered: Lowered = lower(cfg)
     announce(lowered)
-    assert capsys.readouterr().out == f"spin: iteration {finished} of 0…1, opponent: {opponent}\n"
+    expected = opponent.format(base_model=lowered.config["base_model"])
+    assert capsys.readouterr().out == f"spin: iteration {finished} of 0…1, opponent: {expected}\n"

@@ -378,6 +378,19 @@ def test_last_metrics_are_the_newest_of_each_name(tmp_path: Path) -> None:
     assert folder.last_metrics() == {"step": 2, "loss": 0.5, "grad_norm": 2.0, "eval_loss": 0.6}
 
 
+def test_last_metrics_of_the_game_are_means_over_the_pairs_of_the_last_epoch(tmp_path: Path) -> None:
+    folder = IterationDir(tmp_path)
+    logged = [(0.5, 8, 0.1), (1.0, 8, 0.2), (1.5, 8, 0.6), (2.0, 4, 0.9)]
+    lines: list[dict[str, float]] = [
+        {"step": step, "epoch": epoch, "pairs": pairs, "spin/accuracy": value}
+        for step, (epoch, pairs, value) in enumerate(logged)
+    ]
+    lines.append({"step": 3, "epoch": 2.0, "train_runtime": 1.0})
+    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expected = {"step": 3, "epoch": 2.0, "spin/accuracy": pytest.approx((8 * 0.6 + 4 * 0.9) / 12), "train_runtime": 1.0}
+    assert folder.last_metrics() == expected
+
+
 def test_line_that_was_cut_off_when_training_was_killed_is_passed_over(tmp_path: Path) -> None:
     folder = IterationDir(tmp_path)
     folder.metrics.write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "lo')
