@@ -1,0 +1,202 @@
+"""The sides of the step's benchmark: pairs, models, and what each side does with them. See step.py."""
+
+import argparse
+import copy
+import math
+import random
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, scaled_dot_product_attention
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+from spin_plugin.attention import enable
+from spin_plugin.head import install, logps
+from spin_plugin.layout import Pair, flat_batch, padded_batch
+from spin_plugin.loss import spin_terms
+
+MEDIANS, SIGMA = (120, 245, 200), 0.6  # prompt, real, synthetic
+LONGEST_PROMPT, LONGEST = 512, 1024  # TRL's default is to cut sequences at 1024, too
+PAD, EOS = 0, 1
+BETA = 0.1
+
+Step = list[tuple[float, Callable[[], None]]]
+"""Parts of a step, each with the share of its time that counts."""
+Batches = list[list[Pair]]
+
+
+# --- the same pairs and weights for every side -----------------------------------------------------
+
+
+def draw_pairs(count: int, vocabulary: int, seed: int) -> list[Pair]:
+    rng = random.Random(seed)
+
+    def length(median: int, longest: int) -> int:
+        return min(longest, max(4, round(rng.lognormvariate(math.log(median), SIGMA))))
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(3, vocabulary) for _ in range(count)]
+
+    def pair() -> Pair:
+        prompt = length(MEDIANS[0], LONGEST_PROMPT)
+        responses = [[*tokens(length(median, LONGEST - prompt) - 1), EOS] for median in MEDIANS[1:]]
+        return Pair(tokens(prompt), *responses)
+
+    return [pair() for _ in range(count)]
+
+
+def make_model(options: argparse.Namespace) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    hidden, heads = options.hidden, options.hidden // 64
+    config = LlamaConfig(
+        vocab_size=options.vocab,
+        hidden_size=hidden,
+        intermediate_size=hidden * 4 if options.preset == "1b" else hidden * 11 // 4,
+        num_hidden_layers=options.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // (4 if options.preset == "1b" else 2),
+        max_position_embeddings=8192,
+        tie_word_embeddings=options.preset == "1b",
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        attn_implementation="sdpa",
+    )
+    with torch.device(options.device):
+        return LlamaForCausalLM(config).to(getattr(torch, options.dtype)).train()
+
+
+def moved(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+# --- the sides: for every batch a step ---------------------------------------------------------------
+
+
+def our_step(model: nn.Module, batch: dict[str, Tensor]) -> Step:
+    opponent: list[Tensor] = []
+
+    def score() -> None:
+        with torch.no_grad():
+            opponent[:] = [logps(model.eval(), batch)]
+
+    def train() -> None:
+        policy = logps(model.train(), batch)
+        spin_terms(policy, opponent[0], beta=BETA, loss="logistic").loss.mean().backward()
+
+    return [(0.5, score), (1.0, train)]
+
+
+def ours(model: nn.Module, batches: Batches, device: str) -> list[Step]:
+    install(model)
+    enable(model)
+    return [our_step(model, moved(flat_batch(pairs), device)) for pairs in batches]
+
+
+def padded(model: nn.Module, batches: Batches, device: str) -> list[Step]:
+    install(model)
+    return [our_step(model, moved(padded_batch(pairs, PAD), device)) for pairs in batches]
+
+
+def official(model: nn.Module, batches: Batches, device: str) -> list[Step]:
+    reference = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def sequence_logps(side: nn.Module, batch: dict[str, Tensor], mask: Tensor) -> Tensor:
+        logits = side(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        chosen = logits[:, :-1].log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+        return (chosen * mask[:, 1:]).sum(-1).view(2, -1)
+
+    def train(batch: dict[str, Tensor], mask: Tensor) -> None:
+        policy = sequence_logps(model, batch, mask)
+        with torch.no_grad():
+            opponent = sequence_logps(reference, batch, mask)
+        real, synthetic = policy - opponent
+        (-logsigmoid(BETA * (real - synthetic))).mean().backward()
+
+    def step(pairs: list[Pair]) -> Step:
+        batch = moved(padded_batch(pairs, PAD), device)
+        mask = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+        mask.view(-1)[batch["keep"] + 1] = True
+        return [(1.0, partial(train, batch, mask))]
+
+    return [step(pairs) for pairs in batches]
+
+
+def word_tokenizer(words: list[str]) -> Any:
+    """So that a text of words is the token ids we chose."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    raw = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>")
+
+
+def trl(model: nn.Module, batches: Batches, device: str) -> list[Step]:
+    """The real trainer, from its dataset to its training step."""
+    from datasets import Dataset, disable_progress_bars
+    from trl import DPOConfig, DPOTrainer
+
+    disable_progress_bars()
+    words = ["<pad>", "</s>", "<unk>", *(f"t{number}" for number in range(3, model.config.vocab_size))]
+    texts = [[" ".join(words[token] for token in part) for part in pair] for pairs in batches for pair in pairs]
+    rows = [{"prompt": f"{prompt} ", "chosen": real, "rejected": synthetic} for prompt, real, synthetic in texts]
+    config = DPOConfig(
+        output_dir=tempfile.mkdtemp(), use_cpu=device == "cpu", bf16=model.dtype == torch.bfloat16, report_to=[]
+    )
+    trainer = DPOTrainer(
+        model,
+        copy.deepcopy(model),
+        config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=word_tokenizer(words),
+    )
+    if config.gradient_checkpointing:  # as Trainer.train does before its first step; on by default in trl
+        model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model_wrapped = trainer.accelerator.prepare_model(model)
+
+    def train(batch: dict[str, Any]) -> None:
+        trainer.training_step(trainer.model_wrapped, dict(batch))
+
+    def step(number: int, pairs: list[Pair]) -> Step:
+        first = number * len(pairs)
+        batch = trainer.data_collator([trainer.train_dataset[row] for row in range(first, first + len(pairs))])
+        ours = padded_batch(pairs, PAD)
+        assert torch.equal(batch["input_ids"], ours["input_ids"]), "trl does not work on the same tokens"
+        return [(1.0, partial(train, batch))]
+
+    return [step(number, pairs) for number, pairs in enumerate(batches)]
+
+
+def attend_within_pairs(
+    _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: None, *, sizes: list[int], **_: Any
+) -> tuple[Tensor, None]:
+    """Causal attention inside each pair, as packed training does it."""
+    parts = zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True)
+    outputs = [scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def floor(model: nn.Module, batches: Batches, device: str) -> list[Step]:
+    AttentionInterface.register("bench_within_pairs", attend_within_pairs)
+    model.set_attn_implementation("bench_within_pairs")
+
+    def train(inputs: dict[str, Any]) -> None:
+        model(**inputs, use_cache=False).loss.backward()
+
+    def step(pairs: list[Pair]) -> Step:
+        sizes = [sum(map(len, pair)) for pair in pairs]
+        tokens = torch.tensor([[token for pair in pairs for part in pair for token in part]], device=device)
+        positions = torch.cat([torch.arange(size) for size in sizes])[None].to(device)
+        return [
+            (1.0, partial(train, {"input_ids": tokens, "position_ids": positions, "labels": tokens, "sizes": sizes}))
+        ]
+
+    return [step(pairs) for pairs in batches]
+
+
+SIDES = {"ours": ours, "padded": padded, "trl": trl, "official": official, "floor": floor}
