@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +72,15 @@ def test_missing_dataset(tmp_path: Path, llama: Path, preprocess: Preprocess) ->
 def test_empty_dataset(tmp_path: Path, llama: Path, preprocess: Preprocess) -> None:
     error = preprocess(config(tmp_path, llama, write_jsonl(tmp_path / "empty.jsonl", [])))
     assert "empty.jsonl" in error
+
+
+def test_damaged_row_is_named_by_its_cause(tmp_path: Path, llama: Path, preprocess: Preprocess) -> None:
+    data = write_jsonl(tmp_path / "damaged.jsonl", chat_rows(8))
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([*lines[:5], lines[5][:20], *lines[6:]]))
+    error = preprocess(config(tmp_path, llama, data))
+    assert "damaged.jsonl" in error
+    assert "DatasetGenerationError" not in error, "the cause, not its wrapper"
 
 
 def test_dataset_without_an_assistant_turn(tmp_path: Path, llama: Path, preprocess: Preprocess) -> None:
@@ -143,6 +153,24 @@ def test_output_dir_of_another_config(tmp_path: Path, llama: Path, chat_data: Pa
     assert "another output_dir" in error
     assert (run / "run.json").read_bytes() == before
     assert shard.read_text() == "drawn\n"
+
+
+def test_an_iteration_that_is_all_warmup(
+    tmp_path: Path, llama: Path, chat_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from axolotl.utils.dict import DictDefault
+
+    from spin_plugin.game import Game
+    from spin_plugin.lowering import lower
+
+    cfg = DictDefault(spin_config(tmp_path, llama, chat_data, max_steps=4, world_size=1))
+    game = Game(cfg, lower(cfg), first=True)
+    game.pairs = SimpleNamespace(train=range(100))  # type: ignore[assignment]
+    for warmup in (0, 3):
+        game._warn_of_warmup(warmup)
+    assert capsys.readouterr().out == ""
+    game._warn_of_warmup(4)
+    assert "all 4 steps of the iteration are warm-up" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -31,6 +31,14 @@ def played(tmp_path_factory: pytest.TempPathFactory, llama: Path, command: Comma
     return folder
 
 
+def test_finished_line_tells_the_last_epoch(played: Path) -> None:
+    entry = json.loads((played / "run/run.json").read_text())["finished"][0]
+    trained = [line for line in logged(played / "run", 0) if "pairs" in line]
+    assert sum(line["pairs"] for line in trained) == entry["pairs"]["train"]["pairs"]
+    accuracy = sum(line["spin/accuracy"] * line["pairs"] for line in trained) / sum(line["pairs"] for line in trained)
+    assert entry["metrics"]["spin/accuracy"] == pytest.approx(accuracy)
+
+
 def logged(run: Path, iteration: int) -> list[dict[str, Any]]:
     lines = (run / f"iteration-{iteration}" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
