@@ -82,6 +82,7 @@ def lower(cfg: MutableMapping[str, Any], known_axolotl_keys: Iterable[str] = ())
     if not cfg.get("output_dir"):
         raise SpinError("output_dir: name the directory of the run, for example `output_dir: ./outputs/spin`")
     run = RunDir(Path(cfg["output_dir"]))
+    run.require_writable()  # Axolotl opens its log there next
     iteration = run.finished()
     cfg.pop("resume_from_checkpoint", None)  # resuming needs no key
     # The next opponent is the model at the end of the iteration, unless the user asks for the best one.

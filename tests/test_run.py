@@ -290,14 +290,22 @@ def test_schedule_may_come_with_the_second_iteration() -> None:
 
 @pytest.mark.parametrize("entry", [0, 1])
 def test_schedule_of_played_iterations_may_not_change(entry: int) -> None:
-    """One is finished, the next one may be in the middle of its training."""
+    """One is finished, the next one is in the middle of its training."""
     entries: list[dict[str, Any]] = [{}, {}, {}]
     entries[entry] = {"beta": 9.0}
-    assert differing_keys(scheduled({}, {}, {}), scheduled(*entries), 1) == ["spin.schedule"]
+    assert differing_keys(scheduled({}, {}, {}), scheduled(*entries), 2) == ["spin.schedule"]
 
 
 def test_schedule_of_later_iterations_may_change() -> None:
-    assert differing_keys(scheduled({}, {}, {}), scheduled({}, {}, {"learning_rate": 1e-7}), 1) == []
+    assert differing_keys(scheduled({}, {}, {}), scheduled({}, {}, {"learning_rate": 1e-7}), 2) == []
+
+
+def test_number_that_yaml_reads_as_text_is_the_number() -> None:
+    """`5e-5` has no dot, so YAML 1.1 makes a text of it."""
+    assert differing_keys(CONFIG | {"learning_rate": "5e-5"}, CONFIG | {"learning_rate": 0.00005}, 1) == []
+    assert differing_keys(scheduled({"beta": "1e-1"}), scheduled({"beta": 0.1}), 1) == []
+    for old, new in (("5e-5", 0.0005), ("1e5", "100000"), ("abc", 1), (None, "0")):
+        assert differing_keys(CONFIG | {"x": old}, CONFIG | {"x": new}, 1) == ["x"]
 
 
 # --- secrets -----------------------------------------------------------------------------------
@@ -355,17 +363,11 @@ def test_tokens_of_the_tokenizer_are_no_secrets(harmless: dict[str, Any]) -> Non
 # --- checkpoints and metrics -------------------------------------------------------------------
 
 
-def test_last_complete_checkpoint_is_the_newest_with_a_trainer_state(tmp_path: Path) -> None:
-    """By number, not by name; what was cut off in the middle of its save does not count."""
-    folder = IterationDir(tmp_path)
-    assert folder.last_complete_checkpoint() is None
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    """By number, not by name."""
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-100", "checkpoint-last", "checkpoint-20"):
         (tmp_path / name).mkdir()
-    assert folder.last_complete_checkpoint() is None
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-last"):
-        (tmp_path / name / "trainer_state.json").write_text("{}")
-    assert folder.last_complete_checkpoint() == tmp_path / "checkpoint-10"
-    assert [path.name for path in folder.checkpoints()] == [
+    assert [path.name for path in IterationDir(tmp_path).checkpoints()] == [
         "checkpoint-9", "checkpoint-10", "checkpoint-20", "checkpoint-100"
     ]  # fmt: skip
 
