@@ -4,6 +4,7 @@ At that moment the policy *is* the opponent, so no second model is ever in memor
 stored values are the only source, because the policy has moved on.
 """
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -51,19 +52,6 @@ class OpponentStore:
         write_whole(self.file, save({"logps": values.cpu().contiguous()}, metadata={"key": self.key}))
 
 
-def require_finite(logps: Tensor) -> None:
-    """Refuse log-probabilities that no model with whole weights gives.
-
-    Raises:
-        SpinError: one is NaN or infinite.
-    """
-    if not torch.isfinite(logps).all():
-        raise SpinError(
-            "the opponent gives log-probabilities that are not finite: its weights are damaged, or its numbers "
-            "overflow (`fp16`); restore them, or use bf16"
-        )
-
-
 def shares(lengths: Tensor, *, batch: int, world: int) -> Tensor:
     """[rounds, world, batch] pair indices: what each rank scores in each round, equally many for all.
 
@@ -74,3 +62,36 @@ def shares(lengths: Tensor, *, batch: int, world: int) -> Tensor:
     rounds = -(-len(order) // (batch * world))
     filled = order[torch.arange(rounds * batch * world) % len(order)]
     return filled.view(rounds, world, batch)
+
+
+Score = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""One round's [world, batch] pair indices to n indices and their [2, n] log-probabilities, those of all ranks."""
+
+
+def missing(rounds: Tensor, values: Tensor) -> Tensor:
+    """The rounds in which a value is still NaN, whole: a pair's value depends a little on the batch it is in."""
+    return rounds[values.isnan().any(0).cpu()[rounds].flatten(1).any(1)]
+
+
+def fill(values: Tensor, store: OpponentStore, rounds: Iterable[Tensor], score: Score, *, write: bool) -> None:
+    """Compute `values`, round by round and in place; where `write` says so, store them a part at a time.
+
+    Raises:
+        SpinError: a log-probability is NaN or infinite.
+    """
+    unstored = 0
+    for indices in rounds:
+        index, logps = score(indices)
+        if not torch.isfinite(logps).all():
+            raise SpinError(
+                "the opponent gives log-probabilities that are not finite: its weights are damaged, or its numbers "
+                "overflow (`fp16`); restore them, or use bf16"
+            )
+        values[:, index] = logps.float()
+        unstored += len(index)
+        if write and unstored >= store.part:
+            store.save(values)
+            unstored = 0
+    assert not values.isnan().any()
+    if write:
+        store.save(values)

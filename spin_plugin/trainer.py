@@ -25,7 +25,7 @@ from spin_plugin.head import choose_forms, install, logps
 from spin_plugin.layout import Pair
 from spin_plugin.loss import METRICS, metric_sums, spin_terms
 from spin_plugin.messages import SpinError, console, exit_in_one_line, say
-from spin_plugin.opponent import OpponentStore, require_finite, shares
+from spin_plugin.opponent import OpponentStore, fill, missing, shares
 from spin_plugin.order import BalancedSampler
 
 SCORING_FACTOR = 4  # without gradients this many times the pairs fit into memory
@@ -102,30 +102,28 @@ class SpinTrainer(AxolotlTrainer):
 
     @torch.no_grad()
     def _score(self, model: nn.Module, pairs: Dataset, split: str, store: OpponentStore) -> None:
-        """Compute the log-probabilities that are missing, each rank its share, and store them a part at a time."""
-        state, values = self.accelerator, self.opponent[split]
-        lengths = torch.as_tensor(pairs.with_format("numpy")["length"][:])
-        batch_size = SCORING_FACTOR * self.args.per_device_eval_batch_size
-        rounds = shares(lengths, batch=batch_size, world=state.num_processes)
-        # Whole rounds, as without an interruption: a pair's value depends a little on the batch it is in.
-        rounds = rounds[values.isnan().any(0).cpu()[rounds].any(2).any(1)]
-        unstored, training = 0, model.training
-        model.eval()
-        for indices in self._shown(rounds, f"opponent's log-probabilities ({split})"):
+        """Compute and store the log-probabilities that are missing, each rank its share."""
+        state, training = self.accelerator, model.training
+
+        def score(indices: Tensor) -> tuple[Tensor, Tensor]:
             share = indices[state.process_index].tolist()
             batch = self._prepare_inputs(self.train_data_collator([pairs[index] for index in share]))
             with self.compute_loss_context_manager():
-                logps_of_share = logps(model, batch)
-            gathered_index, gathered = state.gather((batch["index"], logps_of_share.T.contiguous()))
-            require_finite(gathered)
-            values[:, gathered_index] = gathered.T.float()
-            unstored += indices.numel()
-            if unstored >= store.part and state.is_main_process:
-                store.save(values)
-                unstored = 0
+                values = logps(model, batch)
+            index, gathered = state.gather((batch["index"], values.T.contiguous()))
+            return index, gathered.T
+
+        rounds = shares(
+            torch.as_tensor(pairs.with_format("numpy")["length"][:]),
+            batch=SCORING_FACTOR * self.args.per_device_eval_batch_size,
+            world=state.num_processes,
+        )
+        left = missing(rounds, self.opponent[split])
+        model.eval()
+        shown = self._shown(left, f"opponent's log-probabilities ({split})")
+        fill(self.opponent[split], store, shown, score, write=state.is_main_process)
         model.train(training)
         if state.is_main_process:
-            store.save(values)
             say(f"opponent's log-probabilities of {len(pairs):,} {split} pairs stored")
         state.wait_for_everyone()
 
