@@ -9,6 +9,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from spin_plugin import __version__
 from spin_plugin.checkpoint import check_model_dir, check_weights, why_incomplete
 from spin_plugin.iteration import (
@@ -190,4 +192,7 @@ def end_with_launcher() -> None:
 def _end_after(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(1)
-    os._exit(1)  # vLLM's worker ends with us
+    for child in psutil.Process().children(recursive=True):  # vLLM's worker, and what `datasets` has started
+        with suppress(psutil.Error):
+            child.kill()
+    os._exit(1)

@@ -54,7 +54,7 @@ def _print(start: str, style: str, message: str) -> None:
 
 
 def exit_in_one_line(hook: Callable[P, R]) -> Callable[P, R]:
-    """Turn a `SpinError`, a disk's refusal, or Ctrl-C that leaves `hook` into one line and an exit code that is not 0."""
+    """Turn a `SpinError`, a disk's refusal or Ctrl-C that leaves `hook` into one line and an exit code above 0."""
 
     @wraps(hook)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,7 @@ class Play:
 
 def reached(play: Play, phase: str) -> bool:
     """Whether the command that writes `play.log` is in a phase."""
-    log = play.log.read_text(errors="replace")
-    started = play.log.stat().st_ctime if not log else play.folder.joinpath("started").stat().st_mtime
+    log, started = play.log.read_text(errors="replace"), (play.folder / "started").stat().st_mtime
     return {
         "data": lambda: "AXOLOTL" in log.upper(),
         "generation": lambda: _newer(play.iteration.glob("synthetic/shard-*"), started),
@@ -161,10 +161,8 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 def _quietly(action: Callable[[], object]) -> None:
-    try:
+    with suppress(psutil.Error):  # it was faster
         action()
-    except psutil.Error:
-        pass  # it was faster
 
 
 # --- one run -----------------------------------------------------------------------------------
@@ -178,11 +176,10 @@ def survive(play: Play) -> None:
         wait_for(lambda p=process: p.poll() is not None, kill.delay)
         if process.poll() is None:
             strike(process, kill)
-            if kill.left_behind:
-                play.failures.append(f"{kill.method} in {kill.phase} left {kill.left_behind} behind")
         elif process.returncode:
             play.failures.append(f"{play.log} failed by itself: {play.log.read_text()[-500:]}")
-        console.print(f"  {kill.phase}: {kill.method}{'' if kill.done else ' (came too late)'}, exit {kill.code}")
+        late = "" if kill.done else " (came too late)"
+        console.print(f"  {kill.phase}: {kill.method}{late}, exit {kill.code} {kill.left_behind or ''}")
     process = start(play)
     process.wait(LONGEST)
     if process.returncode:
@@ -281,7 +278,8 @@ def main() -> None:
         hits = [kill for kill in play.kills if kill.done]
         differs, apart = differences(expected, outcome(play.run)) if not play.failures else (["not finished"], 0.0)
         content["runs"] += len(hits)
-        content["survived"] += len(hits) * (not play.failures and set(differs) <= {"weights", "losses", "opponent"})
+        same = not play.failures and set(differs) <= {"weights", "losses", "opponent"}
+        content["survived"] += sum(same and not kill.left_behind for kill in hits)
         content["identical"] += len(hits) * (not differs)
         content["largest_difference"] = max(content["largest_difference"], apart)
         content["kills"] += [asdict(kill) for kill in hits]
