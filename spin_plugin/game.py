@@ -105,8 +105,9 @@ class Game:
         if not self.first:
             return
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
-        kept = [json.dumps(entry) + "\n" for entry in self.folder.logged() if entry["step"] <= step]
-        write_whole(self.folder.metrics, "".join(kept))
+        # The summary at the end of training is written again.
+        kept = [entry for entry in self.folder.logged() if entry["step"] <= step and "train_runtime" not in entry]
+        write_whole(self.folder.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
         if checkpoint:
             say(f"iteration {self.lowered.iteration}: resuming at step {step}")
 

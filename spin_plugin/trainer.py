@@ -184,10 +184,7 @@ class SpinTrainer(AxolotlTrainer):
 
     @exit_in_one_line
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """transformers keeps the newest checkpoints by their times: a clock that was set back must not fool it."""
-        for checkpoint in Path(self.args.output_dir).glob("checkpoint-*"):
-            if checkpoint.stat().st_mtime > time.time():
-                os.utime(checkpoint)
+        mend_times(Path(self.args.output_dir))
         with naming_the_disk(self.args.output_dir):
             super()._save_checkpoint(*args, **kwargs)
 
@@ -226,6 +223,19 @@ class SpinTrainer(AxolotlTrainer):
         ).tolist()
         self._sums[split], self._pairs[split] = None, 0
         return {PREFIX[split] + name: total / pairs for name, total in zip(METRICS, totals, strict=True)}, int(pairs)
+
+
+def mend_times(folder: Path) -> None:
+    """Keep checkpoints in the order of their steps, and none in the future, also when the clock was set.
+
+    transformers 5.16 removes the oldest ones by their times (`rotate_checkpoints(use_mtime=True)`).
+    """
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    times = [path.stat().st_mtime for path in checkpoints]
+    if times and (max(times) > time.time() or times != sorted(times)):
+        for path in checkpoints:
+            step = int(path.name.rpartition("-")[2])
+            os.utime(path, (step, step))
 
 
 @contextmanager

@@ -4,20 +4,20 @@ Full disks are small tmpfs mounts in a mount namespace of the test's own, which 
 """
 
 import errno
-import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 from spin_plugin.messages import DISK, SpinError, exit_in_one_line
-from spin_plugin.run import RunDir, RunState, write_whole
+from spin_plugin.run import RunDir, write_whole
 from spin_plugin.space import Space, require_space
 
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -107,8 +107,6 @@ def test_checkpoint_that_finds_no_room_is_named(tmp_path: Path) -> None:
                     save(sys.argv[1] + "/file")
             except SpinError as error:
                 print(error)
-            except OSError as error:
-                print(sys.argv[1], "goes on from the last complete checkpoint", error)
     """
     done = on_a_disk(tmp_path, "1m", program)
     assert done.returncode == 0, done.stderr
@@ -190,9 +188,22 @@ def test_room_is_asked_for_before_the_work(tmp_path: Path, capsys: pytest.Captur
         require_space(tmp_path, Space(sure=4 * free, likely=4 * free))
 
 
-def test_state_of_a_newer_or_older_plugin_of_the_same_format_goes_on(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
-    run.write_state(RunState({"spin": {}}, [{"iteration": 0}], "99.1"))
-    content = json.loads(run.state_file.read_text())
-    run.state_file.write_text(json.dumps(content | {"a_key_of_a_later_version": 1}))
-    assert run.finished() == 1
+# --- the clock ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hours", [-5, 0, 5])
+def test_clock_that_jumps_does_not_change_which_checkpoint_is_the_newest(tmp_path: Path, hours: int) -> None:
+    """transformers sorts them by time before it removes the oldest; the clock was changed after the second one."""
+    from transformers.trainer_utils import sort_checkpoints
+
+    from spin_plugin.trainer import mend_times
+
+    now = time.time()
+    for step, age in ((7, 30), (14, 20), (100, 10)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        moment = now - age - (hours * 3600 if step < 100 else 0)
+        os.utime(tmp_path / f"checkpoint-{step}", (moment, moment))
+    mend_times(tmp_path)
+    (tmp_path / "checkpoint-107").mkdir()
+    names = [Path(path).name for path in sort_checkpoints(str(tmp_path), use_mtime=True)]
+    assert names == ["checkpoint-7", "checkpoint-14", "checkpoint-100", "checkpoint-107"]

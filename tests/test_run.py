@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,10 +134,19 @@ def test_state_of_another_version_is_refused_in_one_line(tmp_path: Path) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_state_of_a_newer_or_older_plugin_of_the_same_format_goes_on(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.write_state(RunState({"spin": {}}, [{"iteration": 0}], "99.1"))
+    stored = json.loads(run.state_file.read_text())
+    run.state_file.write_text(json.dumps(stored | {"a_key_of_a_later_version": 1}))
+    assert run.finished() == 1
+
+
 # --- one run at a time -------------------------------------------------------------------------
 
 HOLD = """
 import sys
+import time
 from pathlib import Path
 from spin_plugin.run import RunDir
 with RunDir(Path(sys.argv[1])).locked():
@@ -181,6 +191,23 @@ def test_lock_falls_with_the_process_that_holds_it(tmp_path: Path) -> None:
         assert (tmp_path / "run.lock.json").exists(), "a killed process cleans nothing up"
         with RunDir(tmp_path).locked():
             assert json.loads((tmp_path / "run.lock.json").read_text())["pid"] == os.getpid()
+
+
+def test_of_runs_that_start_at_once_one_gets_the_directory(tmp_path: Path) -> None:
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(4)
+    ]  # fmt: skip
+    while sum(racer.poll() is None for racer in racers) > 1:  # the one that holds the directory waits for its input
+        time.sleep(0.05)
+    holding = [racer for racer in racers if racer.poll() is None]
+    refused = [racer.communicate()[1] for racer in racers if racer.poll() is not None]
+    assert len(holding) == 1
+    assert all(f"is in use by process {holding[0].pid} on " in error for error in refused)
+    assert holding[0].communicate("")[0] == "held\n"
 
 
 def test_lock_is_free_again_after_an_error_inside(tmp_path: Path) -> None:
