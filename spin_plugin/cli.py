@@ -9,8 +9,8 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from spin_plugin.args import parse_spin_block
-from spin_plugin.messages import SpinError, console, exit_in_one_line
+from spin_plugin.args import SpinArgs, parse_spin_block
+from spin_plugin.messages import SpinError, console, exit_in_one_line, say
 from spin_plugin.run import RunDir
 
 METRIC_COLUMNS = {"loss": "spin/loss", "margin": "spin/reward_margin", "accuracy": "spin/accuracy"}
@@ -18,7 +18,7 @@ METRIC_COLUMNS = {"loss": "spin/loss", "margin": "spin/reward_margin", "accuracy
 
 @click.group()
 def spin() -> None:
-    """Look at Self-Play Fine-Tuning runs."""
+    """Look at Self-Play Fine-Tuning runs, or take iterations of them back."""
 
 
 @spin.command()
@@ -34,11 +34,29 @@ def status(config: Path, as_json: bool) -> None:
         console.print(_table(content))
 
 
-def run_status(config: Path) -> dict[str, Any]:
-    """State, pairs, statistics and newest metrics of every iteration.
+@spin.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--iteration", type=click.IntRange(min=0), required=True, help="The first iteration to forget.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@exit_in_one_line
+def reset(config: Path, iteration: int, yes: bool) -> None:
+    """Remove an iteration, and all after it, from the run that CONFIG describes."""
+    _, run = read_config(config)
+    folders = [str(run.iteration(number).path) for number in run.started() if number >= iteration]
+    if not folders and run.finished() <= iteration:
+        raise SpinError(f"--iteration {iteration}: there is nothing of it in {run.root}")
+    with run.locked():
+        if not yes:
+            click.confirm(f"remove {', '.join(folders)} with everything in it?", abort=True)
+        run.reset(iteration)
+    say(f"iteration {iteration} and all after it are removed; `axolotl train {config}` plays it anew")
+
+
+def read_config(config: Path) -> tuple[SpinArgs, RunDir]:
+    """The `spin:` block and the run directory of a configuration file.
 
     Raises:
-        SpinError: CONFIG is no SPIN configuration, or the run directory is damaged.
+        SpinError: CONFIG is no SPIN configuration.
     """
     try:
         cfg = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -48,7 +66,16 @@ def run_status(config: Path) -> dict[str, Any]:
         raise SpinError(f"{config} is no SPIN configuration: it needs `rl: spin`, a `spin:` block and `output_dir`")
     if not any(str(name).startswith("spin_plugin.") for name in cfg.get("plugins") or []):
         raise SpinError(f"{config} does not load the plugin; add `plugins: [spin_plugin.SpinPlugin]`")
-    args, run = parse_spin_block(cfg.get("spin")), RunDir(Path(cfg["output_dir"]))
+    return parse_spin_block(cfg.get("spin")), RunDir(Path(cfg["output_dir"]))
+
+
+def run_status(config: Path) -> dict[str, Any]:
+    """State, pairs, statistics and newest metrics of every iteration.
+
+    Raises:
+        SpinError: CONFIG is no SPIN configuration, or the run directory is damaged.
+    """
+    args, run = read_config(config)
     state = run.read_state()
     finished = state.finished if state else []
     iterations = [entry | {"state": "finished"} for entry in finished]

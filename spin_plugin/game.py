@@ -3,13 +3,16 @@
 import json
 import math
 import os
-import shutil
+import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
+import psutil
+
 from spin_plugin import __version__
-from spin_plugin.checkpoint import check_model_dir
+from spin_plugin.checkpoint import check_model_dir, check_weights, why_incomplete
 from spin_plugin.iteration import (
     PairsOnDisk,
     answer_questions,
@@ -19,7 +22,10 @@ from spin_plugin.iteration import (
 )
 from spin_plugin.lowering import Lowered
 from spin_plugin.messages import SpinError, say, warn
-from spin_plugin.run import IterationDir, RunState, differing_keys
+from spin_plugin.run import IterationDir, RunState, differing_keys, flush, remove_whole, write_whole
+from spin_plugin.weights import require_finite
+
+LAUNCHERS = {"accelerate", "torchrun", "accelerate.commands.launch", "torch.distributed.run"}
 
 
 class Game:
@@ -41,11 +47,14 @@ class Game:
             SpinError: the directory is in use or belongs to another configuration, or the data cannot be used.
         """
         run, number = self.lowered.run, self.lowered.iteration
+        end_with_launcher()
         if self.first:
             self.held.enter_context(run.locked())
             self._claim()
             clear_questions(run)
             self.pairs = prepare_iteration(self.cfg, run, self.spin, number)
+            if for_training:
+                self._remove_incomplete_checkpoints()  # before the other processes look for one
             answer_questions(run, int(os.environ.get("WORLD_SIZE", "1")) - 1)
         else:
             self.pairs = wait_for_iteration(run, number, rank=int(os.environ["RANK"]))
@@ -65,36 +74,40 @@ class Game:
                 raise SpinError(f"output_dir {run.root} holds a model that is not a SPIN run; use another output_dir")
             run.write_state(RunState(self.lowered.config, [], __version__))
             return
-        keys = differing_keys(state.config, self.lowered.config, len(state.finished))
+        begun = len(state.finished) + self.folder.path.exists()
+        keys = differing_keys(state.config, self.lowered.config, begun)
         if len(state.finished) != self.lowered.iteration:
             raise SpinError(
                 f"iteration {self.lowered.iteration} was finished by another process; run the same command again"
             )
         if not state.finished and not run.holds_responses():
-            shutil.rmtree(run.real, ignore_errors=True)  # nothing was drawn yet: configuration and data may change
+            remove_whole(run.real)  # nothing was drawn yet: configuration and data may change
         elif keys:
             raise SpinError(
                 f"output_dir {run.root} belongs to a run with another configuration; these keys differ: "
-                f"{', '.join(keys)}. Use another output_dir, or put the keys back to finish that run"
+                f"{', '.join(keys)}. Use another output_dir, put the keys back to finish that run, or remove it with "
+                "`axolotl spin reset CONFIG --iteration 0`"
             )
         run.write_state(RunState(self.lowered.config, state.finished, state.version))
 
+    def _remove_incomplete_checkpoints(self) -> None:
+        """Leave nothing but places to go on from: what was cut off in the middle of its save is of no use."""
+        for checkpoint in self.folder.checkpoints():
+            if reason := why_incomplete(checkpoint):
+                warn(f"training cannot go on from {checkpoint.name}, which is removed: {reason}")
+                remove_whole(checkpoint)
+
     def _resume(self) -> None:
-        """Go on from the last complete checkpoint; forget what was logged after it."""
-        # Without the optimizer's state a checkpoint is a model, not a place to go on from.
-        checkpoint = None if self.cfg.save_only_model else self.folder.last_complete_checkpoint()
+        """Go on from the last checkpoint; forget what was logged after it."""
+        checkpoint = next(reversed(self.folder.checkpoints()), None)
         self.cfg.auto_resume_from_checkpoints = False
         self.cfg.resume_from_checkpoint = str(checkpoint) if checkpoint else None
         if not self.first:
             return
-        for leftover in self.folder.checkpoints():
-            if self.cfg.save_only_model or not (leftover / "trainer_state.json").exists():
-                shutil.rmtree(leftover)  # cut off in the middle of its save, or of no use
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
-        if self.folder.metrics.exists():
-            lines = self.folder.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if checkpoint and line.endswith("\n") and json.loads(line)["step"] <= step]
-            self.folder.metrics.write_text("".join(kept), encoding="utf-8")
+        # The summary at the end of training is written again.
+        kept = [entry for entry in self.folder.logged() if entry["step"] <= step and "train_runtime" not in entry]
+        write_whole(self.folder.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
         if checkpoint:
             say(f"iteration {self.lowered.iteration}: resuming at step {step}")
 
@@ -119,6 +132,7 @@ class Game:
             )
         trainer.spin = self.spin
         trainer.opponent_files = self.pairs.opponent_files
+        trainer.opponent_key = self.pairs.opponent_key
         trainer.metrics_file = self.folder.metrics
         if self.first:
             self._warn_of_warmup(trainer.args.get_warmup_steps(self.steps))
@@ -137,6 +151,8 @@ class Game:
         """Check what was saved, then mark the iteration as finished: the marker is written last."""
         run, number = self.lowered.run, self.lowered.iteration
         check_model_dir(self.folder.path, adapter=bool(self.cfg.adapter))
+        require_finite(check_weights(self.folder.path, "adapter_model" if self.cfg.adapter else "model"))
+        flush(self.folder.path.iterdir())
         state = run.read_state()
         assert state is not None
         assert len(state.finished) == number
@@ -160,3 +176,24 @@ class Game:
             f"iteration {number} finished, last epoch: {', '.join(shown)}; model in "
             f"{self.folder.path}; {f'{left} to go: run the same command again' if left else 'that was the last one'}"
         )
+
+
+def end_with_launcher() -> None:
+    """End this process when the launcher that started it is gone.
+
+    A killed `accelerate launch` leaves its process behind, which would go on unseen and keep the run locked.
+    """
+    launcher = os.getppid()
+    with suppress(OSError):  # no /proc, no watch
+        command = Path(f"/proc/{launcher}/cmdline").read_bytes().decode(errors="replace").split("\0")[:3]
+        if LAUNCHERS & {Path(word).name for word in command}:
+            threading.Thread(target=_end_after, args=(launcher,), daemon=True).start()
+
+
+def _end_after(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1)
+    for child in psutil.Process().children(recursive=True):  # vLLM's worker, and what `datasets` has started
+        with suppress(psutil.Error):
+            child.kill()
+    os._exit(1)

@@ -15,6 +15,7 @@ import yaml
 from datasets import Dataset
 
 from spin_plugin.args import SpinArgs
+from spin_plugin.checkpoint import check_weights
 from spin_plugin.generation.interpreter import vllm_python
 from spin_plugin.generation.job import Job, Prompts, fingerprint_requests, requests_for
 from spin_plugin.generation.launcher import generate
@@ -31,6 +32,8 @@ from spin_plugin.pairs import (
 )
 from spin_plugin.real import Real, prepare_real
 from spin_plugin.run import IterationDir, RunDir, make_folder_whole, without_secrets, write_whole
+from spin_plugin.space import Space, require_space
+from spin_plugin.weights import fingerprint, require_complete, require_complete_adapter, require_finite
 
 SPLITS = ("train", "eval")
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -45,6 +48,14 @@ class PairsOnDisk:
     eval: Dataset | None
     stats: dict[str, PairStats]
     opponent_files: dict[str, Path]
+    weights: str
+    """Fingerprint of the opponent's weights."""
+
+    def opponent_key(self, split: str) -> str:
+        """What the opponent's log-probabilities of a split depend on: its weights, and every token of the pairs."""
+        pairs = self.opponent_files[split].with_name(f"{split}.arrow")
+        with open(pairs, "rb") as content:
+            return f"{self.weights}/{hashlib.file_digest(content, 'sha256').hexdigest()}"
 
 
 def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> PairsOnDisk:
@@ -122,6 +133,7 @@ def open_pairs(folder: IterationDir) -> PairsOnDisk:
         eval=tables["eval"] if len(tables["eval"]) else None,
         stats=read_stats(folder.pairs / "stats.json"),
         opponent_files={split: folder.pairs / f"opponent-{split}.safetensors" for split in SPLITS},
+        weights=str((Shards(folder.synthetic).manifest() or {}).get("weights")),
     )
 
 
@@ -162,8 +174,16 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real) -> Job
         "stop_token_ids": real.stop_tokens,
     }
     adapter = str(cfg.lora_model_dir) if cfg.adapter and cfg.lora_model_dir else None
-    job = Job(number, engine_arguments(cfg, spin), adapter, weights_of(cfg, adapter), sampling, count, digest)
-    generate(job, Shards(run.iteration(number).synthetic), requests, partial(vllm_python, options.python))
+    weights = fingerprint(filter(None, (str(cfg.base_model), adapter)), cfg.revision_of_model)
+    job = Job(number, engine_arguments(cfg, spin), adapter, weights, sampling, count, digest)
+
+    def find_python() -> Path:  # asked only when there is something to draw
+        python = vllm_python(options.python)
+        _require_sound_opponent(cfg, adapter)
+        require_space(run.root, _bytes_needed(cfg, spin, count))
+        return python
+
+    generate(job, Shards(run.iteration(number).synthetic), requests, find_python)
     return job
 
 
@@ -187,17 +207,27 @@ def engine_arguments(cfg: Any, spin: SpinArgs) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if value is not None}
 
 
-def weights_of(cfg: Any, adapter: str | None) -> str:
-    """Fingerprint of the opponent: the content of local weights, the name and revision of remote ones."""
-    digest = hashlib.sha256()
-    for place in filter(None, (str(cfg.base_model), adapter)):
-        if not Path(place).is_dir():
-            digest.update(f"{place}@{cfg.revision_of_model}".encode())
-            continue
-        for file in sorted(Path(place).glob("*.safetensors")):
-            with open(file, "rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()
+def _require_sound_opponent(cfg: Any, adapter: str | None) -> None:
+    """Refuse damaged weights before a GPU hour is spent on them. What comes from the hub was checked on its way."""
+    base, code = Path(str(cfg.base_model)), bool(cfg.trust_remote_code)
+    if base.is_dir():
+        require_finite(check_weights(base, "model"))
+        if "quantization_config" not in (base / "config.json").read_text(encoding="utf-8"):  # other tensors
+            require_complete(base, trust_remote_code=code)
+    if adapter:
+        require_finite(check_weights(Path(adapter), "adapter_model"))
+        require_complete_adapter(Path(adapter), str(base), revision=cfg.revision_of_model, trust_remote_code=code)
+
+
+def _bytes_needed(cfg: Any, spin: SpinArgs, responses: int) -> Space:
+    """What an iteration writes: surely the model at its end, at most also all these responses and checkpoints."""
+    base = Path(str(cfg.base_model))
+    model = sum(file.stat().st_size for file in base.glob("*.safetensors")) if not cfg.adapter else 0
+    tokens = responses * min(cfg.sequence_len, spin.generation.max_tokens or cfg.sequence_len)
+    pairs = responses * (1 + spin.history) * 2 * cfg.sequence_len
+    optimizer = 0 if cfg.save_only_model else 2 * model  # Adam's two moments
+    checkpoints = 0 if cfg.save_strategy == "no" else 1 + (cfg.save_total_limit or 4)  # 4 is Axolotl's own
+    return Space(sure=model, likely=model + 8 * tokens + 4 * pairs + checkpoints * (model + optimizer))
 
 
 # --- pairs -------------------------------------------------------------------------------------

@@ -82,6 +82,7 @@ def lower(cfg: MutableMapping[str, Any], known_axolotl_keys: Iterable[str] = ())
     if not cfg.get("output_dir"):
         raise SpinError("output_dir: name the directory of the run, for example `output_dir: ./outputs/spin`")
     run = RunDir(Path(cfg["output_dir"]))
+    run.require_writable()  # Axolotl opens its log there next
     iteration = run.finished()
     cfg.pop("resume_from_checkpoint", None)  # resuming needs no key
     # The next opponent is the model at the end of the iteration, unless the user asks for the best one.
@@ -135,7 +136,7 @@ def _refuse(cfg: Mapping[str, Any]) -> None:
         if cfg.get(key):
             raise SpinError(f"{key}: cannot be used with `rl: spin`: {reason}")
     for key in ("context_parallel_size", "sequence_parallel_degree"):
-        if (cfg.get(key) or 1) > 1:
+        if str(cfg.get(key) or 1) != "1":  # Axolotl has not checked its type yet
             raise SpinError(f"{key}: cannot be used with `rl: spin`: a pair's log-probabilities are summed on one rank")
     if cfg.get("adapter") not in ADAPTERS:
         raise SpinError(
@@ -144,12 +145,7 @@ def _refuse(cfg: Mapping[str, Any]) -> None:
     if cfg.get("base_model_config") not in (None, "", cfg.get("base_model")):
         raise SpinError("base_model_config: must be base_model itself: vLLM reads the file beside the weights")
     _refuse_adapter_start(cfg)
-    if not cfg.get("datasets"):
-        raise SpinError("datasets: SPIN needs at least one SFT dataset")
-    if not isinstance(cfg["datasets"], list | tuple):
-        raise SpinError("datasets: must be a list of mappings with `path` and `type`")
-    for number, dataset in enumerate([*cfg["datasets"], *(cfg.get("test_datasets") or [])]):
-        _refuse_dataset(f"datasets[{number}]" if number < len(cfg["datasets"]) else "test_datasets", dataset)
+    _refuse_datasets(cfg)
 
 
 def _refuse_adapter_start(cfg: Mapping[str, Any]) -> None:
@@ -159,8 +155,19 @@ def _refuse_adapter_start(cfg: Mapping[str, Any]) -> None:
         raise SpinError(
             f"peft_init_lora_weights: {start} changes the base model, which vLLM would not know of; use true"
         )
-    if (cfg.get("peft") or {}).get("loftq_config"):
+    peft = cfg.get("peft")
+    if isinstance(peft, Mapping) and peft.get("loftq_config"):
         raise SpinError("peft.loftq_config: changes the base model, which vLLM would not know of; remove it")
+
+
+def _refuse_datasets(cfg: Mapping[str, Any]) -> None:
+    if not cfg.get("datasets"):
+        raise SpinError("datasets: SPIN needs at least one SFT dataset")
+    for key in ("datasets", "test_datasets"):
+        if not isinstance(cfg.get(key) or [], list | tuple):
+            raise SpinError(f"{key}: must be a list of mappings with `path` and `type`")
+    for number, dataset in enumerate([*cfg["datasets"], *(cfg.get("test_datasets") or [])]):
+        _refuse_dataset(f"datasets[{number}]" if number < len(cfg["datasets"]) else "test_datasets", dataset)
 
 
 def _refuse_dataset(name: str, dataset: Any) -> None:

@@ -17,7 +17,7 @@ import os
 import shutil
 import socket
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,30 +28,61 @@ from filelock import FileLock, Timeout
 from spin_plugin.messages import SpinError
 
 FORMAT = 1
+TRASH = ".removed-"
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that it is either absent (or as it was) or complete, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with _naming(path, temporary):
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def make_folder_whole(path: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write a folder's files under another name; the folder appears when they are complete."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    fill(temporary)
-    for file in temporary.rglob("*"):
+    with _naming(path, temporary):
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        flush(temporary.rglob("*"))
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(temporary, path)
+
+
+def flush(files: Iterable[Path]) -> None:
+    """Wait until files that others have written lie on the disk."""
+    for file in files:
         if file.is_file():
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(temporary, path)
+
+
+def remove_whole(path: Path) -> None:
+    """Remove a folder in one step: what a kill in the middle leaves has a name that nobody reads."""
+    trash = path.with_name(f"{TRASH}{path.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        os.rename(path, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+@contextmanager
+def _naming(path: Path, temporary: Path) -> Iterator[None]:
+    """Where `path` cannot be written, say so by its name and leave nothing half-written on a disk that may be full."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)  # the system does not name it once a file is open
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 @dataclass(frozen=True)
@@ -77,11 +108,12 @@ class IterationDir:
         return self.path / "metrics.jsonl"
 
     def logged(self) -> list[dict[str, float]]:
-        """What training logged, a dictionary each time."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        """What training logged, oldest first; a line that was cut off when training was killed is left out."""
+        if not self.metrics.exists():
+            return []
         entries = []
-        for line in lines:
-            with suppress(json.JSONDecodeError):  # the last line may have been cut off when training was killed
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(json.JSONDecodeError):
                 entries.append(json.loads(line))
         return entries
 
@@ -103,11 +135,6 @@ class IterationDir:
         """Axolotl's checkpoints, oldest first, complete or not."""
         found = [path for path in self.path.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
         return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-    def last_complete_checkpoint(self) -> Path | None:
-        """The checkpoint to resume from. transformers writes trainer_state.json last."""
-        complete = [path for path in self.checkpoints() if (path / "trainer_state.json").exists()]
-        return complete[-1] if complete else None
 
 
 @dataclass
@@ -140,6 +167,20 @@ class RunDir:
 
     def iteration(self, number: int) -> IterationDir:
         return IterationDir(self.root / f"iteration-{number}")
+
+    def require_writable(self) -> None:
+        """Find out before any work whether the directory can be made and written.
+
+        Raises:
+            SpinError: it cannot.
+        """
+        place = self.root.absolute()
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise SpinError(f"output_dir: {place} is no directory; use another one")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise SpinError(f"output_dir: {place} cannot be written; use another one")
 
     def read_state(self) -> RunState | None:
         """The run's state, None where no run was started.
@@ -191,13 +232,44 @@ class RunDir:
         try:
             lock.acquire()
         except Timeout:
-            raise SpinError(f"output_dir {self.root} is in use by {_holder(holder)}; wait for it or stop it") from None
+            raise SpinError(
+                f"output_dir {self.root} is in use by {_holder(holder)}; wait for it or stop it (where it is gone for "
+                f"good and the file system cannot know, delete {lock.lock_file})"
+            ) from None
         try:
             write_whole(holder, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+            for trash in (*self.root.glob(f"{TRASH}*"), *self.root.glob(f"iteration-*/{TRASH}*")):
+                shutil.rmtree(trash, ignore_errors=True)
             yield
         finally:
             holder.unlink(missing_ok=True)
             lock.release()
+
+    def started(self) -> list[int]:
+        """Numbers of the iterations that have a folder, ascending."""
+        names = (path.name.partition("-")[2] for path in self.root.glob("iteration-*") if path.is_dir())
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def reset(self, number: int) -> None:
+        """Forget iteration `number` and all after it; run.json first, so that the run goes on wherever this is killed.
+
+        The caller holds the lock.
+        """
+        state = self.read_state()
+        if state and len(state.finished) > number:
+            state.finished = state.finished[:number]
+            self.write_state(state)
+        for started in reversed(self.started()):
+            if started >= number:
+                remove_whole(self.iteration(started).path)
+        self._unlink_newest()
+        if number:
+            self.link_newest(number - 1)
+
+    def _unlink_newest(self) -> None:
+        for link in self.root.iterdir():
+            if link.is_symlink() and os.readlink(link).startswith("iteration-"):
+                link.unlink()
 
     def link_newest(self, number: int) -> None:
         """Make `output_dir` itself loadable: links to the files of iteration `number`.
@@ -206,9 +278,7 @@ class RunDir:
         `output_dir` then finds the last finished one.
         """
         source = self.iteration(number).path
-        for link in self.root.iterdir():
-            if link.is_symlink() and os.readlink(link).startswith("iteration-"):
-                link.unlink()
+        self._unlink_newest()
         for file in sorted(source.iterdir()):
             link = self.root / file.name
             if file.is_file() and _is_model_file(file.name) and not (link.exists() or link.is_symlink()):
@@ -293,18 +363,27 @@ def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
     return binding | {f"spin.generation.vllm.{k}": v for k, v in vllm.items() if k not in FREE_VLLM_KEYS}
 
 
-def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], finished: int) -> list[str]:
+def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], begun: int) -> list[str]:
     """Keys by which two configurations of one run directory lead to different results.
 
-    More iterations may be added; the schedule of those already finished may not change.
+    More iterations may be added; the schedule of the `begun` first ones may not change.
     """
     old, new = (_as_json(_binding(config)) for config in (before, now))
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    # The iteration after the finished ones may have begun, if the run was to play it at all.
-    planned = (before.get("spin") or {}).get("iterations")
-    begun = finished + 1 if planned is None else min(finished + 1, planned)
-    differs = any(_scheduled(before, number) != _scheduled(now, number) for number in range(begun))
+    keys = [key for key in sorted(old.keys() | new.keys()) if not _same(old.get(key), new.get(key))]
+    differs = not all(_same(_scheduled(before, number), _scheduled(now, number)) for number in range(begun))
     return keys + (["spin.schedule"] if differs else [])
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Whether two values of a configuration mean the same; `5e-5` is a text in YAML and 0.00005 a number."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old.keys() == new.keys() and all(_same(old[key], new[key]) for key in old)
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(map(_same, old, new))
+    if isinstance(old, str) != isinstance(new, str):
+        with suppress(ValueError, TypeError):
+            return float(old) == float(new)
+    return old == new
 
 
 def _scheduled(config: Mapping[str, Any], iteration: int) -> Any:

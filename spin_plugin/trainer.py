@@ -1,14 +1,21 @@
 """SpinTrainer: forward, log-probabilities, loss, log. Everything else is Axolotl's trainer."""
 
 import json
-from collections.abc import Iterable
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from axolotl.core.trainers import AxolotlTrainer
 from datasets import Dataset
 from rich.progress import track
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -18,7 +25,7 @@ from spin_plugin.head import choose_forms, install, logps
 from spin_plugin.layout import Pair
 from spin_plugin.loss import METRICS, metric_sums, spin_terms
 from spin_plugin.messages import SpinError, console, exit_in_one_line, say
-from spin_plugin.opponent import OpponentStore, shares
+from spin_plugin.opponent import OpponentStore, fill, missing, shares
 from spin_plugin.order import BalancedSampler
 
 SCORING_FACTOR = 4  # without gradients this many times the pairs fit into memory
@@ -28,11 +35,12 @@ PREFIX = {"train": "spin/", "eval": "eval_spin/"}  # reporters turn the eval_ pr
 class SpinTrainer(AxolotlTrainer):
     """Trains the main player against stored log-probabilities of the opponent.
 
-    `spin`, `opponent_files` and `metrics_file` are set by the plugin right after construction.
+    `spin`, `opponent_files`, `opponent_key` and `metrics_file` are set by the plugin right after construction.
     """
 
     spin: SpinArgs
     opponent_files: dict[str, Path]
+    opponent_key: Callable[[str], str]
     metrics_file: Path
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -70,48 +78,58 @@ class SpinTrainer(AxolotlTrainer):
             collator.shared_prefix = forms.shared_prefix
 
     def load_opponent(self, model: nn.Module) -> None:
-        """Fill `opponent` from disk, or compute and store it with the model as it is now."""
+        """Fill `opponent` with what is stored; compute and store the rest with the model as it is now."""
         self.choose_form(model)
         splits = {"train": self.train_dataset, "eval": self.eval_dataset}
         for split, pairs in splits.items():
-            if pairs is None:
-                continue
-            store = OpponentStore(self.opponent_files[split], len(pairs))
-            if not store.exists():
-                if self.state.global_step:
-                    raise SpinError(
-                        f"{store.file} is missing, and the policy has moved on from the opponent; delete the "
-                        f"checkpoints in {self.args.output_dir} to train this iteration from its start"
-                    )
-                values = self._score(model, pairs, split)
-                if self.accelerator.is_main_process:
-                    store.save(values)
-                self.accelerator.wait_for_everyone()
-            self.opponent[split] = store.load().to(self.args.device)
+            if pairs is not None:
+                store = OpponentStore(self.opponent_files[split], len(pairs), self.opponent_key(split))
+                self.opponent[split] = self._stored(store)
+                if self.opponent[split].isnan().any():
+                    self._score(model, pairs, split, store)
+
+    def _stored(self, store: OpponentStore) -> Tensor:
+        """What the first process reads, on every rank: they have to agree on what is left to compute."""
+        first = self.accelerator.is_main_process
+        values = store.load() if first else torch.empty(2, store.pairs)
+        values = broadcast(values.to(self.args.device))
+        if self.state.global_step and values.isnan().any():
+            raise SpinError(
+                f"{store.file} is missing, damaged or incomplete, and the policy has moved on from the opponent; "
+                f"delete the checkpoints in {self.args.output_dir} to train this iteration from its start"
+            )
+        return values
 
     @torch.no_grad()
-    def _score(self, model: nn.Module, pairs: Dataset, split: str) -> Tensor:
-        """[2, N] log-probabilities of all pairs, each rank computing its share."""
-        state, batch_size = self.accelerator, SCORING_FACTOR * self.args.per_device_eval_batch_size
-        lengths = torch.as_tensor(pairs.with_format("numpy")["length"][:])
-        batches = shares(lengths, batch=batch_size, rank=state.process_index, world=state.num_processes)
-        result = torch.empty(2, len(pairs), device=self.args.device)
-        training = model.training
-        model.eval()
-        for indices in self._shown(batches, f"opponent's log-probabilities ({split})"):
-            batch = self._prepare_inputs(self.train_data_collator([pairs[index] for index in indices]))
+    def _score(self, model: nn.Module, pairs: Dataset, split: str, store: OpponentStore) -> None:
+        """Compute and store the log-probabilities that are missing, each rank its share."""
+        state, training = self.accelerator, model.training
+
+        def score(indices: Tensor) -> tuple[Tensor, Tensor]:
+            share = indices[state.process_index].tolist()
+            batch = self._prepare_inputs(self.train_data_collator([pairs[index] for index in share]))
             with self.compute_loss_context_manager():
                 values = logps(model, batch)
-            gathered_index, gathered = state.gather((batch["index"], values.T.contiguous()))
-            result[:, gathered_index] = gathered.T.float()
+            index, gathered = state.gather((batch["index"], values.T.contiguous()))
+            return index, gathered.T
+
+        rounds = shares(
+            torch.as_tensor(pairs.with_format("numpy")["length"][:]),
+            batch=SCORING_FACTOR * self.args.per_device_eval_batch_size,
+            world=state.num_processes,
+        )
+        left = missing(rounds, self.opponent[split])
+        model.eval()
+        shown = self._shown(left, f"opponent's log-probabilities ({split})")
+        fill(self.opponent[split], store, shown, score, write=state.is_main_process)
         model.train(training)
         if state.is_main_process:
             say(f"opponent's log-probabilities of {len(pairs):,} {split} pairs stored")
-        return result.cpu()
+        state.wait_for_everyone()
 
-    def _shown(self, batches: list[list[int]], title: str) -> Iterable[list[int]]:
+    def _shown(self, rounds: Tensor, title: str) -> Iterable[Tensor]:
         shown = console.is_terminal and self.accelerator.is_main_process
-        return track(batches, title, console=console, transient=True, disable=not shown)
+        return track(rounds, title, total=len(rounds), console=console, transient=True, disable=not shown)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         """A random order whose steps are balanced by tokens, unless the configuration asks for another."""
@@ -162,6 +180,19 @@ class SpinTrainer(AxolotlTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
+    # --- saving ------------------------------------------------------------------------------
+
+    @exit_in_one_line
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        mend_times(Path(self.args.output_dir))
+        with naming_the_disk(self.args.output_dir):
+            super()._save_checkpoint(*args, **kwargs)
+
+    @exit_in_one_line
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with naming_the_disk(output_dir or self.args.output_dir):
+            super().save_model(output_dir, _internal_call)
+
     # --- logging -----------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -192,6 +223,34 @@ class SpinTrainer(AxolotlTrainer):
         ).tolist()
         self._sums[split], self._pairs[split] = None, 0
         return {PREFIX[split] + name: total / pairs for name, total in zip(METRICS, totals, strict=True)}, int(pairs)
+
+
+def mend_times(folder: Path) -> None:
+    """Keep checkpoints in the order of their steps, and none in the future, also when the clock was set.
+
+    transformers 5.16 removes the oldest ones by their times (`rotate_checkpoints(use_mtime=True)`).
+    """
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    times = [path.stat().st_mtime for path in checkpoints]
+    if times and (max(times) > time.time() or times != sorted(times)):
+        for path in checkpoints:
+            step = int(path.name.rpartition("-")[2])
+            os.utime(path, (step, step))
+
+
+@contextmanager
+def naming_the_disk(folder: str) -> Iterator[None]:
+    """safetensors and torch report a full disk each in its own way; say it in ours."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if not re.search(r"os error \d|PytorchStreamWriter|inline_container", str(error)):
+            raise
+        free = shutil.disk_usage(folder).free / 1e9
+        raise SpinError(
+            f"{folder} could not be written ({free:.1f} GB are free): {str(error)[:200]}; make room, then run the same "
+            "command again: it goes on from the last complete checkpoint"
+        ) from None
 
 
 def silence_dropout(module: nn.Module) -> None:

@@ -279,7 +279,7 @@ BLOCKS = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(block=BLOCKS, known=st.sampled_from([(), AXOLOTL_KEYS]))
 def test_any_block_is_parsed_or_refused_in_one_line(block: object, known: tuple[str, ...]) -> None:
     try:

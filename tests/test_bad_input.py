@@ -8,7 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import Finished
+from safetensors.torch import load_file, save_file
 from tiny import chat_rows, spin_config, write_config, write_jsonl
 
 Command = Callable[..., Finished]
@@ -118,6 +120,22 @@ def test_truncated_weights(tmp_path: Path, llama: Path, chat_data: Path, preproc
     weights.write_bytes(weights.read_bytes()[:-1000])
     error = preprocess(config(tmp_path, model, chat_data))
     assert "model.safetensors is truncated" in error
+
+
+@pytest.mark.parametrize("damage", ["NaN", "missing"])
+def test_weights_that_vllm_would_take_are_found_before_it_starts(
+    tmp_path: Path, llama: Path, chat_data: Path, preprocess: Preprocess, vllm_python: Path, damage: str
+) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    broken = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    if damage == "NaN":
+        tensors["model.layers.1.mlp.up_proj.weight"] = broken * torch.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    error = preprocess(config(tmp_path, model, chat_data))
+    assert "model.layers.1.mlp.up_proj.weight" in error
+    assert damage in error
+    assert not (tmp_path / "run/iteration-0/synthetic/vllm.log").exists()
 
 
 def test_tokens_outside_the_vocabulary(tmp_path: Path, llama: Path, chat_data: Path, preprocess: Preprocess) -> None:

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny import SMALL, byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from spin_plugin.checkpoint import check_model_dir, check_safetensors
+from spin_plugin.checkpoint import check_model_dir, check_safetensors, why_incomplete
 from spin_plugin.messages import SpinError
 
 
@@ -142,6 +142,13 @@ def test_damaged_index_is_named(sharded: Path, content: bytes) -> None:
     refused(lambda: check_model_dir(sharded), index)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("kept", [0, 20])
+def test_truncated_file_beside_the_weights_is_named(model: Path, name: str, kept: int) -> None:
+    (model / name).write_bytes((model / name).read_bytes()[:kept])
+    refused(lambda: check_model_dir(model), model / name, "is damaged")
+
+
 # --- the weights are damaged -------------------------------------------------------------------
 
 
@@ -201,6 +208,65 @@ def test_header_that_claims_to_be_huge_is_not_read(tmp_path: Path) -> None:
 def test_weights_that_are_a_directory_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
     refused(lambda: check_safetensors(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
+
+
+# --- checkpoints to go on from -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as transformers itself writes it."""
+    folder = tmp_path_factory.mktemp("training")
+    row = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
+    arguments = TrainingArguments(str(folder), max_steps=2, save_steps=2, report_to=[], use_cpu=True, logging_steps=9)
+    Trainer(LlamaForCausalLM(LlamaConfig(**SMALL)), arguments, train_dataset=[row] * 16).train()
+    return folder / "checkpoint-2"
+
+
+@pytest.fixture
+def checkpoint(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / saved.name))
+
+
+def test_checkpoint_of_transformers_is_complete(checkpoint: Path) -> None:
+    assert why_incomplete(checkpoint) is None
+    (checkpoint / "model.safetensors").rename(checkpoint / "adapter_model.safetensors")
+    assert why_incomplete(checkpoint) is None, "of an adapter"
+
+
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json"]
+)
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_checkpoint_with_a_truncated_file_is_incomplete(checkpoint: Path, name: str, kept: float) -> None:
+    content = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(content[: int(len(content) * kept)])
+    assert name in str(why_incomplete(checkpoint))
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt"])
+def test_checkpoint_without_one_of_its_files_is_incomplete(checkpoint: Path, name: str) -> None:
+    """Without the optimizer's state it is what `save_only_model` leaves: a model, no place to go on from."""
+    (checkpoint / name).unlink()
+    assert why_incomplete(checkpoint)
+
+
+def test_checkpoint_of_another_step_is_incomplete(checkpoint: Path) -> None:
+    assert "another step" in str(why_incomplete(checkpoint.rename(checkpoint.with_name("checkpoint-3"))))
+
+
+@pytest.mark.parametrize("kind", ["deepspeed", "fsdp"])
+def test_sharded_checkpoints_are_known(checkpoint: Path, kind: str) -> None:
+    """Their weights and optimizer's state lie in folders of their own, and ZeRO-3 saves no model.safetensors."""
+    for name in ("model.safetensors", "optimizer.pt"):
+        (checkpoint / name).unlink()
+    folders = {"deepspeed": ["global_step2"], "fsdp": ["pytorch_model_fsdp_0", "optimizer_0"]}[kind]
+    for folder in folders:
+        (checkpoint / folder).mkdir()
+        torch.save({}, checkpoint / folder / "rank_0_states.pt")
+    assert why_incomplete(checkpoint) is None
+    (checkpoint / folders[-1] / "rank_0_states.pt").write_bytes(b"PK half")
+    assert "rank_0_states.pt" in str(why_incomplete(checkpoint))
 
 
 JSON = st.recursive(

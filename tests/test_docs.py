@@ -26,3 +26,14 @@ def test_file_map_of_the_readme_is_complete() -> None:
     modules = [*(ROOT / "spin_plugin").rglob("*.py"), *(ROOT / "scripts").glob("*.sh"), *ROOT.glob("yaml_examples/*")]
     missing = [path.name for path in modules if path.name != "__init__.py" and path.name not in text]
     assert not missing
+
+
+def test_every_test_of_the_fault_table_exists() -> None:
+    named = re.findall(r"`(test_\w+)`", (ROOT / "docs/faults.md").read_text(encoding="utf-8"))
+    tests = {
+        name
+        for file in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(named) > 20
+    assert not set(named) - tests

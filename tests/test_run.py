@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,10 +134,19 @@ def test_state_of_another_version_is_refused_in_one_line(tmp_path: Path) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_state_of_a_newer_or_older_plugin_of_the_same_format_goes_on(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.write_state(RunState({"spin": {}}, [{"iteration": 0}], "99.1"))
+    stored = json.loads(run.state_file.read_text())
+    run.state_file.write_text(json.dumps(stored | {"a_key_of_a_later_version": 1}))
+    assert run.finished() == 1
+
+
 # --- one run at a time -------------------------------------------------------------------------
 
 HOLD = """
 import sys
+import time
 from pathlib import Path
 from spin_plugin.run import RunDir
 with RunDir(Path(sys.argv[1])).locked():
@@ -181,6 +191,23 @@ def test_lock_falls_with_the_process_that_holds_it(tmp_path: Path) -> None:
         assert (tmp_path / "run.lock.json").exists(), "a killed process cleans nothing up"
         with RunDir(tmp_path).locked():
             assert json.loads((tmp_path / "run.lock.json").read_text())["pid"] == os.getpid()
+
+
+def test_of_runs_that_start_at_once_one_gets_the_directory(tmp_path: Path) -> None:
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(4)
+    ]  # fmt: skip
+    while sum(racer.poll() is None for racer in racers) > 1:  # the one that holds the directory waits for its input
+        time.sleep(0.05)
+    holding = [racer for racer in racers if racer.poll() is None]
+    refused = [racer.communicate()[1] for racer in racers if racer.poll() is not None]
+    assert len(holding) == 1
+    assert all(f"is in use by process {holding[0].pid} on " in error for error in refused)
+    assert holding[0].communicate("")[0] == "held\n"
 
 
 def test_lock_is_free_again_after_an_error_inside(tmp_path: Path) -> None:
@@ -290,14 +317,22 @@ def test_schedule_may_come_with_the_second_iteration() -> None:
 
 @pytest.mark.parametrize("entry", [0, 1])
 def test_schedule_of_played_iterations_may_not_change(entry: int) -> None:
-    """One is finished, the next one may be in the middle of its training."""
+    """One is finished, the next one is in the middle of its training."""
     entries: list[dict[str, Any]] = [{}, {}, {}]
     entries[entry] = {"beta": 9.0}
-    assert differing_keys(scheduled({}, {}, {}), scheduled(*entries), 1) == ["spin.schedule"]
+    assert differing_keys(scheduled({}, {}, {}), scheduled(*entries), 2) == ["spin.schedule"]
 
 
 def test_schedule_of_later_iterations_may_change() -> None:
-    assert differing_keys(scheduled({}, {}, {}), scheduled({}, {}, {"learning_rate": 1e-7}), 1) == []
+    assert differing_keys(scheduled({}, {}, {}), scheduled({}, {}, {"learning_rate": 1e-7}), 2) == []
+
+
+def test_number_that_yaml_reads_as_text_is_the_number() -> None:
+    """`5e-5` has no dot, so YAML 1.1 makes a text of it."""
+    assert differing_keys(CONFIG | {"learning_rate": "5e-5"}, CONFIG | {"learning_rate": 0.00005}, 1) == []
+    assert differing_keys(scheduled({"beta": "1e-1"}), scheduled({"beta": 0.1}), 1) == []
+    for old, new in (("5e-5", 0.0005), ("1e5", "100000"), ("abc", 1), (None, "0")):
+        assert differing_keys(CONFIG | {"x": old}, CONFIG | {"x": new}, 1) == ["x"]
 
 
 # --- secrets -----------------------------------------------------------------------------------
@@ -355,17 +390,11 @@ def test_tokens_of_the_tokenizer_are_no_secrets(harmless: dict[str, Any]) -> Non
 # --- checkpoints and metrics -------------------------------------------------------------------
 
 
-def test_last_complete_checkpoint_is_the_newest_with_a_trainer_state(tmp_path: Path) -> None:
-    """By number, not by name; what was cut off in the middle of its save does not count."""
-    folder = IterationDir(tmp_path)
-    assert folder.last_complete_checkpoint() is None
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    """By number, not by name."""
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-100", "checkpoint-last", "checkpoint-20"):
         (tmp_path / name).mkdir()
-    assert folder.last_complete_checkpoint() is None
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-last"):
-        (tmp_path / name / "trainer_state.json").write_text("{}")
-    assert folder.last_complete_checkpoint() == tmp_path / "checkpoint-10"
-    assert [path.name for path in folder.checkpoints()] == [
+    assert [path.name for path in IterationDir(tmp_path).checkpoints()] == [
         "checkpoint-9", "checkpoint-10", "checkpoint-20", "checkpoint-100"
     ]  # fmt: skip
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
@@ -38,6 +39,13 @@ def test_engine_process_is_killed(
         assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
         time.sleep(0.05)
     family = psutil.Process(process.pid).children(recursive=True)
+    listening = [
+        (child.cmdline(), connection.laddr)
+        for child in family
+        for connection in child.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN and not ip_address(connection.laddr.ip).is_loopback
+    ]
+    assert not listening, "a port that others can reach"
     (engine,) = [child for child in family if "EngineCore" in " ".join(child.cmdline())]
     os.kill(engine.pid, signal.SIGKILL)
     assert process.wait(timeout=120) == 1

@@ -1,0 +1,209 @@
+"""A disk that is full, read-only or not ours: one line that names the file and the way out, and nothing is lost.
+
+Full disks are small tmpfs mounts in a mount namespace of the test's own, which fall with its process.
+"""
+
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from spin_plugin.messages import DISK, SpinError, exit_in_one_line
+from spin_plugin.run import RunDir, write_whole
+from spin_plugin.space import Space, require_space
+
+NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
+
+
+def on_a_disk(folder: Path, size: str, program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program (`folder` is its first argument) with an own disk of so many bytes mounted on the folder."""
+    mounted = f'mount -t tmpfs -o size={size} tmpfs {folder} && exec {sys.executable} -c "$0" {folder}'
+    return subprocess.run(
+        [*NAMESPACE, "sh", "-c", mounted, textwrap.dedent(program)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+# --- full --------------------------------------------------------------------------------------
+
+FULL = """
+    import json, sys
+    from pathlib import Path
+    import numpy as np
+    from spin_plugin.generation.shards import Shards
+    from spin_plugin.messages import exit_in_one_line
+    from spin_plugin.run import RunDir, RunState, make_folder_whole, write_whole
+
+    root = Path(sys.argv[1])
+    run, shards = RunDir(root), Shards(root / "iteration-0/synthetic")
+    shards.folder.mkdir(parents=True)
+    pairs = run.iteration(0).pairs
+    write_whole(root / "metrics", "old")
+    make_folder_whole(pairs, lambda folder: (folder / "train.arrow").write_text("old") and None)
+    run.write_state(RunState({}, [], "1"))
+    before = {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+    def store() -> None:
+        from spin_plugin.opponent import OpponentStore
+        import torch
+        OpponentStore(root / "opponent", 300_000, "key").save(torch.zeros(2, 300_000))
+
+    def arrow(folder) -> None:
+        from spin_plugin.pairs import PAIR_SCHEMA, table_writer
+        with table_writer(folder / "train.arrow", PAIR_SCHEMA) as write:
+            row = {"prompt": list(range(400_000)), "real": [], "synthetic": []}
+            write({name: [row.get(name, 0)] for name in PAIR_SCHEMA.names})
+
+    WRITERS = {
+        "a file": lambda: write_whole(root / "metrics", "x" * 2_000_000),
+        "run.json": lambda: run.write_state(RunState({"x": "x" * 2_000_000}, [], "1")),
+        "a shard": lambda: shards.write(0, ({"tokens": list(range(300_000))} for _ in range(2))),
+        "pairs": lambda: make_folder_whole(pairs, arrow),
+        "opponent": store,
+    }
+    try:
+        exit_in_one_line(WRITERS["%s"])()
+    finally:
+        after = {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        assert after == before, (sorted(after), sorted(before))
+"""
+
+
+@pytest.mark.parametrize(
+    ("writer", "file"),
+    [("a file", "metrics"), ("run.json", "run.json"), ("a shard", "shard-00000.jsonl"), ("pairs", "pairs"),
+     ("opponent", "opponent")],
+)  # fmt: skip
+def test_disk_that_fills_up_is_named_and_what_was_there_stays(tmp_path: Path, writer: str, file: str) -> None:
+    done = on_a_disk(tmp_path, "1m", FULL % writer)
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("spin: error: ")
+    assert file in line
+    assert "No space left" in line
+    assert "free some space" in line
+    assert done.stderr == ""
+
+
+def test_checkpoint_that_finds_no_room_is_named(tmp_path: Path) -> None:
+    """safetensors and torch each report a full disk in their own way."""
+    program = """
+        import sys, torch
+        from safetensors.torch import save_file
+        from spin_plugin.messages import SpinError
+        from spin_plugin.trainer import naming_the_disk
+        tensors = {"a": torch.zeros(1_000_000)}
+        for save in (lambda file: save_file(tensors, file), lambda file: torch.save(tensors, file)):
+            try:
+                with naming_the_disk(sys.argv[1]):
+                    save(sys.argv[1] + "/file")
+            except SpinError as error:
+                print(error)
+    """
+    done = on_a_disk(tmp_path, "1m", program)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "goes on from the last complete checkpoint" in line]
+    assert len(lines) == 2, done.stdout
+    assert all(str(tmp_path) in line for line in lines)
+
+
+def test_limit_of_a_file_is_a_full_disk_too(tmp_path: Path) -> None:
+    write_whole(tmp_path / "run.json", "old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            write_whole(tmp_path / "run.json", "x" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(tmp_path / "run.json")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+# --- read-only, not ours -----------------------------------------------------------------------
+
+
+def test_read_only_directory_is_refused_before_any_work(tmp_path: Path) -> None:
+    program = """
+        import subprocess, sys
+        from pathlib import Path
+        from spin_plugin.messages import exit_in_one_line
+        from spin_plugin.run import RunDir
+        subprocess.run(["mount", "-o", "remount,ro", sys.argv[1]], check=True)
+        exit_in_one_line(RunDir(Path(sys.argv[1]) / "outputs/run").require_writable)()
+    """
+    done = on_a_disk(tmp_path, "1m", program)
+    assert done.returncode == 1
+    assert done.stdout == f"spin: error: output_dir: {tmp_path} cannot be written; use another one\n"
+
+
+def test_output_dir_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpinError, match="file is no directory"):
+        RunDir(tmp_path / "file" / "run").require_writable()
+    RunDir(tmp_path / "new" / "run").require_writable()
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("number", sorted(DISK), ids=lambda number: errno.errorcode[number])
+def test_refusal_of_a_disk_is_one_line(capsys: pytest.CaptureFixture[str], number: int) -> None:
+    @exit_in_one_line
+    def write() -> None:
+        raise OSError(number, os.strerror(number), "/outputs/run.json")
+
+    with pytest.raises(SystemExit) as stopped:
+        write()
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"spin: error: /outputs/run.json: {os.strerror(number)}; {DISK[number]}"
+
+
+def test_other_errors_of_the_system_are_bugs_and_not_hidden() -> None:
+    @exit_in_one_line
+    def buggy() -> None:
+        raise FileNotFoundError(errno.ENOENT, "gone")
+
+    with pytest.raises(FileNotFoundError):
+        buggy()
+
+
+# --- room --------------------------------------------------------------------------------------
+
+
+def test_room_is_asked_for_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    require_space(tmp_path, Space(sure=0, likely=free // 2))
+    assert capsys.readouterr().out == ""
+    require_space(tmp_path, Space(sure=0, likely=4 * free))
+    assert "save_total_limit" in capsys.readouterr().out
+    with pytest.raises(SpinError, match="output_dir"):
+        require_space(tmp_path, Space(sure=4 * free, likely=4 * free))
+
+
+# --- the clock ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hours", [-5, 0, 5])
+def test_clock_that_jumps_does_not_change_which_checkpoint_is_the_newest(tmp_path: Path, hours: int) -> None:
+    """transformers sorts them by time before it removes the oldest; the clock was changed after the second one."""
+    from transformers.trainer_utils import sort_checkpoints
+
+    from spin_plugin.trainer import mend_times
+
+    now = time.time()
+    for step, age in ((7, 30), (14, 20), (100, 10)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        moment = now - age - (hours * 3600 if step < 100 else 0)
+        os.utime(tmp_path / f"checkpoint-{step}", (moment, moment))
+    mend_times(tmp_path)
+    (tmp_path / "checkpoint-107").mkdir()
+    names = [Path(path).name for path in sort_checkpoints(str(tmp_path), use_mtime=True)]
+    assert names == ["checkpoint-7", "checkpoint-14", "checkpoint-100", "checkpoint-107"]

@@ -1,0 +1,38 @@
+"""A process whose launcher was killed ends itself, with everything it started."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT
+
+LAUNCHER = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", sys.argv[1]])
+"""
+TRAINING = """
+import subprocess, sys, time
+from spin_plugin.game import end_with_launcher
+end_with_launcher()
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
+print("ready", flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("name", ["accelerate", "torchrun", "shell"])
+def test_training_ends_with_its_launcher_and_not_with_a_shell(tmp_path: Path, name: str) -> None:
+    """`accelerate launch` and torchrun are scripts that Python runs; a shell may be left by `nohup`."""
+    (tmp_path / name).write_text(LAUNCHER)
+    launcher = psutil.Popen([sys.executable, tmp_path / name, TRAINING], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout.readline() == "ready\n"
+    family = launcher.children(recursive=True)
+    assert len(family) == 2
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(family, timeout=3 if name == "shell" else 60)
+    assert len(alive) == (2 if name == "shell" else 0)
+    for process in alive:
+        process.kill()

@@ -1,0 +1,132 @@
+"""The opponent's log-probabilities on disk: whole, of these pairs and weights alone, and gone on with after a kill."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spin_plugin.messages import SpinError
+from spin_plugin.opponent import FEW, PARTS, OpponentStore, fill, missing, shares
+
+PAIRS = 10 * FEW + 3
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> OpponentStore:
+    return OpponentStore(tmp_path / "opponent-train.safetensors", PAIRS, "weights/pairs")
+
+
+LENGTHS = torch.randint(5, 900, (PAIRS,), generator=torch.Generator().manual_seed(0))
+TRUTH = torch.stack([-LENGTHS.float(), -LENGTHS * 2.5])
+
+
+def score(indices: Tensor) -> tuple[Tensor, Tensor]:
+    return indices.flatten(), TRUTH[:, indices.flatten()]
+
+
+def killed_after(rounds: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Scores so many rounds, then the process is gone."""
+    left = rounds
+
+    def scored(indices: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        return score(indices)
+
+    return scored
+
+
+def test_nothing_is_stored_at_first(store: OpponentStore) -> None:
+    assert store.load().isnan().all()
+
+
+@pytest.mark.parametrize(("batch", "world"), [(1, 1), (16, 1), (7, 3), (4096, 2)])
+def test_every_pair_is_scored_and_stored(store: OpponentStore, batch: int, world: int) -> None:
+    values = store.load()
+    fill(values, store, missing(shares(LENGTHS, batch=batch, world=world), values), score, write=True)
+    assert torch.equal(store.load(), TRUTH)
+    assert torch.equal(load_file(store.file)["logps"], TRUTH)
+    assert not len(missing(shares(LENGTHS, batch=batch, world=world), store.load()))
+
+
+def test_ranks_get_equally_many_of_equal_size() -> None:
+    rounds = shares(LENGTHS, batch=7, world=3)
+    assert rounds.shape[1:] == (3, 7)
+    assert set(rounds.flatten().tolist()) == set(range(PAIRS))
+
+
+@pytest.mark.parametrize("killed", [0, 1, 40, 300])
+def test_killed_in_the_middle_it_goes_on_after_the_last_part(store: OpponentStore, killed: int) -> None:
+    rounds = shares(LENGTHS, batch=16, world=1)
+    with pytest.raises(KeyboardInterrupt):
+        fill(store.load(), store, rounds, killed_after(killed), write=True)
+    values = store.load()
+    stored = int((~values.isnan().any(0)).sum())
+    assert killed * 16 - store.part < stored <= killed * 16
+    left = missing(rounds, values)
+    assert len(left) == len(rounds) - stored // 16
+    fill(values, store, left, score, write=True)
+    assert torch.equal(store.load(), TRUTH)
+
+
+def test_little_is_lost_and_the_file_is_not_written_all_the_time(tmp_path: Path) -> None:
+    assert OpponentStore(tmp_path / "few", 100, "").part == FEW
+    assert OpponentStore(tmp_path / "many", 1_000_000, "").part == 1_000_000 // PARTS
+
+
+def test_processes_but_the_first_store_nothing(store: OpponentStore) -> None:
+    values = store.load()
+    fill(values, store, shares(LENGTHS, batch=64, world=2), score, write=False)
+    assert torch.equal(values, TRUTH)
+    assert not store.file.exists()
+
+
+def test_values_of_other_weights_or_pairs_are_never_used(store: OpponentStore) -> None:
+    store.save(TRUTH)
+    for other in (
+        OpponentStore(store.file, PAIRS, "other weights/pairs"),
+        OpponentStore(store.file, PAIRS, "weights/other pairs"),
+        OpponentStore(store.file, PAIRS - 1, "weights/pairs"),
+    ):
+        assert other.load().isnan().all()
+    save_file({"logps": TRUTH}, store.file)
+    assert store.load().isnan().all(), "nobody knows whose they are"
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None, "cut"])
+def test_damaged_values_are_never_used(store: OpponentStore, damage: bytes | str | None) -> None:
+    store.save(TRUTH)
+    whole = store.file.read_bytes()
+    if damage is None:
+        store.file.unlink()
+    else:
+        store.file.write_bytes(whole[:-5] if isinstance(damage, str) else damage)
+    assert store.load().isnan().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_broken_opponent_is_refused_and_nothing_of_it_stored(store: OpponentStore, value: float) -> None:
+    def broken(indices: Tensor) -> tuple[Tensor, Tensor]:
+        return indices.flatten(), torch.full((2, indices.numel()), value)
+
+    with pytest.raises(SpinError, match="not finite"):
+        fill(store.load(), store, shares(LENGTHS, batch=64, world=1), broken, write=True)
+    assert not store.file.exists()
+
+
+def test_key_is_of_the_pairs_content_and_the_weights(tmp_path: Path) -> None:
+    from spin_plugin.iteration import PairsOnDisk
+
+    def key(weights: str, content: bytes, folder: str) -> str:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "train.arrow").write_bytes(content)
+        files = {"train": tmp_path / folder / "opponent-train.safetensors"}
+        return PairsOnDisk(train=None, eval=None, stats={}, opponent_files=files, weights=weights).opponent_key("train")
+
+    assert key("w", b"pairs", "here") == key("w", b"pairs", "there"), "not of a path's name"
+    assert len({key("w", b"pairs", "a"), key("v", b"pairs", "b"), key("w", b"other", "c")}) == 3

@@ -1,0 +1,136 @@
+"""Weights that are broken are found before vLLM draws from them; sound ones of every kind pass."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import make_model
+from transformers import AutoModelForCausalLM
+
+from spin_plugin.messages import SpinError
+from spin_plugin.weights import fingerprint, require_complete, require_complete_adapter, require_finite
+
+FLOATS = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn
+)  # fmt: skip
+
+
+@pytest.fixture
+def model(llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+@pytest.fixture
+def adapter(llama: Path, tmp_path: Path) -> Path:
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def change(file: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+# --- numbers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("value", ["nan", "-nan", "inf", "-inf"])
+def test_one_number_that_is_none_is_found(tmp_path: Path, dtype: torch.dtype, value: str) -> None:
+    broken = torch.ones(1000).to(dtype)
+    broken[-1] = torch.tensor(float(value)).to(dtype)
+    if broken[-1].float().isfinite():  # float8_e4m3 has no infinity
+        assert dtype is torch.float8_e4m3fn
+        return
+    save_file({"a": torch.ones(7, dtype=torch.int8), "b": torch.ones(3), "c": broken}, tmp_path / "w.safetensors")
+    with pytest.raises(SpinError, match=r"w\.safetensors: c holds NaN"):
+        require_finite([tmp_path / "w.safetensors"])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_finite_number_passes(tmp_path: Path, dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    extremes = torch.tensor([limits.max, limits.min, limits.tiny, 0.0, -0.0], dtype=torch.float64)
+    integers = {f"{kind}": torch.full((9,), -1, dtype=kind) for kind in (torch.int8, torch.int32, torch.int64)}
+    save_file({"a": extremes.to(dtype), "empty": torch.ones(0), **integers}, tmp_path / "w.safetensors")
+    require_finite([tmp_path / "w.safetensors"])
+
+
+def test_numbers_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spin_plugin.weights.BLOCK", 7)
+    for place in (0, 6, 7, 19):
+        numbers = torch.ones(20)
+        numbers[place] = torch.nan
+        save_file({"a": numbers}, tmp_path / "w.safetensors")
+        with pytest.raises(SpinError, match="a holds NaN"):
+            require_finite([tmp_path / "w.safetensors"])
+
+
+# --- tensors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("mixtral", {"num_local_experts": 4}),
+        ("qwen3", {}),
+        ("gemma3_text", {}),
+        ("gpt2", {}),
+    ],
+)
+def test_missing_tensor_of_the_architecture_is_named(tmp_path: Path, architecture: str, changes: dict) -> None:
+    model = make_model(tmp_path / "model", architecture, **changes)
+    require_complete(model, trust_remote_code=False)
+    name = next(name for name in sorted(load_file(model / "model.safetensors")) if ".1." in name)
+    change(model / "model.safetensors", lambda tensors: tensors.pop(name))
+    with pytest.raises(SpinError, match=r"1 tensors of the architecture are missing|do not fit"):
+        require_complete(model, trust_remote_code=False)
+
+
+def test_tensor_of_another_shape_is_named(model: Path) -> None:
+    change(model / "model.safetensors", lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}))
+    with pytest.raises(SpinError, match=r"another shape, model\.norm\.weight"):
+        require_complete(model, trust_remote_code=False)
+
+
+def test_missing_tensor_of_an_adapter_is_named(llama: Path, adapter: Path) -> None:
+    require_complete_adapter(adapter, str(llama))
+    file = adapter / "adapter_model.safetensors"
+    name = sorted(load_file(file))[-1]
+    change(file, lambda tensors: tensors.pop(name))
+    with pytest.raises(SpinError, match=name.replace(".", r"\.")):
+        require_complete_adapter(adapter, str(llama))
+
+
+def test_index_that_promises_more_than_the_files_hold(tmp_path: Path, llama: Path) -> None:
+    from spin_plugin.checkpoint import check_model_dir
+
+    model = tmp_path / "model"
+    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(model, max_shard_size="100KB")
+    shutil.copy(llama / "tokenizer.json", model)
+    check_model_dir(model)
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    name, file = next(iter(index["weight_map"].items()))
+    change(model / file, lambda tensors: tensors.pop(name))
+    with pytest.raises(SpinError, match="lacks the tensor"):
+        check_model_dir(model)
+
+
+# --- which they are ----------------------------------------------------------------------------
+
+
+def test_fingerprint_is_of_the_content_and_not_of_the_place(model: Path, llama: Path, adapter: Path) -> None:
+    assert fingerprint([str(model)], None) == fingerprint([str(llama)], None)
+    assert fingerprint([str(model), str(adapter)], None) != fingerprint([str(model)], None)
+    change(model / "model.safetensors", lambda tensors: tensors["model.norm.weight"].mul_(1.0001))
+    assert fingerprint([str(model)], None) != fingerprint([str(llama)], None)
+    assert fingerprint(["org/model"], "a") != fingerprint(["org/model"], "b")
