@@ -93,8 +93,13 @@ class GenerationArgs(Block):
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs that share one copy of the model in vLLM."""
 
+    engines: int | None = Field(default=None, ge=1, le=1024)
+    """Copies of the model that draw side by side, each on `tensor_parallel_size` GPUs. Default: as many as the visible
+    GPUs hold; one without a GPU."""
+
     gpu_memory_utilization: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Share of the GPU's memory that vLLM takes. Default: vLLM's own."""
+    """Share of the GPU's memory that vLLM takes, on a CPU of the machine's. Default: vLLM's own; on a CPU what 256
+    responses need, at most a quarter of the free memory."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
     """Number format of the weights in vLLM. Default: the one the model is trained in."""

@@ -163,7 +163,8 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real) -> Job
     }
     adapter = str(cfg.lora_model_dir) if cfg.adapter and cfg.lora_model_dir else None
     job = Job(number, engine_arguments(cfg, spin), adapter, weights_of(cfg, adapter), sampling, count, digest)
-    generate(job, Shards(run.iteration(number).synthetic), requests, partial(vllm_python, options.python))
+    folder, python = Shards(run.iteration(number).synthetic), partial(vllm_python, options.python)
+    generate(job, folder, requests, python, engines=options.engines)
     return job
 
 
