@@ -390,10 +390,10 @@ def test_all_engines_dead_is_an_error(use: Use, shards: Shards) -> None:
     assert "responses: it was killed by signal 9" in refusal(shards)
 
 
-def test_no_more_engines_than_shards(use: Use, shards: Shards, tmp_path: Path) -> None:
+def test_no_more_engines_than_shards(use: Use, shards: Shards) -> None:
     use(ANSWER_ALL)
     draw(shards, engines=8)
-    assert len(list(tmp_path.glob("worker-*.pid"))) == 3
+    assert len(shards.logs()) == 3
 
 
 # --- nothing stays behind ----------------------------------------------------------------------
@@ -519,6 +519,7 @@ def test_environment_of_training_and_secrets_stay_behind(
     seen = json.loads((tmp_path / "environment").read_text())
     assert {name: seen.get(name) for name in kept} == kept
     assert not seen.keys() & left.keys()
+    assert seen["GLOO_SOCKET_IFNAME"] == "lo"  # vLLM's process group of one must not listen where others can reach it
     assert os.environ["WANDB_API_KEY"] == "s"
 
 
@@ -585,6 +586,45 @@ def test_cause_of_death_without_advice(tmp_path: Path, text: str, cause: str) ->
     log = tmp_path / "vllm.log"
     log.write_text(text)
     assert cause_of_death(log) == f"{cause}; its log is {log}"
+
+
+def test_signal_wins_over_what_the_log_says(tmp_path: Path) -> None:
+    """A warning of hours ago has not killed anybody."""
+    log = tmp_path / "vllm.log"
+    log.write_text("ValueError: Tokenizer not available\n")
+    cause = cause_of_death(log, -signal.SIGKILL)
+    assert cause.startswith("it was killed by signal 9 (Killed; out of memory?); lower spin.generation.gpu_memory_")
+    assert cause_of_death(log, -signal.SIGTERM) == f"it was killed by signal 15 (Terminated); its log is {log}"
+
+
+def test_what_vllm_only_warns_of_is_not_blamed(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text(
+        "WARNING 11-22 12:00:09 [renderer.py:1] Chat template warmup failed\n"
+        "WARNING 11-22 12:00:09 [renderer.py:1] Traceback (most recent call last):\n"
+        "WARNING 11-22 12:00:09 [renderer.py:1] ValueError: Tokenizer not available\n"
+        "bye\n"
+    )
+    assert cause_of_death(log, 1) == f"bye; its log is {log}"
+
+
+def test_options_are_called_by_the_names_they_have_here(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text(
+        "ValueError: Available memory on node 0 (8.1/23.4 GiB) on startup is less than desired CPU memory utilization "
+        "(0.92, 21.6 GiB). On the CPU backend, the `--gpu-memory-utilization` flag controls the fraction of CPU memory "
+        "reserved (despite its name). To resolve: decrease `--gpu-memory-utilization` (e.g. `--gpu-memory-utilization "
+        "0.5`) or reduce CPU memory used by other processes.\n"
+    )
+    cause = cause_of_death(log, 1)
+    assert "--gpu" not in cause
+    assert "(0.92, 21.6 GiB).; free memory, or lower spin.generation.gpu_memory_utilization" in cause
+
+
+def test_long_cause_is_cut_between_words(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text("RuntimeError: " + "word " * 200)
+    assert "word …; its log is " in cause_of_death(log, 1)
 
 
 def test_cause_of_death_is_short_and_readable(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ FLOORS = {
     "args": 0, "run": 0, "checkpoint": 0,
     "loss": 1, "pairs": 1, "layout": 1, "order": 1, "attention": 1,
     "generation.progress": 2, "generation.job": 2, "generation.shards": 2, "generation.interpreter": 2,
-    "generation.launcher": 2, "head": 2, "generation.vllm_worker": 2, "opponent": 2, "real": 2,
+    "generation.cause": 2, "generation.devices": 2, "generation.engine": 2, "generation.launcher": 2, "head": 2,
+    "generation.vllm_worker": 2, "opponent": 2, "real": 2,
     "iteration": 3, "lowering": 3, "trainer": 3,
     "game": 4,
     "plugin": 5, "cli": 5,
@@ -23,7 +24,8 @@ FLOORS = {
 # Everybody may speak to the user.
 EVERYWHERE = {"messages"}
 # Floor 2 has a flight of stairs of its own; the worker stands beside it, for another interpreter runs it.
-GENERATION = [f"generation.{name}" for name in ("progress", "job", "shards", "interpreter", "launcher")]
+STAIRS = ("progress", "job", "shards", "interpreter", "cause", "devices", "engine", "launcher")
+GENERATION = [f"generation.{name}" for name in STAIRS]
 # The package's front door, which imports the plugin when it is asked for.
 FRONT_DOORS = {"", "generation"}
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -20,6 +21,8 @@ TRAINING_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE",
     "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTHONHOME",
 )  # fmt: skip
+# torch.distributed's gloo listens on a port for each group, also for a group of one process: not where others see it.
+LOCAL_ONLY = {"GLOO_SOCKET_IFNAME": socket.if_indextoname(1)}
 TRAINING_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
 
 # Seconds without a sign of life after which a worker counts as hanging. A worker at work gives one after every step
@@ -60,7 +63,7 @@ class Engine:
                     stdout=printed,
                     stderr=subprocess.STDOUT,
                     pass_fds=[sending],
-                    env=_environment() | dict(environment),
+                    env=LOCAL_ONLY | _environment() | dict(environment),
                     start_new_session=True,
                 )
         finally:
