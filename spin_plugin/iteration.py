@@ -164,7 +164,15 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real) -> Job
     adapter = str(cfg.lora_model_dir) if cfg.adapter and cfg.lora_model_dir else None
     job = Job(number, engine_arguments(cfg, spin), adapter, weights_of(cfg, adapter), sampling, count, digest)
     folder, python = Shards(run.iteration(number).synthetic), partial(vllm_python, options.python)
-    generate(job, folder, requests, python, engines=options.engines)
+    generate(
+        job,
+        folder,
+        requests,
+        python,
+        engines=options.engines,
+        ray=options.engine == "ray",
+        ray_address=options.ray_address,
+    )
     return job
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 LESS_MEMORY = "lower spin.generation.gpu_memory_utilization or spin.generation.max_model_len"
 ADVICE = {
+    "No module named 'ray'": "install it with pip as `ray[data]` into vLLM's environment, or set "
+    "spin.generation.engine to vllm",
     "out of memory": LESS_MEMORY,
     "No available memory for the cache": "raise spin.generation.gpu_memory_utilization, or lower max_model_len",
     "max seq len": "lower spin.generation.max_model_len or raise spin.generation.gpu_memory_utilization",

@@ -19,6 +19,7 @@ from spin_plugin.generation.shards import Shards
 from spin_plugin.messages import SpinError, warn
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
+RAY_WORKER = Path(__file__).with_name("ray_worker.py")
 SECONDS_BETWEEN_LOOKS = 1.0
 LESS_MEMORY = "half as many sequences at a time, and less memory for them"
 
@@ -33,6 +34,8 @@ def generate(
     find_python: Callable[[], Path],
     *,
     engines: int | None = None,
+    ray: bool = False,
+    ray_address: str | None = None,
 ) -> None:
     """Draw the responses of a job that are not on disk yet.
 
@@ -42,6 +45,8 @@ def generate(
         requests: gives all requests of the job, in the order of their numbers.
         find_python: names vLLM's interpreter; asked only when there is something to draw.
         engines: how many copies of the model draw side by side; None: as many as the visible GPUs hold.
+        ray: let one worker hand the shards to Ray, which then starts the engines.
+        ray_address: an existing cluster's; None: Ray on this machine.
 
     Raises:
         SpinError: there is no vLLM, or it died, twice where that can help; names the cause from its log.
@@ -52,7 +57,8 @@ def generate(
         return
     python = find_python()
     gpus_each = job.engine.get("tensor_parallel_size", 1) * job.engine.get("pipeline_parallel_size", 1)
-    where = places(engines, gpus_each)[: len(missing)]
+    where = [Place()] if ray else places(engines, gpus_each)[: len(missing)]
+    cluster = {"ray_address": ray_address, "actors": engines} if ray else None
     for log in shards.logs():  # the error of an earlier attempt is not this one's
         log.unlink()
     wanted = (request for request in requests() if request.number // SHARD in missing)
@@ -60,7 +66,7 @@ def generate(
     with _request_files(shards, wanted) as origins, Progress(len(origins), title) as progress:
         draw = _Draw(shards, origins, progress)
         for less_memory in (False, True):
-            with _engines(python, job, shards, where, less_memory=less_memory) as (started, inbox):
+            with _engines(python, job, shards, where, cluster, less_memory=less_memory) as (started, inbox):
                 last = draw.play(started, inbox)
             if last is None:
                 break
@@ -92,7 +98,13 @@ def _request_files(shards: Shards, requests: Iterable[Request]) -> Iterator[Orig
 
 @contextmanager
 def _engines(
-    python: Path, job: Job, shards: Shards, where: list[Place], *, less_memory: bool
+    python: Path,
+    job: Job,
+    shards: Shards,
+    where: list[Place],
+    cluster: dict[str, Any] | None,
+    *,
+    less_memory: bool,
 ) -> Iterator[tuple[list[Engine], Inbox]]:
     """A worker at each place; all of them, and their children, are ended on the way out."""
     inbox, started = Inbox(), []
@@ -107,11 +119,13 @@ def _engines(
                 "cores": place.cores,
                 "engines": len(where),
                 "less_memory": less_memory,
+                **(cluster or {}),
             }
             job_file.touch(mode=0o600)  # generation.vllm may hold a token
             job_file.write_text(json.dumps(content), encoding="utf-8")
             log = shards.log_of(number, again=less_memory)
-            started.append(Engine([str(python), str(WORKER), str(job_file)], log, place.environment, inbox))
+            command = [str(python), str(RAY_WORKER if cluster else WORKER), str(job_file)]
+            started.append(Engine(command, log, place.environment, inbox))
             stack.callback(started[-1].end)
         yield started, inbox
 
@@ -164,6 +178,7 @@ class _Draw:
         """One response; writes its shard when that is complete."""
         number, shard = answer["number"], answer["number"] // SHARD
         engine.unanswered -= 1
+        self.progress.start()  # Ray says nothing before
         drawn = self.answers[shard]
         if shard not in self.sizes or number in drawn:  # it was answered before another engine died
             return
@@ -194,7 +209,7 @@ class _Draw:
         self.living.remove(engine)
         self.waiting.extendleft(sorted(engine.shards & self.sizes.keys(), reverse=True))
         at_work = [living for living in self.living if living.ready]
-        if at_work and self.sizes:
+        if self.living and (at_work or engine.ready):  # else what keeps one from starting will keep them all
             warn(f"an engine stopped, {len(self.living)} go on with its responses: {engine.cause()}")
         for living in at_work:
             self._feed(living)

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -163,7 +163,8 @@ def answers(job: dict[str, Any], orders: "SimpleQueue[str]") -> Iterator[dict[st
             yield {"alive": True}
 
 
-def main() -> None:
+def main(play: Callable[[dict[str, Any], "SimpleQueue[str]"], Iterator[dict[str, Any]]]) -> None:
+    """Write what `play` answers until the launcher is gone."""
     job_file, descriptor = Path(sys.argv[1]), int(sys.argv[2])
     os.set_inheritable(descriptor, False)
     orders: SimpleQueue[str] = SimpleQueue()
@@ -173,8 +174,9 @@ def main() -> None:
         if job["cores"]:
             os.sched_setaffinity(0, job["cores"])
         with open(descriptor, "w", encoding="utf-8", buffering=1) as out:
-            for answer in answers(job, orders):
+            for answer in play(job, orders):
                 out.write(json.dumps(answer) + "\n")
+            threading.Event().wait()  # until the launcher, which has read everything, ends this process
     finally:  # an engine's own shutdown may wait for minutes; only an error leads here, so do not
         traceback.print_exc()
         sys.stdout.flush()
@@ -183,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(answers)
