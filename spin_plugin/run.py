@@ -317,7 +317,9 @@ FREE_KEYS = frozenset(
 FREE_PREFIXES = ("wandb_", "use_wandb", "mlflow_", "use_mlflow", "comet_", "use_comet", "trackio_", "use_trackio",
                  "use_tensorboard", "use_otel", "otel_", "hub_", "lm_eval_", "eval_")  # fmt: skip
 FREE_SPIN_KEYS = frozenset({"iterations", "schedule", "shared_prefix"})
-FREE_GENERATION_KEYS = frozenset({"python", "tensor_parallel_size", "gpu_memory_utilization"})
+FREE_GENERATION_KEYS = frozenset(
+    {"python", "engine", "engines", "ray_address", "tensor_parallel_size", "gpu_memory_utilization"}
+)
 # Of what is handed to vLLM as it is: how it uses memory and devices, never what it computes.
 FREE_VLLM_KEYS = frozenset(
     {

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from spin_plugin.generation import launcher
+from spin_plugin.generation import engine, launcher
+from spin_plugin.generation.cause import cause_of_death
 from spin_plugin.generation.job import SHARD, Job, Request
-from spin_plugin.generation.launcher import cause_of_death, generate
+from spin_plugin.generation.launcher import generate
 from spin_plugin.generation.shards import Shards
 from spin_plugin.messages import SpinError
 
@@ -43,7 +44,9 @@ folder = Path({folder!r})
 job = json.loads(Path(sys.argv[1]).read_text())
 os.set_inheritable(int(sys.argv[2]), False)
 out = open(int(sys.argv[2]), "w", buffering=1)
-requests = [json.loads(line) for line in open(job["requests"])]
+requests = [json.loads(line) for file in sorted(Path(job["requests"]).glob("*.jsonl")) for line in open(file)]
+again = job["less_memory"]
+number = int(Path(sys.argv[1]).stem.rpartition("-")[2])
 
 def send(**content):
     out.write(json.dumps(content) + "\\n")
@@ -52,11 +55,24 @@ def answer(request):
     finish = "length" if request["number"] % 2 else "stop"
     send(number=request["number"], tokens=[request["seed"], *request["prompt"], 2], finish=finish, stop=2)
 
-(folder / "worker.pid").write_text(str(os.getpid()))
+def orders():
+    # the requests of the shards that the launcher hands out, until it ends this process
+    for path in sys.stdin:
+        yield [json.loads(line) for line in open(path.strip())]
+
+def ready():
+    send(ready=True, seats=1 << 20)
+
+def serve():
+    ready()
+    for shard in orders():
+        for request in shard:
+            answer(request)
+
+(folder / f"worker-{{number}}{{again}}.pid").write_text(str(os.getpid()))
 (folder / "asked").write_text(json.dumps(requests))
 print("tiny worker started", flush=True)
 send(vllm="0.0.tiny")
-send(ready=True)
 """
 
 Use = Callable[[str], None]
@@ -89,8 +105,8 @@ def shards(tmp_path: Path) -> Shards:
     return Shards(tmp_path / "synthetic")
 
 
-def draw(shards: Shards) -> None:
-    generate(JOB, shards, lambda: iter(REQUESTS), lambda: Path(sys.executable))
+def draw(shards: Shards, engines: int | None = 1) -> None:
+    generate(JOB, shards, lambda: iter(REQUESTS), lambda: Path(sys.executable), engines=engines)
 
 
 def refusal(shards: Shards) -> str:
@@ -136,7 +152,11 @@ def wait_until(condition: Callable[[], bool]) -> bool:
     return True
 
 
-ANSWER_ALL = "for request in requests: answer(request)\n"
+ANSWER_ALL = "serve()\n"
+LEAVE_A_CHILD = """
+child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()", str(folder)])
+(folder / "child.pid").write_text(str(child.pid))
+"""
 
 
 # --- a worker that answers ---------------------------------------------------------------------
@@ -151,10 +171,10 @@ def test_every_response_is_stored_in_the_order_of_the_requests(use: Use, shards:
     manifest = shards.manifest()
     assert manifest is not None
     assert manifest["vllm"] == "0.0.tiny"
-    assert "tiny worker started" in shards.log.read_text()
+    assert "tiny worker started" in shards.log_of(0).read_text()
     names = sorted(path.name for path in shards.folder.iterdir())
     assert names == ["job.json", "shard-00000.jsonl", "shard-00001.jsonl", "shard-00002.jsonl", "vllm.log"]
-    assert is_gone(int((tmp_path / "worker.pid").read_text()))
+    assert is_gone(int((tmp_path / "worker-0False.pid").read_text()))
 
 
 def test_worker_is_told_everything_it_needs(use: Use, shards: Shards, tmp_path: Path) -> None:
@@ -199,7 +219,7 @@ def test_only_missing_shards_are_asked_for(use: Use, shards: Shards, tmp_path: P
 
 
 def test_worker_that_fails_after_its_last_answer_has_done_its_work(use: Use, shards: Shards) -> None:
-    use(ANSWER_ALL + "raise RuntimeError('shutdown')\n")
+    use("for request in requests: answer(request)\nraise RuntimeError('shutdown')\n")
     draw(shards)
     assert shards.missing(JOB) == []
 
@@ -211,12 +231,11 @@ def test_crash_is_explained_and_what_is_finished_is_kept(use: Use, shards: Shard
     use("for request in requests[:300]: answer(request)\nraise RuntimeError('the device is on fire')\n")
     message = refusal(shards)
     assert message.startswith("vLLM stopped after 300 of 600 responses: RuntimeError: the device is on fire; ")
-    assert str(shards.log) in message
+    assert str(shards.log_of(0)) in message
     assert "run the same command again" in message
-    assert "Traceback" in shards.log.read_text()
+    assert "Traceback" in shards.log_of(0).read_text()
     assert shards.missing(JOB) == [1, 2]
-    assert not (shards.folder / "requests.jsonl").exists()
-    assert not (shards.folder / "worker.json").exists()
+    assert not shards.requests.exists()
 
     use(ANSWER_ALL)
     draw(shards)
@@ -239,7 +258,8 @@ def test_early_end_is_no_success_whatever_the_exit_code(use: Use, shards: Shards
 def test_end_before_the_first_word(use: Use, shards: Shards, tmp_path: Path) -> None:
     use("")
     (tmp_path / "worker.py").write_text("")
-    assert f"vLLM stopped after 0 of 600 responses: it printed nothing; its log is {shards.log}" in refusal(shards)
+    log = shards.log_of(0)
+    assert f"vLLM stopped after 0 of 600 responses: it printed nothing; its log is {log}" in refusal(shards)
 
 
 def test_end_by_a_signal_in_the_middle_of_an_answer(use: Use, shards: Shards) -> None:
@@ -255,12 +275,129 @@ def test_silent_end_is_not_blamed_on_the_error_of_an_earlier_attempt(use: Use, s
     assert "of the first attempt" not in refusal(shards)
 
 
-# --- nothing stays behind ----------------------------------------------------------------------
+# --- several engines, and a second attempt -----------------------------------------------------
 
-LEAVE_A_CHILD = """
-child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()", str(folder)])
-(folder / "child.pid").write_text(str(child.pid))
+ANSWER_SOME_AND_DIE = """
+ready()
+for request in next(orders())[:100]:
+    answer(request)
+os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("spin: warning: ")]
+
+
+def test_killed_worker_is_started_once_more_with_less_memory(
+    use: Use, shards: Shards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use("if again: serve()\n" + ANSWER_SOME_AND_DIE)
+    draw(shards)
+    assert list(shards.responses()) == expected(range(TOTAL))
+    (warning,) = warnings(capsys)
+    assert "vLLM stopped after 100 of 600 responses: it was killed by signal 9" in warning
+    assert "once more with less memory" in warning
+    assert shards.log_of(0).exists()
+    assert shards.log_of(0, again=True).exists()
+
+
+def test_two_attempts_are_all(use: Use, shards: Shards, capsys: pytest.CaptureFixture[str]) -> None:
+    use(ANSWER_SOME_AND_DIE)
+    assert "vLLM stopped after 100 of 600 responses: it was killed by signal 9" in refusal(shards)
+    assert len(warnings(capsys)) == 1
+
+
+def test_worker_that_refuses_to_start_is_not_started_again(
+    use: Use, shards: Shards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use("raise ValueError('no such argument')\n")
+    assert "ValueError: no such argument" in refusal(shards)
+    assert not warnings(capsys)
+
+
+def test_worker_short_of_memory_is_started_again(use: Use, shards: Shards) -> None:
+    use("if again: serve()\nraise RuntimeError('CUDA out of memory')\n")
+    draw(shards)
+    assert shards.missing(JOB) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "patience", "told"),
+    [("ready()\n", "PATIENCE", "no answer for 1 s"), ("", "LOADING_PATIENCE", "no sign of life while loading for 1 s")],
+    ids=["at work", "loading"],
+)
+def test_worker_that_hangs_is_ended_and_started_again(
+    use: Use,
+    shards: Shards,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    before: str,
+    patience: str,
+    told: str,
+) -> None:
+    monkeypatch.setattr(engine, patience, 1.0)
+    use("if again: serve()\n" + LEAVE_A_CHILD + before + "os.kill(os.getpid(), signal.SIGSTOP)\n")
+    draw(shards)
+    (warning,) = warnings(capsys)
+    assert told in warning
+    for name in ("worker-0False.pid", "child.pid"):
+        assert wait_until(lambda name=name: is_gone(int((tmp_path / name).read_text())))
+
+
+def test_engines_share_the_shards(use: Use, shards: Shards, tmp_path: Path) -> None:
+    """The first that is ready does not take them all: it answers nothing before the second has been asked."""
+    use(
+        """
+ready()
+asked = orders()
+shard = next(asked)
+(folder / f"has-work-{number}").write_text("")
+while len(list(folder.glob("has-work-*"))) < 2:
+    pass
+for request in shard: answer(request)
+for shard in asked:
+    for request in shard: answer(request)
+"""
+    )
+    draw(shards, engines=2)
+    assert list(shards.responses()) == expected(range(TOTAL))
+
+
+def test_shards_of_a_dead_engine_go_to_the_others(use: Use, shards: Shards, capsys: pytest.CaptureFixture[str]) -> None:
+    """The other waits with its answers until the first is dead."""
+    use(
+        """
+if number == 0:
+    ready()
+    for request in next(orders())[:100]:
+        answer(request)
+    (folder / "dies").write_text("")
+    os.kill(os.getpid(), signal.SIGKILL)
+while not (folder / "dies").exists():
+    pass
+serve()
+"""
+    )
+    draw(shards, engines=2)
+    assert list(shards.responses()) == expected(range(TOTAL))
+    (warning,) = warnings(capsys)
+    assert "1 go on with its responses: it was killed by signal 9" in warning
+
+
+def test_all_engines_dead_is_an_error(use: Use, shards: Shards) -> None:
+    use(ANSWER_SOME_AND_DIE)
+    assert "responses: it was killed by signal 9" in refusal(shards)
+
+
+def test_no_more_engines_than_shards(use: Use, shards: Shards) -> None:
+    use(ANSWER_ALL)
+    draw(shards, engines=8)
+    assert len(shards.logs()) == 3
+
+
+# --- nothing stays behind ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("end", [ANSWER_ALL, "raise RuntimeError('boom')\n"], ids=["success", "crash"])
@@ -307,9 +444,9 @@ def test_interrupt_ends_the_worker(use: Use, shards: Shards, tmp_path: Path) -> 
             draw(shards)
     finally:
         signal.signal(signal.SIGINT, before)
-    for name in ("worker.pid", "child.pid"):
+    for name in ("worker-0False.pid", "child.pid"):
         assert wait_until(lambda name=name: is_gone(int((tmp_path / name).read_text())))
-    assert not (shards.folder / "requests.jsonl").exists()
+    assert not shards.requests.exists()
 
 
 LAUNCH = """
@@ -327,8 +464,9 @@ launcher.generate(job, Shards(folder / "synthetic"), requests, lambda: Path(sys.
 """
 
 
-def test_worker_ends_when_the_launcher_is_killed(tmp_path: Path) -> None:
-    """By the real `end_with_launcher`; nobody is left to clean up."""
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_worker_ends_when_the_launcher_is_killed(tmp_path: Path, end: signal.Signals) -> None:
+    """By the real `take_orders`; nobody is left to clean up."""
     real_worker = ROOT / "spin_plugin" / "generation" / "vllm_worker.py"
     write_worker(
         tmp_path,
@@ -337,7 +475,7 @@ import importlib.util, threading
 spec = importlib.util.spec_from_file_location("vllm_worker", {str(real_worker)!r})
 worker = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(worker)
-threading.Thread(target=worker.end_with_launcher, daemon=True).start()
+threading.Thread(target=worker.take_orders, args=(worker.SimpleQueue(),), daemon=True).start()
 {LEAVE_A_CHILD}
 (folder / "running").write_text("")
 while True:
@@ -347,10 +485,10 @@ while True:
     launching = subprocess.Popen([sys.executable, "-c", LAUNCH, str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         assert wait_until((tmp_path / "running").exists)
-        pids = [int((tmp_path / name).read_text()) for name in ("worker.pid", "child.pid")]
+        pids = [int((tmp_path / name).read_text()) for name in ("worker-0False.pid", "child.pid")]
         assert not any(is_gone(pid) for pid in pids)
     finally:
-        launching.kill()
+        launching.send_signal(end)
         launching.wait()
     assert wait_until(lambda: all(is_gone(pid) for pid in pids))
 
@@ -382,6 +520,7 @@ def test_environment_of_training_and_secrets_stay_behind(
     seen = json.loads((tmp_path / "environment").read_text())
     assert {name: seen.get(name) for name in kept} == kept
     assert not seen.keys() & left.keys()
+    assert seen["GLOO_SOCKET_IFNAME"] == "lo"  # vLLM's process group of one must not listen where others can reach it
     assert os.environ["WANDB_API_KEY"] == "s"
 
 
@@ -448,6 +587,45 @@ def test_cause_of_death_without_advice(tmp_path: Path, text: str, cause: str) ->
     log = tmp_path / "vllm.log"
     log.write_text(text)
     assert cause_of_death(log) == f"{cause}; its log is {log}"
+
+
+def test_signal_wins_over_what_the_log_says(tmp_path: Path) -> None:
+    """A warning of hours ago has not killed anybody."""
+    log = tmp_path / "vllm.log"
+    log.write_text("ValueError: Tokenizer not available\n")
+    cause = cause_of_death(log, -signal.SIGKILL)
+    assert cause.startswith("it was killed by signal 9 (Killed; out of memory?); lower spin.generation.gpu_memory_")
+    assert cause_of_death(log, -signal.SIGTERM) == f"it was killed by signal 15 (Terminated); its log is {log}"
+
+
+def test_what_vllm_only_warns_of_is_not_blamed(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text(
+        "WARNING 11-22 12:00:09 [renderer.py:1] Chat template warmup failed\n"
+        "WARNING 11-22 12:00:09 [renderer.py:1] Traceback (most recent call last):\n"
+        "WARNING 11-22 12:00:09 [renderer.py:1] ValueError: Tokenizer not available\n"
+        "bye\n"
+    )
+    assert cause_of_death(log, 1) == f"bye; its log is {log}"
+
+
+def test_options_are_called_by_the_names_they_have_here(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text(
+        "ValueError: Available memory on node 0 (8.1/23.4 GiB) on startup is less than desired CPU memory utilization "
+        "(0.92, 21.6 GiB). On the CPU backend, the `--gpu-memory-utilization` flag controls the fraction of CPU memory "
+        "reserved (despite its name). To resolve: decrease `--gpu-memory-utilization` (e.g. `--gpu-memory-utilization "
+        "0.5`) or reduce CPU memory used by other processes.\n"
+    )
+    cause = cause_of_death(log, 1)
+    assert "--gpu" not in cause
+    assert "(0.92, 21.6 GiB).; free memory, or lower spin.generation.gpu_memory_utilization" in cause
+
+
+def test_long_cause_is_cut_between_words(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text("RuntimeError: " + "word " * 200)
+    assert "word …; its log is " in cause_of_death(log, 1)
 
 
 def test_cause_of_death_is_short_and_readable(tmp_path: Path) -> None:

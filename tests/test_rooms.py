@@ -15,7 +15,8 @@ FLOORS = {
     "args": 0, "run": 0, "checkpoint": 0,
     "space": 1, "weights": 1, "loss": 1, "pairs": 1, "layout": 1, "order": 1, "attention": 1,
     "generation.progress": 2, "generation.job": 2, "generation.shards": 2, "generation.interpreter": 2,
-    "generation.launcher": 2, "head": 2, "generation.vllm_worker": 2, "opponent": 2, "real": 2,
+    "generation.cause": 2, "generation.devices": 2, "generation.engine": 2, "generation.launcher": 2, "head": 2,
+    "generation.vllm_worker": 2, "generation.ray_worker": 2, "opponent": 2, "real": 2,
     "iteration": 3, "lowering": 3, "trainer": 3,
     "game": 4,
     "plugin": 5, "cli": 5,
@@ -23,7 +24,8 @@ FLOORS = {
 # Everybody may speak to the user.
 EVERYWHERE = {"messages"}
 # Floor 2 has a flight of stairs of its own; the worker stands beside it, for another interpreter runs it.
-GENERATION = [f"generation.{name}" for name in ("progress", "job", "shards", "interpreter", "launcher")]
+STAIRS = ("progress", "job", "shards", "interpreter", "cause", "devices", "engine", "launcher")
+GENERATION = [f"generation.{name}" for name in STAIRS]
 # The package's front door, which imports the plugin when it is asked for.
 FRONT_DOORS = {"", "generation"}
 
@@ -95,6 +97,16 @@ def outside_imports(path: Path) -> set[str]:
 
 def test_vllm_is_imported_by_the_worker_alone() -> None:
     assert [name for name, path in MODULES.items() if "vllm" in outside_imports(path)] == ["generation.vllm_worker"]
+
+
+def test_ray_is_imported_by_its_worker_alone() -> None:
+    assert [name for name, path in MODULES.items() if "ray" in outside_imports(path)] == ["generation.ray_worker"]
+
+
+def test_ray_worker_needs_nothing_but_ray_and_the_other_worker() -> None:
+    worker = MODULES["generation.ray_worker"]
+    assert outside_imports(worker) - sys.stdlib_module_names == {"ray", "vllm_worker"}
+    assert own_imports(worker) == set()
 
 
 def test_worker_needs_nothing_but_vllm_and_the_standard_library() -> None:

@@ -1,39 +1,41 @@
-"""Run a generation job: start vLLM's interpreter, show progress, write shards, name the cause of a failure."""
+"""Run a generation job: start engines, hand out shards, write what they answer, try once more with less memory."""
 
 import json
-import os
-import re
-import signal
-import subprocess
-import threading
+import shutil
+import time
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from queue import Empty
+from typing import Any
 
+from spin_plugin.generation.devices import Place, places
+from spin_plugin.generation.engine import Engine, Inbox
 from spin_plugin.generation.job import SHARD, Job, Request
 from spin_plugin.generation.progress import Progress
 from spin_plugin.generation.shards import Shards
-from spin_plugin.messages import SpinError
-from spin_plugin.run import SECRET_PARTS
+from spin_plugin.messages import SpinError, warn
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
-# Set by torchrun and accelerate for training; vLLM would take them for its own.
-TRAINING_VARIABLES = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE",
-    "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTHONHOME",
-)  # fmt: skip
-TRAINING_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
-ADVICE = {
-    "out of memory": "lower spin.generation.gpu_memory_utilization or spin.generation.max_model_len",
-    "No available memory for the cache": "raise spin.generation.gpu_memory_utilization, or lower max_model_len",
-    "max seq len": "lower spin.generation.max_model_len or raise gpu_memory_utilization",
-    "Free memory on device": "free the GPU or lower spin.generation.gpu_memory_utilization",
-}
+RAY_WORKER = Path(__file__).with_name("ray_worker.py")
+SECONDS_BETWEEN_LOOKS = 1.0
+LESS_MEMORY = "half as many sequences at a time, and less memory for them"
+
+Origins = dict[int, tuple[str, int]]
+"""Split and example of every wanted request, by its number. The prompts themselves stay on disk."""
 
 
 def generate(
-    job: Job, shards: Shards, requests: Callable[[], Iterable[Request]], find_python: Callable[[], Path]
+    job: Job,
+    shards: Shards,
+    requests: Callable[[], Iterable[Request]],
+    find_python: Callable[[], Path],
+    *,
+    engines: int | None = None,
+    ray: bool = False,
+    ray_address: str | None = None,
 ) -> None:
     """Draw the responses of a job that are not on disk yet.
 
@@ -42,152 +44,173 @@ def generate(
         shards: where the responses go; shards of the same job are kept.
         requests: gives all requests of the job, in the order of their numbers.
         find_python: names vLLM's interpreter; asked only when there is something to draw.
+        engines: how many copies of the model draw side by side; None: as many as the visible GPUs hold.
+        ray: let one worker hand the shards to Ray, which then starts the engines.
+        ray_address: an existing cluster's; None: Ray on this machine.
 
     Raises:
-        SpinError: there is no vLLM, or vLLM died; names the cause from its log.
+        SpinError: there is no vLLM, or it died, twice where that can help; names the cause from its log.
     """
     shards.prepare(job)
     missing = set(shards.missing(job))
     if not missing:
         return
     python = find_python()
+    gpus_each = job.engine.get("tensor_parallel_size", 1) * job.engine.get("pipeline_parallel_size", 1)
+    where = [Place()] if ray else places(engines, gpus_each)[: len(missing)]
+    cluster = {"ray_address": ray_address, "actors": engines} if ray else None
+    for log in shards.logs():  # the error of an earlier attempt is not this one's
+        log.unlink()
     wanted = (request for request in requests() if request.number // SHARD in missing)
-    with (
-        _request_file(shards, wanted) as (request_file, origins),
-        _worker(python, job, shards, request_file) as (answers, process),
-    ):
-        received = _collect(answers, job, shards, origins)
-    if received < len(origins):
-        cause = cause_of_death(shards.log, process.returncode)
-        raise SpinError(
-            f"vLLM stopped after {received:,} of {len(origins):,} responses: {cause} "
-            "(finished shards are kept: run the same command again)"
-        )
-
-
-Worker = subprocess.Popen[bytes]
-Origins = dict[int, tuple[str, int]]
-"""Split and example of every wanted request, by its number. The prompts themselves stay on disk."""
-
-
-@contextmanager
-def _request_file(shards: Shards, requests: Iterable[Request]) -> Iterator[tuple[Path, Origins]]:
-    """The wanted requests as a file for the worker, for as long as it works."""
-    path, origins = shards.folder / "requests.jsonl", {}
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            for r in requests:
-                origins[r.number] = (r.split, r.example)
-                line = {"number": r.number, "prompt": r.prompt, "max_tokens": r.max_tokens, "seed": r.seed}
-                file.write(json.dumps(line) + "\n")
-        yield path, origins
-    finally:
-        path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _worker(python: Path, job: Job, shards: Shards, request_file: Path) -> Iterator[tuple[IO[str], Worker]]:
-    """Start the worker in a session of its own and give its answers; end it, and all its children, on the way out."""
-    job_file = shards.folder / "worker.json"
-    content = {"engine": job.engine, "adapter": job.adapter, "sampling": job.sampling, "requests": str(request_file)}
-    job_file.touch(mode=0o600)  # generation.vllm may hold a token
-    job_file.write_text(json.dumps(content), encoding="utf-8")
-    receiving, sending = os.pipe()
-    # A new log for every attempt: the error of an earlier one is not this one's.
-    with open(shards.log, "w", encoding="utf-8") as log, open(receiving, encoding="utf-8") as answers:
-        process = subprocess.Popen(
-            [str(python), str(WORKER), str(job_file), str(sending)],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=[sending],
-            env=_environment(),
-            start_new_session=True,
-        )
-        os.close(sending)
-        # vLLM forks its engine, which holds the pipe open: where the worker dies alone, end what it left.
-        threading.Thread(target=_end, args=(process,), kwargs={"wait_first": True}, daemon=True).start()
-        try:
-            yield answers, process
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=60)  # its last words go to the log
-        finally:
-            _end(process)
-            job_file.unlink(missing_ok=True)
-
-
-def _environment() -> dict[str, str]:
-    """The worker's environment: ours without what belongs to training, and without secrets."""
-    return {
-        key: value
-        for key, value in os.environ.items()
-        if key not in TRAINING_VARIABLES
-        and not key.startswith(TRAINING_PREFIXES)
-        and (key.startswith(("HF_", "HUGGING_FACE_HUB_")) or not any(part in key.lower() for part in SECRET_PARTS))
-    }
-
-
-def _end(process: Worker, *, wait_first: bool = False) -> None:
-    """End the worker's whole process group; vLLM's engine would outlive the worker alone."""
-    if wait_first:
-        process.wait()
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _collect(answers: IO[str], job: Job, shards: Shards, origins: Origins) -> int:
-    """Read answers until the worker ends; write every shard as soon as it is complete. Returns how many came."""
-    open_shards: dict[int, dict[int, dict[str, Any]]] = {}
-    sizes = {n: min(SHARD, job.requests - n * SHARD) for n in {number // SHARD for number in origins}}
-    received = 0
-    with Progress(len(origins), f"iteration {job.iteration}: drawing responses") as progress:
-        for line in answers:
-            if not line.endswith("\n"):  # the worker was killed in the middle of an answer
+    title = f"iteration {job.iteration}: drawing responses"
+    with _request_files(shards, wanted) as origins, Progress(len(origins), title) as progress:
+        draw = _Draw(shards, origins, progress)
+        for less_memory in (False, True):
+            with _engines(python, job, shards, where, cluster, less_memory=less_memory) as (started, inbox):
+                last = draw.play(started, inbox)
+            if last is None:
                 break
-            answer = json.loads(line)
-            if "vllm" in answer:
-                shards.note(vllm=answer["vllm"])
-            elif "ready" in answer:
-                progress.start()
-            else:
-                received += 1
-                progress.advance(len(answer["tokens"]))
-                number = answer["number"] // SHARD
-                shard = open_shards.setdefault(number, {})
-                shard[answer["number"]] = _response(*origins[answer["number"]], answer)
-                if len(shard) == sizes[number]:
-                    shards.write(number, (shard[key] for key in sorted(shard)))
-                    del open_shards[number]
-        drawn = {"responses": received, "tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
+            stopped = f"vLLM stopped after {progress.done:,} of {progress.total:,} responses: {last.cause()}"
+            if less_memory or not last.might_work_with_less_memory:
+                raise SpinError(f"{stopped} (finished shards are kept: run the same command again)")
+            warn(f"{stopped}; trying the rest once more with less memory ({LESS_MEMORY})")
+        drawn = {"responses": progress.done, "tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
     shards.note(drawn=drawn)
-    return received
 
 
-def _response(split: str, example: int, answer: dict[str, Any]) -> dict[str, Any]:
-    """What is stored of one response."""
-    return {
-        "split": split,
-        "example": example,
-        "tokens": answer["tokens"],
-        "finish": answer["finish"],
-        "stop": answer["stop"],
-    }
+@contextmanager
+def _request_files(shards: Shards, requests: Iterable[Request]) -> Iterator[Origins]:
+    """The wanted requests as one file for each shard, until the shard is written."""
+    origins: Origins = {}
+    try:
+        shutil.rmtree(shards.requests, ignore_errors=True)
+        shards.requests.mkdir()
+        for shard, group in groupby(requests, lambda request: request.number // SHARD):
+            with open(shards.request_file(shard), "w", encoding="utf-8") as file:
+                for r in group:
+                    origins[r.number] = (r.split, r.example)
+                    line = {"number": r.number, "prompt": r.prompt, "max_tokens": r.max_tokens, "seed": r.seed}
+                    file.write(json.dumps(line) + "\n")
+        yield origins
+    finally:
+        shutil.rmtree(shards.requests, ignore_errors=True)
 
 
-def cause_of_death(log: Path, returncode: int | None = None) -> str:
-    """Why vLLM died, from its log or its exit status, and what to do about it where that is known."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    lines = [re.sub(r"^\(.*?\)\s*(?:[A-Z]+ [\d-]+ [\d:]+ \[.*?\]\s*)?", "", line) for line in lines[-400:]]
-    raised = [
-        place for place, line in enumerate(lines) if re.match(r"[\w.]*(?:Error|Exception|Exit|Interrupt)\b", line)
-    ]
-    # An engine process reports its error first; the parent's "see root cause above" comes after it.
-    telling = [place for place in raised if "root cause" not in lines[place].lower()]
-    cause = lines[(telling or raised)[-1]] if raised else (lines or ["it printed nothing"])[-1]
-    if returncode is not None and returncode < 0 and not raised:
-        cause = f"it was killed by signal {-returncode} ({signal.strsignal(-returncode)}; out of memory?)"
-    elif "validation error" in cause:  # pydantic gives the reason in the next line
-        cause = " ".join(lines[telling[-1] : telling[-1] + 2])
-    advice = next((text for sign, text in ADVICE.items() if sign.lower() in cause.lower()), None)
-    return f"{cause[:300]}; {f'{advice}; ' if advice else ''}its log is {log}"
+@contextmanager
+def _engines(
+    python: Path,
+    job: Job,
+    shards: Shards,
+    where: list[Place],
+    cluster: dict[str, Any] | None,
+    *,
+    less_memory: bool,
+) -> Iterator[tuple[list[Engine], Inbox]]:
+    """A worker at each place; all of them, and their children, are ended on the way out."""
+    inbox, started = Inbox(), []
+    with ExitStack() as stack:
+        for number, place in enumerate(where):
+            job_file = shards.requests / f"worker-{number}.json"
+            content = {
+                "engine": job.engine,
+                "adapter": job.adapter,
+                "sampling": job.sampling,
+                "requests": str(shards.requests),
+                "cores": place.cores,
+                "engines": len(where),
+                "less_memory": less_memory,
+                **(cluster or {}),
+            }
+            job_file.touch(mode=0o600)  # generation.vllm may hold a token
+            job_file.write_text(json.dumps(content), encoding="utf-8")
+            log = shards.log_of(number, again=less_memory)
+            command = [str(python), str(RAY_WORKER if cluster else WORKER), str(job_file)]
+            started.append(Engine(command, log, place.environment, inbox))
+            stack.callback(started[-1].end)
+        yield started, inbox
+
+
+class _Draw:
+    """The shards of a job on their way from the engines to the disk."""
+
+    def __init__(self, shards: Shards, origins: Origins, progress: Progress) -> None:
+        self.shards, self.origins, self.progress = shards, origins, progress
+        self.sizes = Counter(number // SHARD for number in origins)
+        """Requests of every shard that is not written yet."""
+        self.waiting: deque[int] = deque()
+        """Shards that no engine has."""
+        self.answers: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
+        """The responses of unfinished shards; they stay when an engine dies."""
+        self.living: set[Engine] = set()
+
+    def play(self, engines: list[Engine], inbox: Inbox) -> Engine | None:
+        """Go on until every shard is written (None) or no engine is left (the one that died last)."""
+        self.living, self.waiting = set(engines), deque(sorted(self.sizes))
+        looked, engine = time.monotonic(), None
+        while self.sizes:
+            if time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
+                looked = time.monotonic()
+                for living in self.living:
+                    living.end_if_it_hangs()
+            try:
+                engine, answer = inbox.get(timeout=SECONDS_BETWEEN_LOOKS)
+            except Empty:
+                continue
+            if answer is not None:
+                self._take(engine, answer)
+            elif self._bury(engine):
+                return engine
+        return None
+
+    def _take(self, engine: Engine, answer: dict[str, Any]) -> None:
+        """One line of an engine."""
+        engine.lives()
+        if "number" in answer:
+            self._store(engine, answer)
+        elif "ready" in answer:
+            engine.is_ready(answer["seats"])
+            self.progress.start()
+        elif "vllm" in answer:
+            self.shards.note(vllm=answer["vllm"])
+        self._feed(engine)
+
+    def _store(self, engine: Engine, answer: dict[str, Any]) -> None:
+        """One response; writes its shard when that is complete."""
+        number, shard = answer["number"], answer["number"] // SHARD
+        engine.unanswered -= 1
+        self.progress.start()  # Ray says nothing before
+        drawn = self.answers[shard]
+        if shard not in self.sizes or number in drawn:  # it was answered before another engine died
+            return
+        split, example = self.origins[number]
+        drawn[number] = {"split": split, "example": example} | {
+            key: answer[key] for key in ("tokens", "finish", "stop")
+        }
+        self.progress.advance(len(answer["tokens"]))
+        if len(drawn) == self.sizes[shard]:
+            self.shards.write(shard, (drawn[key] for key in sorted(drawn)))
+            self.shards.request_file(shard).unlink()
+            del self.sizes[shard], self.answers[shard]
+            for each in self.living:
+                each.shards.discard(shard)
+
+    def _feed(self, engine: Engine) -> None:
+        """Hand an engine shards: a full batch and one more shard, so that it never runs dry, but not more than its
+        share of what is left, so that the others have work to the end."""
+        share = -(-len(self.sizes) // len(self.living))
+        while self.waiting and engine.unanswered < engine.seats + SHARD and len(engine.shards) < share:
+            if not engine.ready:
+                return
+            shard = self.waiting.popleft()
+            engine.give(shard, self.shards.request_file(shard), self.sizes[shard])
+
+    def _bury(self, engine: Engine) -> bool:
+        """An engine is dead: hand its shards to the others. Whether no engine is left."""
+        self.living.remove(engine)
+        self.waiting.extendleft(sorted(engine.shards & self.sizes.keys(), reverse=True))
+        at_work = [living for living in self.living if living.ready]
+        if self.living and (at_work or engine.ready):  # else what keeps one from starting will keep them all
+            warn(f"an engine stopped, {len(self.living)} go on with its responses: {engine.cause()}")
+        for living in at_work:
+            self._feed(living)
+        return not self.living

@@ -17,6 +17,7 @@ class Progress:
     def __init__(self, total: int, title: str) -> None:
         self.total, self.title = total, title
         self.done = self.tokens = 0
+        self.running = False
         self.started = self.last_line = time.monotonic()
         self.bar = Bar(
             SpinnerColumn(),
@@ -49,7 +50,10 @@ class Progress:
         return max(time.monotonic() - self.started, 1e-6)
 
     def start(self) -> None:
-        """vLLM is ready: time counts from here."""
+        """The first engine is ready: time counts from here."""
+        if self.running:
+            return
+        self.running = True
         self.started = self.last_line = time.monotonic()
         self.bar.start_task(self.task)
         self.bar.update(self.task, description=self.title)

@@ -3,7 +3,8 @@
 synthetic/
   job.json              the manifest
   shard-00000.jsonl     one response a line; the last line is {"responses": n, "sha256": ...} of the rest
-  vllm.log              what vLLM printed
+  requests/             what is asked, a file for each unfinished shard; there while vLLM works
+  vllm.log              what vLLM printed; of several engines vllm-1.log and so on, of a second attempt again.log
 """
 
 import hashlib
@@ -33,8 +34,18 @@ class Shards:
         return self.folder / "job.json"
 
     @property
-    def log(self) -> Path:
-        return self.folder / "vllm.log"
+    def requests(self) -> Path:
+        return self.folder / "requests"
+
+    def request_file(self, number: int) -> Path:
+        return self.requests / f"{number:05d}.jsonl"
+
+    def log_of(self, engine: int, *, again: bool = False) -> Path:
+        """What an engine printed, in the second attempt where `again`."""
+        return self.folder / f"{'again' if again else 'vllm'}{f'-{engine}' if engine else ''}.log"
+
+    def logs(self) -> list[Path]:
+        return sorted(self.folder.glob("*.log"))
 
     def shard(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.jsonl"

@@ -1,0 +1,113 @@
+"""Which part of the machine each engine gets, and how much memory on a CPU."""
+
+import importlib.util
+import os
+from types import ModuleType
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from spin_plugin.generation import devices
+from spin_plugin.generation.devices import places, visible_gpus
+from spin_plugin.messages import SpinError
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return lambda *names: monkeypatch.setattr(devices, "visible_gpus", lambda: list(names))
+
+
+@pytest.fixture(scope="module")
+def worker() -> ModuleType:
+    """vllm_worker.py, which imports vllm only when it draws."""
+    path = ROOT / "spin_plugin" / "generation" / "vllm_worker.py"
+    spec = importlib.util.spec_from_file_location("vllm_worker", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def named(engines: int | None, each: int) -> list[str]:
+    return [place.environment["CUDA_VISIBLE_DEVICES"] for place in places(engines, each)]
+
+
+def test_an_engine_for_every_gpu(gpus: Any) -> None:
+    gpus("0", "1", "2")
+    assert named(None, 1) == ["0", "1", "2"]
+    assert named(2, 1) == ["0", "1"]
+
+
+def test_an_engine_for_every_group(gpus: Any) -> None:
+    """A GPU that is left over stays idle; names that the user has chosen are kept."""
+    gpus("4", "5", "GPU-ab", "7", "8")
+    assert named(None, 2) == ["4,5", "GPU-ab,7"]
+    assert named(1, 4) == ["4,5,GPU-ab,7"]
+
+
+@pytest.mark.parametrize(("engines", "each", "key"), [(3, 1, "engines"), (2, 2, "engines"), (None, 4, "tensor_para")])
+def test_more_gpus_than_there_are(gpus: Any, engines: int | None, each: int, key: str) -> None:
+    gpus("0", "1")
+    with pytest.raises(SpinError, match=f"spin.generation.{key}.*2 GPUs are visible"):
+        places(engines, each)
+
+
+def test_engines_without_a_gpu_share_the_cores(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 4, 6, 8})
+    assert [place.cores for place in places(None, 1)] == [None]
+    assert [place.cores for place in places(2, 1)] == [[0, 2], [4, 6]]
+    assert places(2, 1)[1].environment == {"OMP_NUM_THREADS": "2", "VLLM_CPU_OMP_THREADS_BIND": "4,6"}
+    assert [place.cores for place in places(6, 1)] == [[0], [2], [4], [6], [8], [0]]
+
+
+def test_gpus_are_called_as_the_user_calls_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert visible_gpus() == ["3", "5"]
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+GIB = 1 << 30
+
+
+def test_cache_on_a_cpu_holds_256_long_responses(worker: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    engine = worker.on_cpu({"max_model_len": 1024}, free=100 * GIB, bytes_per_token=16 << 10, engines=1)
+    assert 256 * 1024 * (16 << 10) < engine["kv_cache_memory_bytes"] < 6 * GIB
+    assert engine["enforce_eager"] is True
+
+
+def test_cache_on_a_cpu_is_a_quarter_of_the_free_memory_at_most(
+    worker: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    for engines in (1, 2):
+        engine = worker.on_cpu({"max_model_len": 1024}, free=8 * GIB, bytes_per_token=128 << 10, engines=engines)
+        assert engine["kv_cache_memory_bytes"] == 2 * GIB // engines
+
+
+@pytest.mark.parametrize("option", [{"gpu_memory_utilization": 0.3}, {"kv_cache_memory_bytes": 5}])
+def test_what_the_user_says_about_memory_stands(worker: ModuleType, option: dict[str, Any]) -> None:
+    asked = {"max_model_len": 64, "enforce_eager": False, **option}
+    engine = worker.on_cpu(asked, free=GIB, bytes_per_token=1, engines=1)
+    assert engine == asked | {"enable_chunked_prefill": False}
+
+
+def test_variable_about_memory_stands(worker: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    assert "kv_cache_memory_bytes" not in worker.on_cpu({"max_model_len": 64}, GIB, 1, 1)
+
+
+def test_second_attempt_takes_less(worker: ModuleType) -> None:
+    assert worker.with_less_memory({}) == {"max_num_seqs": 128, "gpu_memory_utilization": 0.72}
+    assert worker.with_less_memory({"max_num_seqs": 1, "kv_cache_memory_bytes": 10}) == {
+        "max_num_seqs": 1,
+        "kv_cache_memory_bytes": 5,
+    }

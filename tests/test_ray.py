@@ -1,0 +1,52 @@
+"""A real Ray on this machine answers a job with two actors, one of which is killed in the middle."""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from spin_plugin.generation import launcher
+from spin_plugin.generation.job import SHARD, Job, Request
+from spin_plugin.generation.launcher import generate
+from spin_plugin.generation.progress import Progress
+from spin_plugin.generation.shards import Shards
+
+pytestmark = pytest.mark.slow
+
+TOTAL = 4 * SHARD + 9
+REQUESTS = [
+    Request(n, "train", n, [257, *(int(digit) + 10 for digit in f"{n:04d}")], 12 + n % 20, n) for n in range(TOTAL)
+]
+
+
+def actors() -> list[psutil.Process]:
+    """The processes of the test's Ray that hold an engine."""
+    family = psutil.Process().children(recursive=True)
+    return [child for child in family if "MapWorker" in " ".join(child.cmdline())]
+
+
+def test_one_of_two_actors_is_killed(
+    llama: Path, vllm_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the first answers: most files have not been begun then, for an actor takes two at a time."""
+    killed: list[psutil.Process] = []
+
+    class Watched(Progress):
+        def advance(self, tokens: int) -> None:
+            super().advance(tokens)
+            if not killed:
+                killed.extend(actors()[:1])
+                killed[0].kill()
+
+    monkeypatch.setattr(launcher, "Progress", Watched)
+    engine = {"model": str(llama), "skip_tokenizer_init": True, "generation_config": "vllm", "dtype": "float32"}
+    engine |= {"max_model_len": 64, "seed": 0, "max_num_seqs": 8}
+    sampling: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "stop_token_ids": [258]}
+    shards = Shards(tmp_path / "synthetic")
+    job = Job(0, engine, None, "weights", sampling, TOTAL, "requests")
+    generate(job, shards, lambda: REQUESTS, lambda: vllm_python, engines=2, ray=True)
+    assert killed
+    assert [response["example"] for response in shards.responses()] == list(range(TOTAL))
+    _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=30)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
