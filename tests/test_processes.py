@@ -71,7 +71,9 @@ TOGETHER = {
 def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, command: Callable[..., Finished]) -> Path:
     """A folder with the run of each variant: one generation, one import of Axolotl, then every training."""
     folder = tmp_path_factory.mktemp("processes")
-    data = write_jsonl(folder / "chat.jsonl", chat_rows(22))
+    data = write_jsonl(
+        folder / "chat.jsonl", chat_rows(23)
+    )  # 20 to train on, whole steps: else ranks repeat pairs in the last one
     config = spin_config(folder, llama, data, val_set_size=3, eval_strategy="epoch", num_epochs=2)
     config["spin"] |= {"beta": 1.0}
     done = command("axolotl", "preprocess", write_config(folder, config), folder=folder)
