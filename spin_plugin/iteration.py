@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from spin_plugin.weights import fingerprint, require_complete, require_complete_
 
 SPLITS = ("train", "eval")
 SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_UNTIL_SEEN = 600.0  # all processes start together; the first one works in the run directory by then
 ANSWERED = ".answered"
 
 
@@ -97,13 +99,24 @@ def wait_for_iteration(run: RunDir, number: int, *, rank: int) -> PairsOnDisk:
 
     Pairs of an earlier start may lie here and be rebuilt by the first process, so this one asks, under a name that no
     other start has used, and goes on when the first process has renamed its question to an answer.
+
+    Raises:
+        SpinError: nobody works in the run directory that this process sees, so it is not the first process's.
     """
+    last_seen = time.monotonic()
     question = run.questions / f"{rank}-{uuid.uuid4().hex}"
     answer = question.with_suffix(ANSWERED)
     while not answer.exists():
         if not question.exists():  # the first process has just cleared away what earlier starts had left
             question.parent.mkdir(parents=True, exist_ok=True)
             question.touch()
+        if run.holder.exists():
+            last_seen = time.monotonic()
+        elif time.monotonic() - last_seen > SECONDS_UNTIL_SEEN:
+            raise SpinError(
+                f"output_dir {run.root} on {socket.gethostname()} is not the one that the first process works in: "
+                f"{run.holder.name} is not there; output_dir must lie on a file system that all nodes share"
+            )
         time.sleep(SECONDS_BETWEEN_LOOKS)
     return open_pairs(run.iteration(number))
 

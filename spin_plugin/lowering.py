@@ -135,9 +135,12 @@ def _refuse(cfg: Mapping[str, Any]) -> None:
     for key, reason in REFUSED.items():
         if cfg.get(key):
             raise SpinError(f"{key}: cannot be used with `rl: spin`: {reason}")
-    for key in ("context_parallel_size", "sequence_parallel_degree"):
+    for key in ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size"):
         if str(cfg.get(key) or 1) != "1":  # Axolotl has not checked its type yet
-            raise SpinError(f"{key}: cannot be used with `rl: spin`: a pair's log-probabilities are summed on one rank")
+            raise SpinError(
+                f"{key}: cannot be used with `rl: spin`: every rank works on pairs of its own; share the model "
+                "by FSDP2 or DeepSpeed ZeRO-3 instead"
+            )
     if cfg.get("adapter") not in ADAPTERS:
         raise SpinError(
             f"adapter: {cfg['adapter']} cannot be used with `rl: spin`: vLLM serves lora and qlora adapters"

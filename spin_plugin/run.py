@@ -161,6 +161,11 @@ class RunDir:
         return self.root / "real"
 
     @property
+    def holder(self) -> Path:
+        """Who works here; lies there as long as somebody does."""
+        return self.root / "run.lock.json"
+
+    @property
     def questions(self) -> Path:
         """Where the other processes of a distributed run ask whether the iteration is prepared."""
         return self.root / ".waiting"
@@ -227,7 +232,7 @@ class RunDir:
             SpinError: another live process works here; names its host and pid.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        holder = self.root / "run.lock.json"
+        holder = self.holder
         lock = FileLock(self.root / "run.lock", timeout=0)
         try:
             lock.acquire()

@@ -160,6 +160,10 @@ class SpinTrainer(AxolotlTrainer):
         """The sum of the micro-batch's losses over the pairs of the global batch."""
         split = "train" if model.training else "eval"
         policy = logps(model, inputs)
+        if split == "eval":
+            counted = self._counted(policy.shape[1])
+            policy = policy[:, :counted]
+            inputs = inputs | {name: inputs[name][..., :counted] for name in ("index", "lengths")}
         opponent = self.opponent[split][:, inputs["index"]]
         terms = spin_terms(policy, opponent, beta=self.spin.beta, loss=self.spin.loss)
         sums = metric_sums(terms, policy, inputs["lengths"], loss=self.spin.loss)
@@ -167,11 +171,22 @@ class SpinTrainer(AxolotlTrainer):
         self._sums[split] = sums if kept is None else kept + sums
         self._pairs[split] += len(inputs["index"])
         if split == "eval" or num_items_in_batch is None:
-            loss = terms.loss.mean()
+            loss = terms.loss.sum() / max(1, len(terms.loss))
         else:
             # Data parallelism averages gradients over the ranks; this makes it their sum.
             loss = terms.loss.sum() * self.accelerator.num_processes / num_items_in_batch
         return (loss, {}) if return_outputs else loss
+
+    def _counted(self, size: int) -> int:
+        """How many of this rank's `size` held-out pairs count.
+
+        So that all ranks call the model equally often, accelerate fills up the last batches with pairs that were
+        judged already. The ranks' batches in a row are the order of the pairs, so the filling comes last.
+        """
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return size
+        return min(size, max(0, state.remainder - self.accelerator.process_index * size))
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None

@@ -121,7 +121,7 @@ def test_key_that_is_switched_off_is_taken(config: Config, key: str) -> None:
     lower(config(**{key: False}))
 
 
-@pytest.mark.parametrize("key", ["context_parallel_size", "sequence_parallel_degree"])
+@pytest.mark.parametrize("key", ["context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size"])
 def test_sequence_parallelism_is_refused(config: Config, key: str) -> None:
     assert key in error_of(config(**{key: 2}))
     lower(config(**{key: 1}))

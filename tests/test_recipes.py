@@ -29,7 +29,16 @@ def registered() -> Iterator[None]:
 
 def test_there_are_recipes() -> None:
     names = {path.name for path in SPIN_RECIPES}
-    assert {"spin-tiny.yml", "spin-zephyr.yml"} <= names
+    assert {"spin-tiny.yml", "spin-zephyr.yml", "spin-llama-8b-lora.yml", "spin-llama-8b-fsdp2.yml"} <= names
+    assert {"spin-qwen3-4b-qlora.yml", "spin-multi-turn.yml", "spin-from-sft.yml"} <= names
+
+
+@pytest.mark.parametrize("path", SPIN_RECIPES, ids=lambda path: path.name)
+def test_recipe_says_what_it_is_for(path: Path) -> None:
+    """Which machine, and how long."""
+    opening = path.read_text().partition("base_model:")[0]
+    assert all(line.startswith("#") for line in opening.splitlines())
+    assert "machine" in opening.lower()
 
 
 @pytest.mark.parametrize("path", SPIN_RECIPES, ids=lambda path: path.name)
@@ -48,7 +57,7 @@ def test_recipe_is_lowered_and_valid(
     lower(cfg, AxolotlInputConfig.model_fields)
     valid = validate_config(cfg, capabilities=GPU, env_capabilities={"torch_version": "2.13.0"})
     assert valid.spin_iteration == 0
-    assert valid.spin["iterations"] == 4
+    assert valid.spin["iterations"] == yaml.safe_load(path.read_text())["spin"]["iterations"]
     assert valid.rl is None
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from spin_plugin.generation.job import SHARD
 from spin_plugin.generation.shards import Shards
-from spin_plugin.iteration import answer_questions, clear_questions
+from spin_plugin.iteration import answer_questions, clear_questions, wait_for_iteration
 from spin_plugin.messages import SpinError
 from spin_plugin.pairs import PAIR_SCHEMA, PairStats, table_writer, write_stats
 from spin_plugin.run import RunDir
@@ -55,6 +55,12 @@ def test_other_processes_wait_for_this_start_and_not_for_an_earlier_one(tmp_path
     write_pairs(run, 7)
     answer_questions(run, 2)
     assert [process.communicate(timeout=60)[0].strip() for process in waiting] == ["7", "7"]
+
+
+def test_a_node_that_does_not_share_the_run_directory_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spin_plugin.iteration.SECONDS_UNTIL_SEEN", 0.0)
+    with pytest.raises(SpinError, match=r"output_dir .* must lie on a file system that all nodes share"):
+        wait_for_iteration(RunDir(tmp_path), 0, rank=8)
 
 
 @pytest.mark.parametrize("gone", ["a shard", "the folder"])

@@ -1,0 +1,133 @@
+"""Axolotl's train command on several CPU processes, as `torchrun` would start them.
+
+    python tests/several_processes.py JOBS.json        # [{"config": "a/config.yml", "processes": 2}, ...]
+
+Each job plays `axolotl.cli.train.do_cli(config)`, what `axolotl train` and its launchers call in each process. All jobs
+share one import of Axolotl: every rank is a fork of this process with the variables that torchrun sets. Where one
+rank fails the others of its job are ended, as torchrun does. A rank's output is `rank-N.log` beside the config.
+
+Axolotl 0.19 and accelerate take several processes for several GPUs. What differs from the command is `use_cpus`.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+
+def use_cpus(*, sharded: bool) -> None:
+    """The places that stand between Axolotl 0.19 and several processes without a GPU."""
+    from accelerate import PartialState
+    from accelerate.parallelism_config import ParallelismConfig
+    from accelerate.utils import DistributedType
+    from axolotl.loaders.model import ModelLoader
+
+    # Axolotl places the model on the device with the rank's number
+    placed = ModelLoader._set_device_map_config
+
+    def on_cpu(self: Any) -> None:
+        self.cfg.device_map = None
+        placed(self)
+
+    ModelLoader._set_device_map_config = on_cpu
+    if not sharded:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate's own way to DDP on CPUs
+        return
+    # accelerate knows FSDP and DeepSpeed on accelerators only: the process group is gloo's, the device the CPU
+    PartialState._prepare_backend = lambda *_args: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    # Axolotl asks for a mesh of "cuda" devices by name
+    build = ParallelismConfig.build_device_mesh
+    ParallelismConfig.build_device_mesh = lambda self, _kind: build(self, "cpu")
+    # DeepSpeed 0.18 gathers ZeRO-2's weights into views, which gloo of torch 2.13 writes to as autograd allows
+    from deepspeed.comm.torch import TorchBackend
+
+    TorchBackend.all_gather_into_tensor = torch.no_grad()(TorchBackend.all_gather_into_tensor)
+
+
+def play(config: Path, processes: int, rank: int, port: int) -> None:
+    """One rank of one job, in a process of its own."""
+    log = os.open(config.parent / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir(config.parent)
+    sys.argv = ["axolotl"]
+    settings = yaml.safe_load(config.read_text())
+    if processes > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        use_cpus(sharded=bool(settings.get("fsdp_config") or settings.get("deepspeed")))
+    from axolotl.cli.train import do_cli
+
+    do_cli(str(config))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(config: Path, processes: int) -> list[int]:
+    """Fork the ranks of a job; returns their process ids."""
+    port, ranks = free_port(), []
+    for rank in range(processes):
+        pid = os.fork()
+        if pid:
+            ranks.append(pid)
+            continue
+        code = 1
+        try:
+            play(config, processes, rank, port)
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        finally:
+            if sys.exc_info()[1]:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return ranks
+
+
+def wait(ranks: list[int]) -> bool:
+    """Whether all ranks came to a good end; when one does not, end the others."""
+    alive, good = set(ranks), True
+    while alive:
+        pid, status = os.wait()
+        alive.discard(pid)
+        if status and good:
+            good = False
+            for other in alive:
+                os.kill(other, signal.SIGTERM)
+    return good
+
+
+def main() -> None:
+    # what every rank needs, once
+    import axolotl.cli.config
+    import axolotl.cli.train
+    import axolotl.core.builders
+    import axolotl.loaders
+    import axolotl.train  # noqa: F401
+
+    import spin_plugin.game
+    import spin_plugin.trainer  # noqa: F401
+
+    failed = 0
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        good = wait(start(Path(job["config"]), job["processes"]))
+        failed += not good
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

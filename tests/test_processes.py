@@ -1,0 +1,130 @@
+"""One trajectory however many processes train, and however they share the model.
+
+One process, two with DDP, two with FSDP2, two with ZeRO-2 and ZeRO-3, with and without LoRA: the same pairs, hence the
+same losses, margins and final weights up to rounding. Plugin, trainer, collator, opponent store and the function that
+`axolotl train` calls are the real ones; what lies below the command is in several_processes.py: `axolotl train` and
+its launchers start the ranks there, here a fork does, and three places in Axolotl and accelerate are told of the CPU.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, Finished
+from safetensors.torch import load_file
+from tiny import chat_rows, spin_config, write_config, write_jsonl
+
+from spin_plugin.run import RunDir
+
+pytestmark = pytest.mark.slow
+
+FSDP2 = {
+    "fsdp_version": 2,
+    "fsdp_config": {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        "state_dict_type": "FULL_STATE_DICT",
+        "reshard_after_forward": True,
+        "offload_params": False,
+        "cpu_ram_efficient_loading": False,
+    },
+}
+LORA = {
+    "adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True, "learning_rate": 1e-2,
+    "lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False, "lora_embedding_kernel": False,
+}  # fmt: skip
+
+
+def zero(stage: int) -> dict[str, Any]:
+    optimization = {"stage": stage, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": True}
+    automatic = ("gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu")
+    return {
+        "deepspeed": {
+            "zero_optimization": optimization,
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": False},
+            "gradient_accumulation_steps": "auto",
+            **dict.fromkeys(automatic, "auto"),
+        }
+    }
+
+
+ALONE = {"full": {}, "lora": LORA}
+TOGETHER = {
+    "full-ddp": {},
+    "full-fsdp2": FSDP2,
+    "full-zero2": zero(2),
+    "full-zero3": zero(3),
+    "lora-ddp": LORA,
+    "lora-fsdp2": LORA | FSDP2,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, command: Callable[..., Finished]) -> Path:
+    """A folder with the run of each variant: one generation, one import of Axolotl, then every training."""
+    folder = tmp_path_factory.mktemp("processes")
+    data = write_jsonl(
+        folder / "chat.jsonl", chat_rows(23)
+    )  # 20 to train on, whole steps: else ranks repeat pairs in the last one
+    config = spin_config(folder, llama, data, val_set_size=3, eval_strategy="epoch", num_epochs=2)
+    config["spin"] |= {"beta": 1.0}
+    done = command("axolotl", "preprocess", write_config(folder, config), folder=folder)
+    assert done.code == 0, done.output[-3000:]
+    (folder / "run/run.json").unlink()  # the variants' configurations differ in how the model is shared
+    jobs = []
+    for processes, variants in ((1, ALONE), (2, TOGETHER)):
+        for name, changes in variants.items():
+            shutil.copytree(folder / "run", folder / name / "run")
+            own = config | changes | {"output_dir": str(folder / name / "run"), "micro_batch_size": 4 // processes}
+            jobs.append({"config": str(write_config(folder / name, own)), "processes": processes})
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    launcher = ROOT / "tests/several_processes.py"
+    done = command(sys.executable, launcher, folder / "jobs.json", folder=folder, environment=environment)
+    logs = "".join(
+        path.read_text()[-2000:] for path in sorted(folder.glob("*/rank-*.log")) if "Error" in path.read_text()
+    )
+    assert done.code == 0, done.output[-2000:] + logs
+    return folder
+
+
+def curve(run: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (run / "iteration-0/metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def run_of(trained: Path, name: str) -> Path:
+    return trained / name / "run"
+
+
+@pytest.mark.parametrize("name", [*ALONE, *TOGETHER])
+def test_the_game_starts_at_ln_2_and_margin_0(trained: Path, name: str) -> None:
+    run = run_of(trained, name)
+    assert curve(run, "spin/loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert curve(run, "spin/reward_margin")[0] == pytest.approx(0, abs=1e-5)
+    assert RunDir(run).finished() == 1
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_two_processes_follow_the_trajectory_of_one(trained: Path, name: str) -> None:
+    alone, together = run_of(trained, name.partition("-")[0]), run_of(trained, name)
+    for metric in ("loss", "spin/loss", "spin/reward_margin", "eval_spin/loss", "eval_spin/reward_margin"):
+        assert len(curve(alone, metric)) >= 2
+        assert curve(together, metric) == pytest.approx(curve(alone, metric), abs=2e-3), metric
+    stored = [load_file(run / "iteration-0/pairs/opponent-train.safetensors")["logps"] for run in (alone, together)]
+    torch.testing.assert_close(stored[1], stored[0], atol=1e-3, rtol=0)
+    weights = "adapter_model" if name.startswith("lora") else "model"
+    first, second = (load_file(run / f"iteration-0/{weights}.safetensors") for run in (alone, together))
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        torch.testing.assert_close(
+            second[key], tensor, atol=1e-3, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}"
+        )
