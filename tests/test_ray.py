@@ -1,5 +1,6 @@
 """A real Ray on this machine answers a job with two actors, one of which is killed in the middle."""
 
+import time
 from pathlib import Path
 from typing import Any
 

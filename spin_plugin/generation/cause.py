@@ -9,6 +9,7 @@ ADVICE = {
     "No module named 'ray'": "install it with pip as `ray[data]` into vLLM's environment, or set "
     "spin.generation.engine to vllm",
     "out of memory": LESS_MEMORY,
+    "EngineCore encountered an issue": "its engine process died (killed, or short of memory?)",
     "No available memory for the cache": "raise spin.generation.gpu_memory_utilization, or lower max_model_len",
     "max seq len": "lower spin.generation.max_model_len or raise spin.generation.gpu_memory_utilization",
     "Free memory on device": "free the GPU or lower spin.generation.gpu_memory_utilization",
