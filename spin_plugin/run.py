@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from psutil import pid_exists
 
 from spin_plugin.messages import SpinError
 
@@ -298,11 +300,14 @@ def _is_model_file(name: str) -> bool:
 
 
 def _holder(file: Path) -> str:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return f"process {content['pid']} on {content['host']}"
-    except (OSError, json.JSONDecodeError, KeyError):
-        return "another process"
+    """Who holds the lock; its name appears, or replaces that of a dead process, a moment after it got the lock."""
+    for _ in range(30):
+        with suppress(OSError, json.JSONDecodeError, KeyError):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content["host"] != socket.gethostname() or pid_exists(content["pid"]):
+                return f"process {content['pid']} on {content['host']}"
+        time.sleep(0.1)
+    return "another process"
 
 
 # Keys whose change cannot change the result: they may differ when a run goes on.

@@ -143,6 +143,11 @@ def test_vllm_argument_that_the_plugin_sets_is_refused(key: str) -> None:
     assert f"vllm.{key} " in error_of({"generation": {"vllm": {key: 1}}})
 
 
+def test_ray_address_without_ray_is_refused() -> None:
+    assert "ray_address is for `engine: ray`" in error_of({"generation": {"ray_address": "auto"}})
+    assert parse_spin_block({"generation": {"engine": "ray", "ray_address": "auto"}}).generation.engine == "ray"
+
+
 def test_further_vllm_arguments_are_handed_on() -> None:
     args = parse_spin_block({"generation": {"vllm": {"enforce_eager": True, "max_num_seqs": 8}}})
     assert args.generation.vllm == {"enforce_eager": True, "max_num_seqs": 8}

@@ -118,7 +118,7 @@ def test_worker_needs_nothing_but_vllm_and_the_standard_library() -> None:
 
 @pytest.mark.parametrize("room", ["args", "run", "checkpoint", "messages"])
 def test_ground_rooms_do_not_name_heavy_packages(room: str) -> None:
-    light = {"pydantic", "pydantic_core", "filelock", "rich"}
+    light = {"pydantic", "pydantic_core", "filelock", "psutil", "rich"}
     assert outside_imports(MODULES[room]) - sys.stdlib_module_names <= light
 
 

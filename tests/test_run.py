@@ -206,7 +206,7 @@ def test_of_runs_that_start_at_once_one_gets_the_directory(tmp_path: Path) -> No
     holding = [racer for racer in racers if racer.poll() is None]
     refused = [racer.communicate()[1] for racer in racers if racer.poll() is not None]
     assert len(holding) == 1
-    assert all(f"is in use by process {holding[0].pid} on " in error for error in refused)
+    assert all(f"is in use by process {holding[0].pid} on " in error for error in refused), refused
     assert holding[0].communicate("")[0] == "held\n"
 
 
