@@ -21,6 +21,7 @@ from spin_plugin.iteration import (
     wait_for_iteration,
 )
 from spin_plugin.lowering import Lowered
+from spin_plugin.merge import merge
 from spin_plugin.messages import SpinError, say, warn
 from spin_plugin.run import IterationDir, RunState, differing_keys, flush, remove_whole, write_whole
 from spin_plugin.weights import require_finite
@@ -153,6 +154,8 @@ class Game:
         check_model_dir(self.folder.path, adapter=bool(self.cfg.adapter))
         require_finite(check_weights(self.folder.path, "adapter_model" if self.cfg.adapter else "model"))
         flush(self.folder.path.iterdir())
+        if self.cfg.adapter and self.spin.adapter_chain == "merge":
+            merge(self.cfg, self.folder.path, self.folder.merged)
         state = run.read_state()
         assert state is not None
         assert len(state.finished) == number

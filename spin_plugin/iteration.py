@@ -21,6 +21,7 @@ from spin_plugin.generation.interpreter import vllm_python
 from spin_plugin.generation.job import Job, Prompts, fingerprint_requests, requests_for
 from spin_plugin.generation.launcher import generate
 from spin_plugin.generation.shards import Shards
+from spin_plugin.merge import merge, served_by_vllm
 from spin_plugin.messages import SpinError, say, warn
 from spin_plugin.pairs import (
     PairStats,
@@ -32,7 +33,7 @@ from spin_plugin.pairs import (
     write_stats,
 )
 from spin_plugin.real import Real, prepare_real
-from spin_plugin.run import IterationDir, RunDir, make_folder_whole, without_secrets, write_whole
+from spin_plugin.run import IterationDir, RunDir, make_folder_whole, remove_whole, without_secrets, write_whole
 from spin_plugin.space import Space, require_space
 from spin_plugin.weights import fingerprint, require_complete, require_complete_adapter, require_finite
 
@@ -188,12 +189,17 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real) -> Job
     }
     adapter = str(cfg.lora_model_dir) if cfg.adapter and cfg.lora_model_dir else None
     weights = fingerprint(filter(None, (str(cfg.base_model), adapter)), cfg.revision_of_model)
-    job = Job(number, engine_arguments(cfg, spin), adapter, weights, sampling, count, digest)
+    served = adapter is None or served_by_vllm(Path(adapter))
+    whole = run.iteration(number).opponent
+    engine = engine_arguments(cfg, spin) if served else engine_arguments(cfg, spin, merged=whole)
+    job = Job(number, engine, adapter if served else None, weights, sampling, count, digest)
 
     def find_python() -> Path:  # asked only when there is something to draw
         python = vllm_python(options.python)
         _require_sound_opponent(cfg, adapter)
         require_space(run.root, _bytes_needed(cfg, spin, count))
+        if adapter and not served and not whole.exists():
+            merge(cfg, Path(adapter), whole)
         return python
 
     generate(
@@ -205,15 +211,16 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real) -> Job
         ray=options.engine == "ray",
         ray_address=options.ray_address,
     )
+    remove_whole(whole)
     return job
 
 
-def engine_arguments(cfg: Any, spin: SpinArgs) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` for the opponent."""
+def engine_arguments(cfg: Any, spin: SpinArgs, *, merged: Path | None = None) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for the opponent, which may be a model with its adapter merged into it."""
     options = spin.generation
     arguments = {
-        "model": str(cfg.base_model),
-        "revision": cfg.revision_of_model,
+        "model": str(merged or cfg.base_model),
+        "revision": None if merged else cfg.revision_of_model,
         "trust_remote_code": bool(cfg.trust_remote_code),
         "skip_tokenizer_init": True,  # prompts and responses are token ids
         "generation_config": "vllm",  # else a model's own file changes the sampling
@@ -243,7 +250,8 @@ def _require_sound_opponent(cfg: Any, adapter: str | None) -> None:
 def _bytes_needed(cfg: Any, spin: SpinArgs, responses: int) -> Space:
     """What an iteration writes: surely the model at its end, at most also all these responses and checkpoints."""
     base = Path(str(cfg.base_model))
-    model = sum(file.stat().st_size for file in base.glob("*.safetensors")) if not cfg.adapter else 0
+    writes_model = not cfg.adapter or spin.adapter_chain == "merge"
+    model = sum(file.stat().st_size for file in base.glob("*.safetensors")) if writes_model else 0
     tokens = responses * min(cfg.sequence_len, spin.generation.max_tokens or cfg.sequence_len)
     pairs = responses * (1 + spin.history) * 2 * cfg.sequence_len
     optimizer = 0 if cfg.save_only_model else 2 * model  # Adam's two moments

@@ -106,6 +106,16 @@ class IterationDir:
         return self.path / "pairs"
 
     @property
+    def opponent(self) -> Path:
+        """The opponent with its adapter merged into it, while vLLM, which cannot serve the adapter, draws from it."""
+        return self.path / "opponent"
+
+    @property
+    def merged(self) -> Path:
+        """With `adapter_chain: merge`, the model with its adapter merged into it: the base of the next iteration."""
+        return self.path / "merged"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
