@@ -1,6 +1,7 @@
 """SpinTrainer: forward, log-probabilities, loss, log. Everything else is Axolotl's trainer."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -146,8 +147,19 @@ class SpinTrainer(AxolotlTrainer):
     # --- loss --------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Pairs in the global batch: what the sum of the losses is divided by."""
-        pairs = torch.tensor(sum(len(batch["index"]) for batch in batch_samples), device=device)
+        """Pairs in the global batch: what the sum of the losses is divided by.
+
+        accelerate fills up an epoch's last batches with pairs from its beginning, so that all ranks have equally many.
+        The ranks' batches in a row are the epoch's order, so the filling comes last; it is marked as not counted.
+        """
+        ranks, size, total = self.args.world_size, self.args.per_device_train_batch_size, len(self.train_dataset)
+        accumulated = self.args.gradient_accumulation_steps
+        steps = math.ceil(math.ceil(total / (ranks * size)) / accumulated)  # in an epoch
+        first = self.state.global_step % steps * accumulated
+        for number, batch in enumerate(batch_samples, first):
+            start = (number * ranks + self.args.process_index) * size
+            batch["counted"] = min(len(batch["index"]), max(0, total - start))
+        pairs = torch.tensor(sum(batch["counted"] for batch in batch_samples), device=device)
         return self.accelerator.reduce(pairs, "sum")
 
     def compute_loss(
@@ -160,10 +172,9 @@ class SpinTrainer(AxolotlTrainer):
         """The sum of the micro-batch's losses over the pairs of the global batch."""
         split = "train" if model.training else "eval"
         policy = logps(model, inputs)
-        if split == "eval":
-            counted = self._counted(policy.shape[1])
-            policy = policy[:, :counted]
-            inputs = inputs | {name: inputs[name][..., :counted] for name in ("index", "lengths")}
+        counted = inputs["counted"] if split == "train" else self._counted(policy.shape[1])
+        policy = policy[:, :counted]
+        inputs = inputs | {name: inputs[name][..., :counted] for name in ("index", "lengths")}
         opponent = self.opponent[split][:, inputs["index"]]
         terms = spin_terms(policy, opponent, beta=self.spin.beta, loss=self.spin.loss)
         sums = metric_sums(terms, policy, inputs["lengths"], loss=self.spin.loss)
