@@ -7,6 +7,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,8 +40,9 @@ from spin_plugin.weights import fingerprint, require_complete, require_complete_
 
 SPLITS = ("train", "eval")
 SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_UNTIL_SAVED = 1800.0
 SECONDS_UNTIL_SEEN = 600.0  # all processes start together; the first one works in the run directory by then
-ANSWERED = ".answered"
+ANSWERED, SAVED = ".answered", ".saved"
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,9 @@ def wait_for_iteration(run: RunDir, number: int, *, rank: int) -> PairsOnDisk:
     answer = question.with_suffix(ANSWERED)
     while not answer.exists():
         if not question.exists():  # the first process has just cleared away what earlier starts had left
-            question.parent.mkdir(parents=True, exist_ok=True)
-            question.touch()
+            with suppress(OSError):  # it is doing so
+                question.parent.mkdir(parents=True, exist_ok=True)
+                question.touch()
         if run.holder.exists():
             last_seen = time.monotonic()
         elif time.monotonic() - last_seen > SECONDS_UNTIL_SEEN:
@@ -129,14 +132,35 @@ def clear_questions(run: RunDir) -> None:
 
 def answer_questions(run: RunDir, processes: int) -> None:
     """Let the other processes go on: the iteration is prepared."""
-    answered = 0
-    while answered < processes:
+    answered: set[str] = set()  # a process that looks in the wrong moment asks again
+    while len(answered) < processes:
         for question in run.questions.glob("*"):
             if question.suffix != ANSWERED:
                 question.rename(question.with_suffix(ANSWERED))
-                answered += 1
-        if answered < processes:
+                answered.add(question.name.partition("-")[0])
+        if len(answered) < processes:
             time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def tell_saved(run: RunDir, *, rank: int) -> None:
+    """Another process has saved what it saves: Axolotl has each of them write the tokenizer, and does not wait."""
+    (run.questions / f"{rank}{SAVED}").touch()
+
+
+def wait_until_saved(run: RunDir, processes: int) -> None:
+    """The first process looks at the model when nobody writes any more.
+
+    Raises:
+        SpinError: another process does not come to its end.
+    """
+    started = time.monotonic()
+    while (saved := len(list(run.questions.glob(f"*{SAVED}")))) < processes:
+        if time.monotonic() - started > SECONDS_UNTIL_SAVED:
+            raise SpinError(
+                f"only {saved} of {processes} other processes have saved after {SECONDS_UNTIL_SAVED:.0f} s; run the "
+                "same command again: it goes on from the last checkpoint"
+            )
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def open_pairs(folder: IterationDir) -> PairsOnDisk:

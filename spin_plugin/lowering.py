@@ -27,6 +27,7 @@ REFUSED = {
     "processor_type": "multimodal training is not supported",
     "skip_prepare_dataset": "SPIN needs the tokenised prompts and responses",
     "reinit_weights": "the opponent would not be the model that training starts from",
+    "fix_untrained_tokens": "the opponent would not be the model that training starts from",
     "relora": "ReLoRA merges adapters during training, which SPIN's opponent cannot follow",
     "peft_layer_replication": "vLLM cannot serve adapters of replicated layers",
     "peft_trainable_token_indices": "vLLM cannot serve adapters that hold trained tokens",

@@ -28,6 +28,7 @@ from spin_plugin.loss import METRICS, metric_sums, spin_terms
 from spin_plugin.messages import SpinError, console, exit_in_one_line, say
 from spin_plugin.opponent import OpponentStore, fill, missing, shares
 from spin_plugin.order import BalancedSampler
+from spin_plugin.run import IterationDir
 
 SCORING_FACTOR = 4  # without gradients this many times the pairs fit into memory
 PREFIX = {"train": "spin/", "eval": "eval_spin/"}  # reporters turn the eval_ prefix into a group of its own
@@ -70,6 +71,7 @@ class SpinTrainer(AxolotlTrainer):
                 wanted=self.spin.shared_prefix != "off",
                 pad_token_id=self.train_data_collator.pad_token_id,
                 longest=self.args.max_seq_length,
+                device=self.args.device,
             )
         if forms.no_shared_prefix_because and self.spin.shared_prefix == "on":
             raise SpinError(f"spin.shared_prefix: on is not possible: {forms.no_shared_prefix_because}; use auto")
@@ -210,7 +212,8 @@ class SpinTrainer(AxolotlTrainer):
 
     @exit_in_one_line
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        mend_times(Path(self.args.output_dir))
+        if self.args.should_save:
+            mend_times(IterationDir(Path(self.args.output_dir)).checkpoints())
         with naming_the_disk(self.args.output_dir):
             super()._save_checkpoint(*args, **kwargs)
 
@@ -251,12 +254,11 @@ class SpinTrainer(AxolotlTrainer):
         return {PREFIX[split] + name: total / pairs for name, total in zip(METRICS, totals, strict=True)}, int(pairs)
 
 
-def mend_times(folder: Path) -> None:
-    """Keep checkpoints in the order of their steps, and none in the future, also when the clock was set.
+def mend_times(checkpoints: list[Path]) -> None:
+    """Keep checkpoints, given in the order of their steps, in that order, and none in the future.
 
     transformers 5.16 removes the oldest ones by their times (`rotate_checkpoints(use_mtime=True)`).
     """
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     times = [path.stat().st_mtime for path in checkpoints]
     if times and (max(times) > time.time() or times != sorted(times)):
         for path in checkpoints:

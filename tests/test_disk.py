@@ -203,7 +203,7 @@ def test_clock_that_jumps_does_not_change_which_checkpoint_is_the_newest(tmp_pat
         (tmp_path / f"checkpoint-{step}").mkdir()
         moment = now - age - (hours * 3600 if step < 100 else 0)
         os.utime(tmp_path / f"checkpoint-{step}", (moment, moment))
-    mend_times(tmp_path)
+    mend_times(IterationDir(tmp_path).checkpoints())
     (tmp_path / "checkpoint-107").mkdir()
     names = [Path(path).name for path in sort_checkpoints(str(tmp_path), use_mtime=True)]
     assert names == ["checkpoint-7", "checkpoint-14", "checkpoint-100", "checkpoint-107"]
