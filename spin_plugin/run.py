@@ -256,12 +256,9 @@ class RunDir:
             ) from None
         try:
             write_whole(holder, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-            for trash in (
-                *self.root.glob(".prepared-*"),
-                *self.root.glob(f"{TRASH}*"),
-                *self.root.glob(f"iteration-*/{TRASH}*"),
-            ):
-                shutil.rmtree(trash, ignore_errors=True)
+            for left in (".prepared-*", f"{TRASH}*", f"iteration-*/{TRASH}*"):
+                for trash in self.root.glob(left):
+                    shutil.rmtree(trash, ignore_errors=True)
             yield
         finally:
             holder.unlink(missing_ok=True)

@@ -57,7 +57,7 @@ Family = Callable[[], list[psutil.Process]]
 
 @pytest.fixture
 def family() -> Family:
-    """The living processes that the test has started. Those of earlier tests (a helper of `datasets`) are not its own."""
+    """The living processes that the test has started; those of earlier tests (a helper of `datasets`) are left out."""
     earlier = set(psutil.Process().children(recursive=True))
 
     def living() -> list[psutil.Process]:

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 
 from spin_plugin.messages import DISK, SpinError, exit_in_one_line
-from spin_plugin.run import RunDir, write_whole
+from spin_plugin.run import IterationDir, RunDir, write_whole
 from spin_plugin.space import Space, require_space
 
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]

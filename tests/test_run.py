@@ -262,7 +262,8 @@ def test_same_configuration_differs_in_nothing() -> None:
     [
         "logging_steps", "save_steps", "saves_per_epoch", "save_total_limit", "eval_steps", "evals_per_epoch",
         "wandb_project", "wandb_mode", "wandb_name", "use_wandb", "mlflow_tracking_uri", "use_tensorboard",
-        "hub_model_id", "output_dir", "deepspeed", "fsdp_config", "gradient_checkpointing", "dataset_prepared_path", "dataloader_num_workers", "ddp_timeout",
+        "hub_model_id", "output_dir", "deepspeed", "fsdp_config", "gradient_checkpointing",
+        "dataset_prepared_path", "dataloader_num_workers", "ddp_timeout",
         "resume_from_checkpoint", "debug_num_examples", "shard", "download", "iterable",
         "spin.iterations", "spin.generation.python", "spin.generation.gpu_memory_utilization",
         "spin.generation.tensor_parallel_size", "spin.generation.vllm.max_num_seqs",
