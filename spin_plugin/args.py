@@ -45,6 +45,7 @@ RUN_WIDE_KEYS = frozenset(
         "iterations",
         "schedule",
         "adapter",
+        "adapter_chain",
         "turns",
         # the data is tokenised, and its prompts are drawn, once for the whole run
         "sequence_len",
@@ -163,6 +164,10 @@ class SpinArgs(Block):
     shared_prefix: Literal["auto", "on", "off"] = "auto"
     """Run each pair as one row `prompt | real | synthetic` without padding, so that the prompt is computed once. `auto`
     falls back to padded sequences, and says why, for models that cannot; `on` refuses those; `off` always pads."""
+
+    adapter_chain: Literal["continue", "merge"] = "continue"
+    """With `adapter: lora` or `qlora`: `continue` goes on training the adapter of the iteration before; `merge` merges
+    it into the base model and starts a fresh one on top, at the price of a whole model on disk in every iteration."""
 
     schedule: list[dict[str, Any]] = Field(default_factory=list)
     """One entry an iteration, each a mapping of Axolotl keys or `spin` keys that differ in that iteration."""

@@ -18,9 +18,12 @@ from spin_plugin.iteration import (
     answer_questions,
     clear_questions,
     prepare_iteration,
+    tell_saved,
     wait_for_iteration,
+    wait_until_saved,
 )
 from spin_plugin.lowering import Lowered
+from spin_plugin.merge import merge
 from spin_plugin.messages import SpinError, say, warn
 from spin_plugin.run import IterationDir, RunState, differing_keys, flush, remove_whole, write_whole
 from spin_plugin.weights import require_finite
@@ -150,9 +153,14 @@ class Game:
     def finish(self) -> None:
         """Check what was saved, then mark the iteration as finished: the marker is written last."""
         run, number = self.lowered.run, self.lowered.iteration
+        if not self.first:
+            return tell_saved(run, rank=int(os.environ["RANK"]))
+        wait_until_saved(run, int(os.environ.get("WORLD_SIZE", "1")) - 1)
         check_model_dir(self.folder.path, adapter=bool(self.cfg.adapter))
         require_finite(check_weights(self.folder.path, "adapter_model" if self.cfg.adapter else "model"))
         flush(self.folder.path.iterdir())
+        if self.cfg.adapter and self.spin.adapter_chain == "merge":
+            merge(self.cfg, self.folder.path, self.folder.merged)
         state = run.read_state()
         assert state is not None
         assert len(state.finished) == number

@@ -239,7 +239,13 @@ class Forms(NamedTuple):
 
 
 def choose_forms(
-    model: nn.Module, pairs: Sequence[Pair], *, wanted: bool, pad_token_id: int, longest: int | None = None
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    *,
+    wanted: bool,
+    pad_token_id: int,
+    longest: int | None = None,
+    device: torch.device | None = None,
 ) -> Forms:
     """Decide how a model is run, by what is known of it and by a comparison on the beginnings of a few pairs.
 
@@ -251,9 +257,10 @@ def choose_forms(
         wanted: is the shared prefix wanted?
         pad_token_id: for the padded form.
         longest: tokens of the longest prompt and response together, if known.
+        device: where the model computes; None is where its parameters lie, which FSDP may have moved away.
     """
     few = [Pair(pair.prompt[-12:], pair.real[:8], pair.synthetic[:8]) for pair in pairs[:3]]
-    device = next(causal_lm(model).parameters()).device
+    device = device or next(causal_lm(model).parameters()).device
     padded, flat = (
         {name: tensor.to(device) for name, tensor in batch.items()}
         for batch in (padded_batch(few, pad_token_id), flat_batch(few))

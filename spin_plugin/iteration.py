@@ -7,6 +7,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from spin_plugin.generation.interpreter import vllm_python
 from spin_plugin.generation.job import Job, Prompts, fingerprint_requests, requests_for
 from spin_plugin.generation.launcher import generate
 from spin_plugin.generation.shards import Shards
+from spin_plugin.merge import merge, served_by_vllm
 from spin_plugin.messages import SpinError, say, warn
 from spin_plugin.pairs import (
     PairStats,
@@ -32,14 +34,15 @@ from spin_plugin.pairs import (
     write_stats,
 )
 from spin_plugin.real import Real, prepare_real
-from spin_plugin.run import IterationDir, RunDir, make_folder_whole, without_secrets, write_whole
+from spin_plugin.run import IterationDir, RunDir, make_folder_whole, remove_whole, without_secrets, write_whole
 from spin_plugin.space import Space, require_space
 from spin_plugin.weights import fingerprint, require_complete, require_complete_adapter, require_finite
 
 SPLITS = ("train", "eval")
 SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_UNTIL_SAVED = 1800.0
 SECONDS_UNTIL_SEEN = 600.0  # all processes start together; the first one works in the run directory by then
-ANSWERED = ".answered"
+ANSWERED, SAVED = ".answered", ".saved"
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,9 @@ def wait_for_iteration(run: RunDir, number: int, *, rank: int) -> PairsOnDisk:
     answer = question.with_suffix(ANSWERED)
     while not answer.exists():
         if not question.exists():  # the first process has just cleared away what earlier starts had left
-            question.parent.mkdir(parents=True, exist_ok=True)
-            question.touch()
+            with suppress(OSError):  # it is doing so
+                question.parent.mkdir(parents=True, exist_ok=True)
+                question.touch()
         if run.holder.exists():
             last_seen = time.monotonic()
         elif time.monotonic() - last_seen > SECONDS_UNTIL_SEEN:
@@ -128,14 +132,35 @@ def clear_questions(run: RunDir) -> None:
 
 def answer_questions(run: RunDir, processes: int) -> None:
     """Let the other processes go on: the iteration is prepared."""
-    answered = 0
-    while answered < processes:
+    answered: set[str] = set()  # a process that looks in the wrong moment asks again
+    while len(answered) < processes:
         for question in run.questions.glob("*"):
             if question.suffix != ANSWERED:
                 question.rename(question.with_suffix(ANSWERED))
-                answered += 1
-        if answered < processes:
+                answered.add(question.name.partition("-")[0])
+        if len(answered) < processes:
             time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def tell_saved(run: RunDir, *, rank: int) -> None:
+    """Another process has saved what it saves: Axolotl has each of them write the tokenizer, and does not wait."""
+    (run.questions / f"{rank}{SAVED}").touch()
+
+
+def wait_until_saved(run: RunDir, processes: int) -> None:
+    """The first process looks at the model when nobody writes any more.
+
+    Raises:
+        SpinError: another process does not come to its end.
+    """
+    started = time.monotonic()
+    while (saved := len(list(run.questions.glob(f"*{SAVED}")))) < processes:
+        if time.monotonic() - started > SECONDS_UNTIL_SAVED:
+            raise SpinError(
+                f"only {saved} of {processes} other processes have saved after {SECONDS_UNTIL_SAVED:.0f} s; run the "
+                "same command again: it goes on from the last checkpoint"
+            )
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def open_pairs(folder: IterationDir) -> PairsOnDisk:
@@ -188,12 +213,17 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real) -> Job
     }
     adapter = str(cfg.lora_model_dir) if cfg.adapter and cfg.lora_model_dir else None
     weights = fingerprint(filter(None, (str(cfg.base_model), adapter)), cfg.revision_of_model)
-    job = Job(number, engine_arguments(cfg, spin), adapter, weights, sampling, count, digest)
+    served = adapter is None or served_by_vllm(Path(adapter))
+    whole = run.iteration(number).opponent
+    engine = engine_arguments(cfg, spin) if served else engine_arguments(cfg, spin, merged=whole)
+    job = Job(number, engine, adapter if served else None, weights, sampling, count, digest)
 
     def find_python() -> Path:  # asked only when there is something to draw
         python = vllm_python(options.python)
         _require_sound_opponent(cfg, adapter)
         require_space(run.root, _bytes_needed(cfg, spin, count))
+        if adapter and not served and not whole.exists():
+            merge(cfg, Path(adapter), whole)
         return python
 
     generate(
@@ -205,15 +235,16 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real) -> Job
         ray=options.engine == "ray",
         ray_address=options.ray_address,
     )
+    remove_whole(whole)
     return job
 
 
-def engine_arguments(cfg: Any, spin: SpinArgs) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` for the opponent."""
+def engine_arguments(cfg: Any, spin: SpinArgs, *, merged: Path | None = None) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for the opponent, which may be a model with its adapter merged into it."""
     options = spin.generation
     arguments = {
-        "model": str(cfg.base_model),
-        "revision": cfg.revision_of_model,
+        "model": str(merged or cfg.base_model),
+        "revision": None if merged else cfg.revision_of_model,
         "trust_remote_code": bool(cfg.trust_remote_code),
         "skip_tokenizer_init": True,  # prompts and responses are token ids
         "generation_config": "vllm",  # else a model's own file changes the sampling
@@ -243,7 +274,8 @@ def _require_sound_opponent(cfg: Any, adapter: str | None) -> None:
 def _bytes_needed(cfg: Any, spin: SpinArgs, responses: int) -> Space:
     """What an iteration writes: surely the model at its end, at most also all these responses and checkpoints."""
     base = Path(str(cfg.base_model))
-    model = sum(file.stat().st_size for file in base.glob("*.safetensors")) if not cfg.adapter else 0
+    writes_model = not cfg.adapter or spin.adapter_chain == "merge"
+    model = sum(file.stat().st_size for file in base.glob("*.safetensors")) if writes_model else 0
     tokens = responses * min(cfg.sequence_len, spin.generation.max_tokens or cfg.sequence_len)
     pairs = responses * (1 + spin.history) * 2 * cfg.sequence_len
     optimizer = 0 if cfg.save_only_model else 2 * model  # Adam's two moments

@@ -27,9 +27,8 @@ REFUSED = {
     "processor_type": "multimodal training is not supported",
     "skip_prepare_dataset": "SPIN needs the tokenised prompts and responses",
     "reinit_weights": "the opponent would not be the model that training starts from",
+    "fix_untrained_tokens": "the opponent would not be the model that training starts from",
     "relora": "ReLoRA merges adapters during training, which SPIN's opponent cannot follow",
-    "peft_use_dora": "vLLM cannot serve DoRA adapters",
-    "lora_modules_to_save": "vLLM cannot serve adapters that hold whole modules",
     "peft_layer_replication": "vLLM cannot serve adapters of replicated layers",
     "peft_trainable_token_indices": "vLLM cannot serve adapters that hold trained tokens",
     "qat": "vLLM would draw from another model than the one that is trained",
@@ -92,7 +91,7 @@ def lower(cfg: MutableMapping[str, Any], known_axolotl_keys: Iterable[str] = ())
         cfg[key] = value
     _refuse(cfg)  # the schedule may have brought in what is refused
     cfg.update(SFT_ONLY)
-    _start_from_opponent(cfg, run, iteration)
+    _start_from_opponent(cfg, run, iteration, merged=spin.adapter_chain == "merge")
     del cfg["rl"]
     cfg["spin"] = spin.at(current).model_dump(exclude_none=True, exclude={"schedule"})
     cfg["spin_iteration"] = iteration
@@ -195,22 +194,36 @@ def _refuse_dataset(name: str, dataset: Any) -> None:
         raise SpinError(f"{name}.path: {path} does not exist")
 
 
-def _start_from_opponent(cfg: MutableMapping[str, Any], run: RunDir, iteration: int) -> None:
-    """The model of iteration t-1 is base and opponent of iteration t; with an adapter, base plus adapter is."""
+def _start_from_opponent(cfg: MutableMapping[str, Any], run: RunDir, iteration: int, *, merged: bool) -> None:
+    """The model of iteration t-1 is base and opponent of iteration t; with an adapter, base plus adapter is.
+
+    Args:
+        merged: the adapter of every iteration was merged into its base model.
+    """
     state = run.read_state()
     # Another base model on the command line (`axolotl inference --base-model …`) is meant; training refuses it later.
     if iteration > 0 and state and cfg.get("base_model") == state.config.get("base_model"):
         previous = run.iteration(iteration - 1).path
         check_model_dir(previous, adapter=bool(cfg.get("adapter")))
-        if cfg.get("adapter"):
+        if not cfg.get("adapter"):
+            _take_base(cfg, previous)
+        elif not merged:
             cfg["lora_model_dir"] = str(previous)
-        else:
-            cfg["base_model"] = str(previous)
-            for key in ("base_model_config", "revision_of_model", "tokenizer_config"):
-                cfg.pop(key, None)
+        elif not (cfg.get("merge_lora") or cfg.get("inference")):
+            _take_base(cfg, run.iteration(iteration - 1).merged)
+        else:  # they want the newest adapter and the base that it was trained on
+            cfg["lora_model_dir"] = str(previous)
+            if iteration > 1:
+                _take_base(cfg, run.iteration(iteration - 2).merged)
     base = Path(str(cfg.get("base_model") or ""))
     if base.is_dir():
         check_model_dir(base, tokenizer_elsewhere=bool(cfg.get("tokenizer_config")))
+
+
+def _take_base(cfg: MutableMapping[str, Any], model: Path) -> None:
+    cfg["base_model"] = str(model)
+    for key in ("base_model_config", "revision_of_model", "tokenizer_config"):
+        cfg.pop(key, None)
 
 
 def announce(lowered: Lowered) -> None:

@@ -80,7 +80,7 @@ class SpinPlugin(BasePlugin):
     @exit_in_one_line
     def post_train_unload(self, cfg: Any) -> None:
         """Model, tokenizer and metrics are on disk: the iteration is finished."""
-        if self.game is not None and is_first_process():
+        if self.game is not None:
             self.game.finish()
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,10 @@ def prepare_real(cfg: Any, run: RunDir, spin: SpinArgs) -> Real:
 def _tokenise(cfg: Any, run: RunDir, spin: SpinArgs) -> None:
     from axolotl.loaders import load_tokenizer
 
+    if cfg.added_tokens_overrides and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SpinError(  # Axolotl lets all processes meet when it changes the tokenizer's files; here one works alone
+            "added_tokens_overrides: with several processes run `axolotl preprocess` first, then the same command again"
+        )
     run.root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=run.root, prefix=".prepared-") as prepared:
         rows = _load_rows(cfg, prepared)

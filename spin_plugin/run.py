@@ -13,6 +13,7 @@ output_dir/
 """
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -104,6 +105,16 @@ class IterationDir:
     @property
     def pairs(self) -> Path:
         return self.path / "pairs"
+
+    @property
+    def opponent(self) -> Path:
+        """The opponent with its adapter merged into it, while vLLM, which cannot serve the adapter, draws from it."""
+        return self.path / "opponent"
+
+    @property
+    def merged(self) -> Path:
+        """With `adapter_chain: merge`, the model with its adapter merged into it: the base of the next iteration."""
+        return self.path / "merged"
 
     @property
     def metrics(self) -> Path:
@@ -245,8 +256,9 @@ class RunDir:
             ) from None
         try:
             write_whole(holder, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-            for trash in (*self.root.glob(f"{TRASH}*"), *self.root.glob(f"iteration-*/{TRASH}*")):
-                shutil.rmtree(trash, ignore_errors=True)
+            for left in (".prepared-*", f"{TRASH}*", f"iteration-*/{TRASH}*"):
+                for trash in self.root.glob(left):
+                    shutil.rmtree(trash, ignore_errors=True)
             yield
         finally:
             holder.unlink(missing_ok=True)
@@ -322,10 +334,12 @@ FREE_KEYS = frozenset(
         "auto_resume_from_checkpoints", "resume_from_checkpoint", "axolotl_config_path", "is_preprocess",
         "device", "device_map", "ddp_timeout", "profiler_steps", "gc_steps", "include_tkps", "hub_strategy",
         "use_ray", "ray_num_workers", "ray_run_name", "inference", "merge_lora",
+        "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading", "deepspeed",
+        "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel",
     }
 )  # fmt: skip
 FREE_PREFIXES = ("wandb_", "use_wandb", "mlflow_", "use_mlflow", "comet_", "use_comet", "trackio_", "use_trackio",
-                 "use_tensorboard", "use_otel", "otel_", "hub_", "lm_eval_", "eval_")  # fmt: skip
+                 "use_tensorboard", "use_otel", "otel_", "hub_", "lm_eval_", "eval_", "fsdp", "ddp_")  # fmt: skip
 FREE_SPIN_KEYS = frozenset({"iterations", "schedule", "shared_prefix"})
 FREE_GENERATION_KEYS = frozenset(
     {"python", "engine", "engines", "ray_address", "tensor_parallel_size", "gpu_memory_utilization"}
@@ -368,11 +382,22 @@ def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key != "spin" and key not in FREE_KEYS and not key.startswith(FREE_PREFIXES) and value is not None
     }
+    # A step that does not fit into memory may be cut into more and smaller micro-batches: its pairs stay the same.
+    factors = [binding.pop(key, None) for key in ("micro_batch_size", "gradient_accumulation_steps")]
+    binding["micro_batch_size × gradient_accumulation_steps"] = _product(factors)
     binding |= {f"spin.{k}": v for k, v in spin.items() if k not in FREE_SPIN_KEYS and k != "generation"}
     generation = dict(spin.get("generation") or {})
     vllm = generation.pop("vllm", None) or {}
     binding |= {f"spin.generation.{k}": v for k, v in generation.items() if k not in FREE_GENERATION_KEYS}
     return binding | {f"spin.generation.vllm.{k}": v for k, v in vllm.items() if k not in FREE_VLLM_KEYS}
+
+
+def _product(factors: list[Any]) -> Any:
+    """The product of numbers that may be absent; what is no number stays as it is, for Axolotl to refuse."""
+    try:
+        return math.prod(int(factor) for factor in factors if factor is not None)
+    except (TypeError, ValueError):
+        return factors
 
 
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], begun: int) -> list[str]:

@@ -1,6 +1,7 @@
 """SpinTrainer: forward, log-probabilities, loss, log. Everything else is Axolotl's trainer."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ from spin_plugin.loss import METRICS, metric_sums, spin_terms
 from spin_plugin.messages import SpinError, console, exit_in_one_line, say
 from spin_plugin.opponent import OpponentStore, fill, missing, shares
 from spin_plugin.order import BalancedSampler
+from spin_plugin.run import IterationDir
 
 SCORING_FACTOR = 4  # without gradients this many times the pairs fit into memory
 PREFIX = {"train": "spin/", "eval": "eval_spin/"}  # reporters turn the eval_ prefix into a group of its own
@@ -69,6 +71,7 @@ class SpinTrainer(AxolotlTrainer):
                 wanted=self.spin.shared_prefix != "off",
                 pad_token_id=self.train_data_collator.pad_token_id,
                 longest=self.args.max_seq_length,
+                device=self.args.device,
             )
         if forms.no_shared_prefix_because and self.spin.shared_prefix == "on":
             raise SpinError(f"spin.shared_prefix: on is not possible: {forms.no_shared_prefix_because}; use auto")
@@ -146,8 +149,19 @@ class SpinTrainer(AxolotlTrainer):
     # --- loss --------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Pairs in the global batch: what the sum of the losses is divided by."""
-        pairs = torch.tensor(sum(len(batch["index"]) for batch in batch_samples), device=device)
+        """Pairs in the global batch: what the sum of the losses is divided by.
+
+        accelerate fills up an epoch's last batches with pairs from its beginning, so that all ranks have equally many.
+        The ranks' batches in a row are the epoch's order, so the filling comes last; it is marked as not counted.
+        """
+        ranks, size, total = self.args.world_size, self.args.per_device_train_batch_size, len(self.train_dataset)
+        accumulated = self.args.gradient_accumulation_steps
+        steps = math.ceil(math.ceil(total / (ranks * size)) / accumulated)  # in an epoch
+        first = self.state.global_step % steps * accumulated
+        for number, batch in enumerate(batch_samples, first):
+            start = (number * ranks + self.args.process_index) * size
+            batch["counted"] = min(len(batch["index"]), max(0, total - start))
+        pairs = torch.tensor(sum(batch["counted"] for batch in batch_samples), device=device)
         return self.accelerator.reduce(pairs, "sum")
 
     def compute_loss(
@@ -160,10 +174,9 @@ class SpinTrainer(AxolotlTrainer):
         """The sum of the micro-batch's losses over the pairs of the global batch."""
         split = "train" if model.training else "eval"
         policy = logps(model, inputs)
-        if split == "eval":
-            counted = self._counted(policy.shape[1])
-            policy = policy[:, :counted]
-            inputs = inputs | {name: inputs[name][..., :counted] for name in ("index", "lengths")}
+        counted = inputs["counted"] if split == "train" else self._counted(policy.shape[1])
+        policy = policy[:, :counted]
+        inputs = inputs | {name: inputs[name][..., :counted] for name in ("index", "lengths")}
         opponent = self.opponent[split][:, inputs["index"]]
         terms = spin_terms(policy, opponent, beta=self.spin.beta, loss=self.spin.loss)
         sums = metric_sums(terms, policy, inputs["lengths"], loss=self.spin.loss)
@@ -199,7 +212,8 @@ class SpinTrainer(AxolotlTrainer):
 
     @exit_in_one_line
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        mend_times(Path(self.args.output_dir))
+        if self.args.should_save:
+            mend_times(IterationDir(Path(self.args.output_dir)).checkpoints())
         with naming_the_disk(self.args.output_dir):
             super()._save_checkpoint(*args, **kwargs)
 
@@ -240,12 +254,11 @@ class SpinTrainer(AxolotlTrainer):
         return {PREFIX[split] + name: total / pairs for name, total in zip(METRICS, totals, strict=True)}, int(pairs)
 
 
-def mend_times(folder: Path) -> None:
-    """Keep checkpoints in the order of their steps, and none in the future, also when the clock was set.
+def mend_times(checkpoints: list[Path]) -> None:
+    """Keep checkpoints, given in the order of their steps, in that order, and none in the future.
 
     transformers 5.16 removes the oldest ones by their times (`rotate_checkpoints(use_mtime=True)`).
     """
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     times = [path.stat().st_mtime for path in checkpoints]
     if times and (max(times) > time.time() or times != sorted(times)):
         for path in checkpoints:

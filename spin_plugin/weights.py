@@ -103,7 +103,8 @@ def require_complete_adapter(adapter: Path, base_model: str, **hub: Any) -> None
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_model, **hub))
+        config, code = AutoConfig.from_pretrained(base_model, **hub), hub.get("trust_remote_code")
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=code)
         model = get_peft_model(model, PeftConfig.from_pretrained(str(adapter)))
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     held = {name for file in check_weights(adapter, "adapter_model") for name in check_safetensors(file)}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny import chat_rows, make_model, write_jsonl
 
@@ -49,6 +50,21 @@ def run_command(*command: str | Path, folder: Path, environment: Mapping[str, st
 @pytest.fixture(scope="session")
 def command() -> Callable[..., Finished]:
     return run_command
+
+
+Family = Callable[[], list[psutil.Process]]
+
+
+@pytest.fixture
+def family() -> Family:
+    """The living processes that the test has started; those of earlier tests (a helper of `datasets`) are left out."""
+    earlier = set(psutil.Process().children(recursive=True))
+
+    def living() -> list[psutil.Process]:
+        children = psutil.Process().children(recursive=True)
+        return [child for child in children if child not in earlier and child.status() != psutil.STATUS_ZOMBIE]
+
+    return living
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 
 from spin_plugin.messages import DISK, SpinError, exit_in_one_line
-from spin_plugin.run import RunDir, write_whole
+from spin_plugin.run import IterationDir, RunDir, write_whole
 from spin_plugin.space import Space, require_space
 
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -203,7 +203,7 @@ def test_clock_that_jumps_does_not_change_which_checkpoint_is_the_newest(tmp_pat
         (tmp_path / f"checkpoint-{step}").mkdir()
         moment = now - age - (hours * 3600 if step < 100 else 0)
         os.utime(tmp_path / f"checkpoint-{step}", (moment, moment))
-    mend_times(tmp_path)
+    mend_times(IterationDir(tmp_path).checkpoints())
     (tmp_path / "checkpoint-107").mkdir()
     names = [Path(path).name for path in sort_checkpoints(str(tmp_path), use_mtime=True)]
     assert names == ["checkpoint-7", "checkpoint-14", "checkpoint-100", "checkpoint-107"]

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from conftest import Family
 
 from spin_plugin.generation import launcher
 from spin_plugin.generation.job import SHARD, Job, Request
@@ -26,12 +26,6 @@ REQUESTS = [
 ]
 Draw = Callable[..., Shards]
 Event = Callable[[], None]
-
-
-def family() -> list[psutil.Process]:
-    """Every process below the test's that is not a zombie."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.fixture
@@ -81,12 +75,14 @@ def alone(draw: Draw) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
+def nothing_is_left(family: Family) -> Iterator[None]:
     yield
     assert not family()
 
 
-def test_two_engines_share_a_job(draw: Draw, on: Callable[[str, Event], None], alone: list[dict[str, Any]]) -> None:
+def test_two_engines_share_a_job(
+    draw: Draw, on: Callable[[str, Event], None], alone: list[dict[str, Any]], family: Family
+) -> None:
     """Each on cores of its own, and none listens on a port that other machines can reach."""
     seen: dict[str, Any] = {}
 
@@ -104,7 +100,11 @@ def test_two_engines_share_a_job(draw: Draw, on: Callable[[str, Event], None], a
 
 
 def test_one_of_two_engines_is_killed_in_the_middle(
-    draw: Draw, on: Callable[[str, Event], None], alone: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    draw: Draw,
+    on: Callable[[str, Event], None],
+    alone: list[dict[str, Any]],
+    family: Family,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     on("advance", lambda: os.killpg(family()[0].pid, signal.SIGKILL))
     assert list(draw(2).responses()) == alone
@@ -112,7 +112,7 @@ def test_one_of_two_engines_is_killed_in_the_middle(
     assert "killed by signal 9" in warning
 
 
-def kill_engine_process() -> None:
+def kill_engine_process(family: Family) -> None:
     (engine,) = [child for child in family() if "EngineCore" in " ".join(child.cmdline())]
     engine.kill()
 
@@ -121,13 +121,14 @@ def test_engine_process_is_killed_once(
     draw: Draw,
     on: Callable[[str, Event], None],
     alone: list[dict[str, Any]],
+    family: Family,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With the engine in a process of its own, as on GPUs, vLLM 0.32 itself would wait for ever. Killed in the middle
     of its work, it is started again with less memory."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    on("advance", kill_engine_process)
+    on("advance", lambda: kill_engine_process(family))
     assert list(draw(1).responses()) == alone
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert "engine process died" in warning
@@ -135,9 +136,9 @@ def test_engine_process_is_killed_once(
 
 
 def test_engine_process_is_killed_twice(
-    draw: Draw, on: Callable[[str, Event], None], monkeypatch: pytest.MonkeyPatch
+    draw: Draw, on: Callable[[str, Event], None], family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    on("start", kill_engine_process)
+    on("start", lambda: kill_engine_process(family))
     with pytest.raises(SpinError, match="engine process died"):
         draw(1)

@@ -229,7 +229,7 @@ def test_schedule_cannot_switch_packing_on(config: Config) -> None:
     assert (cfg["sample_packing"], cfg["train_on_inputs"]) == (False, False)
 
 
-@pytest.mark.parametrize("key", ["peft_use_dora", "trainer_cls", "reward_model"])
+@pytest.mark.parametrize("key", ["reinit_weights", "trainer_cls", "reward_model"])
 def test_schedule_cannot_bring_in_what_is_refused(config: Config, key: str) -> None:
     assert key in error_of(config(spin=scheduled({key: True})))
 
@@ -261,6 +261,27 @@ def test_adapter_of_the_iteration_before_goes_on_the_same_base(config: Config, l
     lower(cfg)
     assert cfg["base_model"] == str(llama)
     assert cfg["lora_model_dir"] == str(tmp_path / "run" / "iteration-0")
+
+
+@pytest.mark.parametrize(
+    ("finished", "command", "base", "adapter"),
+    [
+        (1, {}, "iteration-0/merged", None),
+        (2, {}, "iteration-1/merged", None),
+        (1, {"merge_lora": True}, None, "iteration-0"),
+        (2, {"inference": True}, "iteration-0/merged", "iteration-1"),
+    ],
+)
+def test_merged_adapter_is_the_base_of_a_fresh_one(
+    config: Config, llama: Path, tmp_path: Path, finished: int, command: dict[str, bool], base: str, adapter: str
+) -> None:
+    cfg = config(adapter="lora", base_model=str(llama), spin={"iterations": 2, "adapter_chain": "merge"}, **command)
+    run = finish(cfg, llama, finished, adapter=True)
+    for number in range(finished):
+        shutil.copytree(llama, run.iteration(number).merged)
+    lower(cfg)
+    assert cfg["base_model"] == (str(run.root / base) if base else str(llama))
+    assert cfg.get("lora_model_dir") == (str(run.root / adapter) if adapter else None)
 
 
 def test_first_iteration_with_an_adapter_starts_a_new_one(config: Config) -> None:

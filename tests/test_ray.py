@@ -6,6 +6,7 @@ from typing import Any
 
 import psutil
 import pytest
+from conftest import Family
 
 from spin_plugin.generation import launcher
 from spin_plugin.generation.job import SHARD, Job, Request
@@ -30,17 +31,17 @@ def is_gone(process: psutil.Process) -> bool:
 
 
 def test_one_of_two_actors_is_killed(
-    llama: Path, vllm_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, vllm_python: Path, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the first answers: most files have not been begun then, for an actor takes two at a time."""
-    family: list[psutil.Process] = []
+    started: list[psutil.Process] = []
 
     class Watched(Progress):
         def advance(self, tokens: int) -> None:
             super().advance(tokens)
-            if not family:
-                family.extend(psutil.Process().children(recursive=True))
-                first, _ = (child for child in family if "MapWorker" in " ".join(child.cmdline()))
+            if not started:
+                started.extend(family())
+                first, _ = (child for child in started if "MapWorker" in " ".join(child.cmdline()))
                 first.kill()
 
     monkeypatch.setattr(launcher, "Progress", Watched)
@@ -50,9 +51,9 @@ def test_one_of_two_actors_is_killed(
     shards = Shards(tmp_path / "synthetic")
     job = Job(0, engine, None, "weights", sampling, TOTAL, "requests")
     generate(job, shards, lambda: REQUESTS, lambda: vllm_python, engines=2, ray=True)
-    assert family
+    assert started
     assert [response["example"] for response in shards.responses()] == list(range(TOTAL))
     deadline = time.monotonic() + 60  # Ray's processes end when they notice that the first of them is gone
-    while not all(map(is_gone, family)):
+    while not all(map(is_gone, started)):
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -262,7 +262,8 @@ def test_same_configuration_differs_in_nothing() -> None:
     [
         "logging_steps", "save_steps", "saves_per_epoch", "save_total_limit", "eval_steps", "evals_per_epoch",
         "wandb_project", "wandb_mode", "wandb_name", "use_wandb", "mlflow_tracking_uri", "use_tensorboard",
-        "hub_model_id", "output_dir", "dataset_prepared_path", "dataloader_num_workers", "ddp_timeout",
+        "hub_model_id", "output_dir", "deepspeed", "fsdp_config", "gradient_checkpointing",
+        "dataset_prepared_path", "dataloader_num_workers", "ddp_timeout",
         "resume_from_checkpoint", "debug_num_examples", "shard", "download", "iterable",
         "spin.iterations", "spin.generation.python", "spin.generation.gpu_memory_utilization",
         "spin.generation.tensor_parallel_size", "spin.generation.vllm.max_num_seqs",
@@ -275,7 +276,7 @@ def test_key_without_influence_on_the_result_is_free(path: str) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "base_model", "learning_rate", "datasets", "seed", "micro_batch_size", "gradient_accumulation_steps",
+        "base_model", "learning_rate", "datasets", "seed",
         "num_epochs", "optimizer", "chat_template", "sequence_len", "adapter", "lora_r", "load_in_4bit",
         "load_in_8bit", "val_set_size", "spin.beta", "spin.loss", "spin.history", "spin.turns", "spin.num_prompts",
         "spin.equal_pairs", "spin.generation.temperature", "spin.generation.top_p", "spin.generation.max_tokens",
@@ -284,6 +285,14 @@ def test_key_without_influence_on_the_result_is_free(path: str) -> None:
 )  # fmt: skip
 def test_key_with_influence_on_the_result_is_named(path: str) -> None:
     assert differing_keys(stored(CONFIG), without_secrets(changed(path, 77)), 1) == [path]
+
+
+def test_step_may_be_cut_into_smaller_micro_batches_but_not_grow() -> None:
+    """Who runs out of memory in training keeps the responses."""
+    before = CONFIG | {"micro_batch_size": 8, "gradient_accumulation_steps": 2}
+    assert differing_keys(before, CONFIG | {"micro_batch_size": 2, "gradient_accumulation_steps": 8}, 1) == []
+    grown = CONFIG | {"micro_batch_size": 8, "gradient_accumulation_steps": 4}
+    assert differing_keys(before, grown, 1) == ["micro_batch_size × gradient_accumulation_steps"]
 
 
 @pytest.mark.parametrize("key", ["tokenizer_config", "tokenizer_type", "special_tokens.pad_token"])

@@ -12,7 +12,7 @@ from torch import nn
 
 from spin_plugin.generation.job import SHARD
 from spin_plugin.generation.shards import Shards
-from spin_plugin.iteration import answer_questions, clear_questions, wait_for_iteration
+from spin_plugin.iteration import answer_questions, clear_questions, tell_saved, wait_for_iteration, wait_until_saved
 from spin_plugin.messages import SpinError
 from spin_plugin.pairs import PAIR_SCHEMA, PairStats, table_writer, write_stats
 from spin_plugin.run import RunDir
@@ -61,6 +61,17 @@ def test_a_node_that_does_not_share_the_run_directory_says_so(tmp_path: Path, mo
     monkeypatch.setattr("spin_plugin.iteration.SECONDS_UNTIL_SEEN", 0.0)
     with pytest.raises(SpinError, match=r"output_dir .* must lie on a file system that all nodes share"):
         wait_for_iteration(RunDir(tmp_path), 0, rank=8)
+
+
+def test_the_first_process_waits_until_the_others_have_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir(tmp_path)
+    run.questions.mkdir()
+    monkeypatch.setattr("spin_plugin.iteration.SECONDS_UNTIL_SAVED", 0.0)
+    tell_saved(run, rank=1)
+    with pytest.raises(SpinError, match="only 1 of 2 other processes have saved"):
+        wait_until_saved(run, 2)
+    tell_saved(run, rank=2)
+    wait_until_saved(run, 2)
 
 
 @pytest.mark.parametrize("gone", ["a shard", "the folder"])

@@ -4,11 +4,11 @@ import re
 import signal
 from pathlib import Path
 
-LESS_MEMORY = "lower spin.generation.gpu_memory_utilization or spin.generation.max_model_len"
+SMALLER = "lower spin.generation.gpu_memory_utilization or spin.generation.max_model_len"
 ADVICE = {
     "No module named 'ray'": "install it with pip as `ray[data]` into vLLM's environment, or set "
     "spin.generation.engine to vllm",
-    "out of memory": LESS_MEMORY,
+    "out of memory": SMALLER,
     "EngineCore encountered an issue": "its engine process died (killed, or short of memory?)",
     "No available memory for the cache": "raise spin.generation.gpu_memory_utilization, or lower max_model_len",
     "max seq len": "lower spin.generation.max_model_len or raise spin.generation.gpu_memory_utilization",

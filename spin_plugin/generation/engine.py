@@ -16,10 +16,12 @@ from typing import Any
 from spin_plugin.generation.cause import cause_of_death, is_short_of_memory
 from spin_plugin.run import SECRET_PARTS
 
-# Set by torchrun and accelerate for training; vLLM would take them for its own.
+# Set by torchrun, accelerate and Axolotl for training; vLLM would take them for its own. Axolotl's choice of an
+# allocator (expandable segments) breaks vLLM's tensor parallelism.
 TRAINING_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE",
     "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTHONHOME",
+    "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
 )  # fmt: skip
 # torch.distributed's gloo listens on a port for each group, also for a group of one process: not where others see it.
 LOCAL_ONLY = {"GLOO_SOCKET_IFNAME": socket.if_indextoname(1)}

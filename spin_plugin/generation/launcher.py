@@ -112,10 +112,10 @@ def _engines(
         for number, place in enumerate(where):
             job_file = shards.requests / f"worker-{number}.json"
             content = {
-                "engine": job.engine,
-                "adapter": job.adapter,
+                "engine": {key: _absolute(value) if key == "model" else value for key, value in job.engine.items()},
+                "adapter": job.adapter and _absolute(job.adapter),
                 "sampling": job.sampling,
-                "requests": str(shards.requests),
+                "requests": _absolute(str(shards.requests)),
                 "cores": place.cores,
                 "engines": len(where),
                 "less_memory": less_memory,
@@ -128,6 +128,11 @@ def _engines(
             started.append(Engine(command, log, place.environment, inbox))
             stack.callback(started[-1].end)
         yield started, inbox
+
+
+def _absolute(place: str) -> str:
+    """The same place for a process that works elsewhere (an actor of a Ray cluster); a name on the hub as it is."""
+    return str(Path(place).absolute()) if Path(place).exists() else place
 
 
 class _Draw:
