@@ -18,7 +18,6 @@ def test_quickstart_ends_in_a_better_model_and_a_second_run_changes_nothing(comm
     assert [entry["iteration"] for entry in summary["iterations"]] == [0, 1, 2, 3]
     means = [(entry["in_domain"] + entry["out_of_domain"]) / 2 for entry in (summary["sft"], *summary["iterations"])]
     assert means[-1] - means[0] >= 10
-    assert summary["iterations"][-1]["kl"] < summary["sft"]["kl"]
     for number in range(4):
         first = json.loads((run / f"iteration-{number}/metrics.jsonl").read_text().splitlines()[0])
         assert first["spin/loss"] == pytest.approx(math.log(2), abs=1e-6)

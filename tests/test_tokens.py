@@ -25,20 +25,20 @@ if len(sys.argv) < 3 or not sys.argv[1].endswith("vllm_worker.py"):
     os.execv({vllm!r}, [{vllm!r}, *sys.argv[1:]])
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 import vllm_worker
-answers = vllm_worker.answers
-def recorded(job):
-    with open({record!r}, "w") as out:
+from pathlib import Path
+def recorded(job, orders):
+    with open({record!r}, "w", buffering=1) as out:  # the launcher ends a worker that has answered everything
         prompts = {{}}
-        for line in open(job["requests"]):
-            request = json.loads(line)
-            prompts[request["number"]] = request["prompt"]
-        for answer in answers(job):
+        for file in Path(job["requests"]).glob("*.jsonl"):
+            for line in open(file):
+                request = json.loads(line)
+                prompts[request["number"]] = request["prompt"]
+        for answer in vllm_worker.answers(job, orders):
             if "number" in answer:
                 out.write(json.dumps([prompts[answer["number"]], answer["tokens"]]) + "\\n")
             yield answer
-vllm_worker.answers = recorded
 sys.argv = sys.argv[1:]
-vllm_worker.main()
+vllm_worker.main(recorded)
 """
 
 ALPACA = [{"instruction": f"count to {n}", "input": "", "output": f"1 to {n}, {n} times"} for n in range(12)]
