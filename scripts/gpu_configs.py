@@ -9,19 +9,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from tiny import chat_rows, make_model, spin_config, write_config, write_jsonl
+from tiny import FSDP2, chat_rows, make_model, spin_config, write_config, write_jsonl
 
-FSDP2 = {
-    "fsdp_version": 2,
-    "fsdp_config": {
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
-        "state_dict_type": "FULL_STATE_DICT",
-        "reshard_after_forward": True,
-        "offload_params": False,
-        "cpu_ram_efficient_loading": False,
-    },
-}
 LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
 QLORA = LORA | {"adapter": "qlora", "load_in_4bit": True}
 

@@ -18,8 +18,11 @@ CHECKPOINT_PARTS = {
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
-def check_model_dir(path: Path, *, adapter: bool = False, tokenizer_elsewhere: bool = False) -> None:
+def check_model_dir(path: Path, *, adapter: bool = False, tokenizer_elsewhere: bool = False) -> list[Path]:
     """Look for everything a model (or an adapter) needs; vLLM loads some damaged ones without a word.
+
+    Returns:
+        the files with its weights.
 
     Raises:
         SpinError: names the file that is missing or damaged.
@@ -31,7 +34,7 @@ def check_model_dir(path: Path, *, adapter: bool = False, tokenizer_elsewhere: b
         raise SpinError(f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES[:3])}, …); copy the model's there")
     for file in sorted(path.glob("*.json")):
         _read_json(file)
-    check_weights(path, weights)
+    return check_weights(path, weights)
 
 
 def why_incomplete(checkpoint: Path) -> str | None:

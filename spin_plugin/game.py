@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from spin_plugin import __version__
-from spin_plugin.checkpoint import check_model_dir, check_weights, why_incomplete
+from spin_plugin.checkpoint import check_model_dir, why_incomplete
 from spin_plugin.iteration import (
     PairsOnDisk,
     answer_questions,
@@ -156,8 +156,7 @@ class Game:
         if not self.first:
             return tell_saved(run, rank=int(os.environ["RANK"]))
         wait_until_saved(run, int(os.environ.get("WORLD_SIZE", "1")) - 1)
-        check_model_dir(self.folder.path, adapter=bool(self.cfg.adapter))
-        require_finite(check_weights(self.folder.path, "adapter_model" if self.cfg.adapter else "model"))
+        require_finite(check_model_dir(self.folder.path, adapter=bool(self.cfg.adapter)))
         flush(self.folder.path.iterdir())
         if self.cfg.adapter and self.spin.adapter_chain == "merge":
             merge(self.cfg, self.folder.path, self.folder.merged)

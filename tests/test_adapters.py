@@ -13,7 +13,7 @@ from conftest import ROOT, Finished
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_pipeline import logged
-from tiny import spin_config, write_config
+from tiny import LORA, spin_config, write_config
 from transformers import AutoModelForCausalLM
 
 from spin_plugin.generation.job import Job, Request
@@ -30,11 +30,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "head": {"modules_to_save": ["lm_head"]},
 }
-LORA: dict[str, Any] = {
-    "adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True, "learning_rate": 1e-2,
-    # Axolotl switches its fused kernels on by itself; they exist for GPUs only.
-    "lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False, "lora_embedding_kernel": False,
-}  # fmt: skip
 
 
 def make_adapter(model: Path, path: Path, **kind: Any) -> Path:

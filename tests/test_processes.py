@@ -19,27 +19,11 @@ import pytest
 import torch
 from conftest import ROOT, Finished
 from safetensors.torch import load_file
-from tiny import chat_rows, spin_config, write_config, write_jsonl
+from tiny import FSDP2, LORA, chat_rows, spin_config, write_config, write_jsonl
 
 from spin_plugin.run import RunDir
 
 pytestmark = pytest.mark.slow
-
-FSDP2 = {
-    "fsdp_version": 2,
-    "fsdp_config": {
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
-        "state_dict_type": "FULL_STATE_DICT",
-        "reshard_after_forward": True,
-        "offload_params": False,
-        "cpu_ram_efficient_loading": False,
-    },
-}
-LORA = {
-    "adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True, "learning_rate": 1e-2,
-    "lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False, "lora_embedding_kernel": False,
-}  # fmt: skip
 
 
 def zero(stage: int) -> dict[str, Any]:

@@ -34,6 +34,24 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 258,
 }
 
+# Keys of a configuration: how two processes share a model, and an adapter for all linear layers on a CPU.
+FSDP2: dict[str, Any] = {
+    "fsdp_version": 2,
+    "fsdp_config": {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        "state_dict_type": "FULL_STATE_DICT",
+        "reshard_after_forward": True,
+        "offload_params": False,
+        "cpu_ram_efficient_loading": False,
+    },
+}
+LORA: dict[str, Any] = {
+    "adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True, "learning_rate": 1e-2,
+    # Axolotl switches its fused kernels on by itself; they exist for GPUs only.
+    "lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False, "lora_embedding_kernel": False,
+}  # fmt: skip
+
 
 def byte_tokenizer(eos: str = "</s>") -> PreTrainedTokenizerFast:
     """One token a byte, so that any text can be written, and the special tokens of several chat templates."""
