@@ -2,40 +2,35 @@
 
 import json
 import math
-import os
-import threading
 import time
-from contextlib import ExitStack, suppress
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
-
-import psutil
 
 from spin_plugin import __version__
 from spin_plugin.checkpoint import check_model_dir, why_incomplete
-from spin_plugin.iteration import (
-    PairsOnDisk,
-    answer_questions,
-    clear_questions,
-    prepare_iteration,
-    tell_saved,
-    wait_for_iteration,
-    wait_until_saved,
-)
+from spin_plugin.iteration import PairsOnDisk, open_pairs, prepare_iteration
 from spin_plugin.lowering import Lowered
 from spin_plugin.merge import merge
 from spin_plugin.messages import SpinError, say, warn
+from spin_plugin.order import steps_in_epoch
+from spin_plugin.processes import (
+    answer_questions,
+    clear_questions,
+    end_with_launcher,
+    rank,
+    tell_saved,
+    wait_until_prepared,
+    wait_until_saved,
+)
 from spin_plugin.run import IterationDir, RunState, differing_keys, flush, remove_whole, write_whole
 from spin_plugin.weights import require_finite
-
-LAUNCHERS = {"accelerate", "torchrun", "accelerate.commands.launch", "torch.distributed.run"}
 
 
 class Game:
     """What the plugin's hooks share while one iteration is prepared, trained and finished."""
 
-    def __init__(self, cfg: Any, lowered: Lowered, *, first: bool) -> None:
-        self.cfg, self.lowered, self.first = cfg, lowered, first
+    def __init__(self, cfg: Any, lowered: Lowered) -> None:
+        self.cfg, self.lowered, self.first = cfg, lowered, rank() == 0
         self.spin = lowered.spin.at(lowered.iteration)
         self.folder: IterationDir = lowered.run.iteration(lowered.iteration)
         self.pairs: PairsOnDisk
@@ -58,9 +53,10 @@ class Game:
             self.pairs = prepare_iteration(self.cfg, run, self.spin, number)
             if for_training:
                 self._remove_incomplete_checkpoints()  # before the other processes look for one
-            answer_questions(run, int(os.environ.get("WORLD_SIZE", "1")) - 1)
+            answer_questions(run)
         else:
-            self.pairs = wait_for_iteration(run, number, rank=int(os.environ["RANK"]))
+            wait_until_prepared(run)
+            self.pairs = open_pairs(self.folder)
         self.cfg.output_dir = str(self.folder.path)
         if self.pairs.eval is None:
             self.cfg.val_set_size, self.cfg.test_datasets = 0, None
@@ -116,23 +112,23 @@ class Game:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the iteration, counted as transformers counts them."""
-        batches = math.ceil(len(self.pairs.train) / (self.cfg.micro_batch_size * self.cfg.world_size))
-        an_epoch = max(1, math.ceil(batches / self.cfg.gradient_accumulation_steps))
+        """Optimizer steps of the iteration."""
+        an_epoch = steps_in_epoch(
+            len(self.pairs.train),
+            micro_batch=self.cfg.micro_batch_size,
+            ranks=self.cfg.world_size,
+            accumulated=self.cfg.gradient_accumulation_steps,
+        )
         steps = math.ceil(self.cfg.num_epochs * an_epoch)
         return min(steps, self.cfg.max_steps) if self.cfg.max_steps else steps
 
     # --- training ----------------------------------------------------------------------------
 
     def equip(self, trainer: Any) -> None:
-        """Hand the trainer its block and files; refuse a trainer of somebody else's."""
+        """Hand the trainer its block and files."""
         from spin_plugin.trainer import SpinTrainer
 
-        if not isinstance(trainer, SpinTrainer):
-            raise SpinError(
-                f"another plugin brings the trainer {type(trainer).__name__}, so this is not SPIN; "
-                "remove it from `plugins`"
-            )
+        assert isinstance(trainer, SpinTrainer)  # other plugins' were refused
         trainer.spin = self.spin
         trainer.opponent_files = self.pairs.opponent_files
         trainer.opponent_key = self.pairs.opponent_key
@@ -154,8 +150,8 @@ class Game:
         """Check what was saved, then mark the iteration as finished: the marker is written last."""
         run, number = self.lowered.run, self.lowered.iteration
         if not self.first:
-            return tell_saved(run, rank=int(os.environ["RANK"]))
-        wait_until_saved(run, int(os.environ.get("WORLD_SIZE", "1")) - 1)
+            return tell_saved(run)
+        wait_until_saved(run)
         require_finite(check_model_dir(self.folder.path, adapter=bool(self.cfg.adapter)))
         flush(self.folder.path.iterdir())
         if self.cfg.adapter and self.spin.adapter_chain == "merge":
@@ -183,24 +179,3 @@ class Game:
             f"iteration {number} finished, last epoch: {', '.join(shown)}; model in "
             f"{self.folder.path}; {f'{left} to go: run the same command again' if left else 'that was the last one'}"
         )
-
-
-def end_with_launcher() -> None:
-    """End this process when the launcher that started it is gone.
-
-    A killed `accelerate launch` leaves its process behind, which would go on unseen and keep the run locked.
-    """
-    launcher = os.getppid()
-    with suppress(OSError):  # no /proc, no watch
-        command = Path(f"/proc/{launcher}/cmdline").read_bytes().decode(errors="replace").split("\0")[:3]
-        if LAUNCHERS & {Path(word).name for word in command}:
-            threading.Thread(target=_end_after, args=(launcher,), daemon=True).start()
-
-
-def _end_after(launcher: int) -> None:
-    while os.getppid() == launcher:
-        time.sleep(1)
-    for child in psutil.Process().children(recursive=True):  # vLLM's worker, and what `datasets` has started
-        with suppress(psutil.Error):
-            child.kill()
-    os._exit(1)

@@ -3,24 +3,21 @@
 import hashlib
 import json
 import shutil
-import socket
-import time
-import uuid
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from datasets import Dataset
 
 from spin_plugin.args import SpinArgs
 from spin_plugin.checkpoint import check_weights
 from spin_plugin.generation.interpreter import vllm_python
-from spin_plugin.generation.job import Job, Prompts, fingerprint_requests, requests_for
-from spin_plugin.generation.launcher import generate
+from spin_plugin.generation.job import Job, Prompts, Request, fingerprint_requests, requests_for
+from spin_plugin.generation.launcher import AdapterNotServedError, generate
 from spin_plugin.generation.shards import Shards
 from spin_plugin.merge import merge, served_by_vllm
 from spin_plugin.messages import SpinError, say, warn
@@ -39,10 +36,6 @@ from spin_plugin.space import Space, require_space
 from spin_plugin.weights import fingerprint, require_complete, require_complete_adapter, require_finite
 
 SPLITS = ("train", "eval")
-SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_UNTIL_SAVED = 1800.0
-SECONDS_UNTIL_SEEN = 600.0  # all processes start together; the first one works in the run directory by then
-ANSWERED, SAVED = ".answered", ".saved"
 
 
 @dataclass(frozen=True)
@@ -97,72 +90,6 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
     return found
 
 
-def wait_for_iteration(run: RunDir, number: int, *, rank: int) -> PairsOnDisk:
-    """What every process but the first does: look at files, outside any collective that could time out.
-
-    Pairs of an earlier start may lie here and be rebuilt by the first process, so this one asks, under a name that no
-    other start has used, and goes on when the first process has renamed its question to an answer.
-
-    Raises:
-        SpinError: nobody works in the run directory that this process sees, so it is not the first process's.
-    """
-    last_seen = time.monotonic()
-    question = run.questions / f"{rank}-{uuid.uuid4().hex}"
-    answer = question.with_suffix(ANSWERED)
-    while not answer.exists():
-        if not question.exists():  # the first process has just cleared away what earlier starts had left
-            with suppress(OSError):  # it is doing so
-                question.parent.mkdir(parents=True, exist_ok=True)
-                question.touch()
-        if run.holder.exists():
-            last_seen = time.monotonic()
-        elif time.monotonic() - last_seen > SECONDS_UNTIL_SEEN:
-            raise SpinError(
-                f"output_dir {run.root} on {socket.gethostname()} is not the one that the first process works in: "
-                f"{run.holder.name} is not there; output_dir must lie on a file system that all nodes share"
-            )
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-    return open_pairs(run.iteration(number))
-
-
-def clear_questions(run: RunDir) -> None:
-    """Forget what an earlier start has left; the first process does this before it prepares the iteration."""
-    shutil.rmtree(run.questions, ignore_errors=True)
-
-
-def answer_questions(run: RunDir, processes: int) -> None:
-    """Let the other processes go on: the iteration is prepared."""
-    answered: set[str] = set()  # a process that looks in the wrong moment asks again
-    while len(answered) < processes:
-        for question in run.questions.glob("*"):
-            if question.suffix != ANSWERED:
-                question.rename(question.with_suffix(ANSWERED))
-                answered.add(question.name.partition("-")[0])
-        if len(answered) < processes:
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-
-
-def tell_saved(run: RunDir, *, rank: int) -> None:
-    """Another process has saved what it saves: Axolotl has each of them write the tokenizer, and does not wait."""
-    (run.questions / f"{rank}{SAVED}").touch()
-
-
-def wait_until_saved(run: RunDir, processes: int) -> None:
-    """The first process looks at the model when nobody writes any more.
-
-    Raises:
-        SpinError: another process does not come to its end.
-    """
-    started = time.monotonic()
-    while (saved := len(list(run.questions.glob(f"*{SAVED}")))) < processes:
-        if time.monotonic() - started > SECONDS_UNTIL_SAVED:
-            raise SpinError(
-                f"only {saved} of {processes} other processes have saved after {SECONDS_UNTIL_SAVED:.0f} s; run the "
-                "same command again: it goes on from the last checkpoint"
-            )
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-
-
 def open_pairs(folder: IterationDir) -> PairsOnDisk:
     """The pairs of an iteration that was prepared."""
     tables = {split: open_table(folder.pairs / f"{split}.arrow") for split in SPLITS}
@@ -179,33 +106,14 @@ def open_pairs(folder: IterationDir) -> PairsOnDisk:
 
 
 def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real) -> Job:
-    """Have vLLM draw this iteration's responses."""
+    """Have vLLM draw this iteration's responses, from the merged model where it cannot serve the adapter."""
     options = spin.generation
-    if options.temperature != 1.0 or options.top_p != 1.0:
-        warn(
-            f"temperature {options.temperature} and top_p {options.top_p}: SPIN assumes responses drawn from the "
-            "opponent itself, which is temperature 1 and top_p 1"
-        )
-    seed = int(cfg.seed or 0)
-    draw = number if spin.resample_prompts else 0
-    train = choose_prompts(len(real.train), spin.num_prompts, seed=seed, draw=draw)
-    prompts = [Prompts("train", real.train, train)]
-    if real.eval is not None:
-        prompts.append(Prompts("eval", real.eval, choose_prompts(len(real.eval), None, seed=seed, draw=0)))
-    requests = partial(
-        requests_for,
-        prompts,
-        iteration=number,
-        seed=seed if options.seed is None else options.seed,
-        samples=options.samples_per_prompt,
-        sequence_len=min(cfg.sequence_len, options.max_model_len or cfg.sequence_len),
-        max_tokens=options.max_tokens,
-    )
+    _warn_of_another_opponent(cfg, spin)
+    requests = _requests(cfg, spin, number, real)
     count, digest = fingerprint_requests(requests())
-    if left_out := sum(len(ids) for _, _, ids in prompts) - count // options.samples_per_prompt:
+    played = sum(len(ids) for ids in _played(cfg, spin, number, real).values())
+    if left_out := played - count // options.samples_per_prompt:
         warn(f"{left_out:,} prompts leave no room within spin.generation.max_model_len and are not played")
-    if cfg.load_in_4bit or cfg.load_in_8bit:
-        warn("vLLM draws from the unquantised base model plus adapter, training scores with the quantised one")
     sampling = {
         "temperature": options.temperature,
         "top_p": options.top_p,
@@ -213,30 +121,73 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real) -> Job
     }
     adapter = str(cfg.lora_model_dir) if cfg.adapter and cfg.lora_model_dir else None
     weights = fingerprint(filter(None, (str(cfg.base_model), adapter)), cfg.revision_of_model)
-    served = adapter is None or served_by_vllm(Path(adapter))
+    job = Job(number, engine_arguments(cfg, spin), adapter, weights, sampling, count, digest)
     whole = run.iteration(number).opponent
-    engine = engine_arguments(cfg, spin) if served else engine_arguments(cfg, spin, merged=whole)
-    job = Job(number, engine, adapter if served else None, weights, sampling, count, digest)
 
-    def find_python() -> Path:  # asked only when there is something to draw
-        python = vllm_python(options.python)
-        _require_sound_opponent(cfg, adapter)
-        require_space(run.root, _bytes_needed(cfg, spin, count))
-        if adapter and not served and not whole.exists():
-            merge(cfg, Path(adapter), whole)
-        return python
+    def draw(job: Job) -> None:
+        def find_python() -> Path:  # asked only when there is something to draw
+            python = vllm_python(options.python)
+            _require_sound_opponent(cfg, adapter)
+            require_space(run.root, _bytes_needed(cfg, spin, count))
+            if adapter and not job.adapter and not whole.exists():
+                merge(cfg, Path(adapter), whole)
+            return python
 
-    generate(
-        job,
-        Shards(run.iteration(number).synthetic),
-        requests,
-        find_python,
-        engines=options.engines,
-        ray=options.engine == "ray",
-        ray_address=options.ray_address,
-    )
+        generate(
+            job,
+            Shards(run.iteration(number).synthetic),
+            requests,
+            find_python,
+            engines=options.engines,
+            ray=options.engine == "ray",
+            ray_address=options.ray_address,
+        )
+
+    merged = replace(job, engine=engine_arguments(cfg, spin, merged=whole), adapter=None)
+    served = adapter is None or (served_by_vllm(Path(adapter)) and not whole.exists())
+    try:
+        draw(job if served else merged)
+    except AdapterNotServedError as error:
+        say(f"responses are drawn from the merged model, as vLLM cannot serve this adapter: {error}")
+        draw(merged)
     remove_whole(whole)
     return job
+
+
+def _warn_of_another_opponent(cfg: Any, spin: SpinArgs) -> None:
+    """Say where y' is not drawn from the opponent itself."""
+    options = spin.generation
+    if options.temperature != 1.0 or options.top_p != 1.0:
+        warn(
+            f"temperature {options.temperature} and top_p {options.top_p}: SPIN assumes responses drawn from the "
+            "opponent itself, which is temperature 1 and top_p 1"
+        )
+    if cfg.load_in_4bit or cfg.load_in_8bit:
+        warn("vLLM draws from the unquantised base model plus adapter, training scores with the quantised one")
+
+
+def _played(cfg: Any, spin: SpinArgs, number: int, real: Real) -> dict[str, np.ndarray]:
+    """Ids of the prompts of an iteration, by split; held-out ones are always all played."""
+    seed = int(cfg.seed or 0)
+    draw = number if spin.resample_prompts else 0
+    played = {"train": choose_prompts(len(real.train), spin.num_prompts, seed=seed, draw=draw)}
+    if real.eval is not None:
+        played["eval"] = choose_prompts(len(real.eval), None, seed=seed, draw=0)
+    return played
+
+
+def _requests(cfg: Any, spin: SpinArgs, number: int, real: Real) -> Callable[[], Iterator[Request]]:
+    """Gives every request of an iteration, as often as it is called."""
+    options, examples = spin.generation, {"train": real.train, "eval": real.eval}
+    return partial(
+        requests_for,
+        [Prompts(split, examples[split], ids) for split, ids in _played(cfg, spin, number, real).items()],
+        iteration=number,
+        seed=int(cfg.seed or 0) if options.seed is None else options.seed,
+        samples=options.samples_per_prompt,
+        sequence_len=min(cfg.sequence_len, options.max_model_len or cfg.sequence_len),
+        max_tokens=options.max_tokens,
+    )
 
 
 def engine_arguments(cfg: Any, spin: SpinArgs, *, merged: Path | None = None) -> dict[str, Any]:

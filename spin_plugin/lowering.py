@@ -33,6 +33,11 @@ REFUSED = {
     "peft_trainable_token_indices": "vLLM cannot serve adapters that hold trained tokens",
     "qat": "vLLM would draw from another model than the one that is trained",
     "neftune_noise_alpha": "noise in training makes the policy differ from the opponent before any step",
+    "noisy_embedding_alpha": "noise in training makes the policy differ from the opponent before any step",
+    "scaling_softmax": "vLLM, which does not know it, would draw from another model than the one that is trained",
+    "use_pose": "it moves the prompts' positions, so vLLM would draw from another model than the one that is trained",
+    "use_eaft": "it is a loss of SFT; SPIN's is chosen by spin.loss",
+    "auto_find_batch_size": "a step would lose pairs; lower micro_batch_size and raise gradient_accumulation_steps",
     "trainer_cls": "SPIN brings its own trainer",
     "eval_table_size": "its callback reads SFT batches; SPIN's hold pairs",
     "do_causal_lm_eval": "its callback reads SFT batches; SPIN's hold pairs",
@@ -46,8 +51,10 @@ ADAPTERS = (None, "", "lora", "qlora")
 SFT_ONLY: dict[str, Any] = {
     "sample_packing": False,  # a pair is one unit; packing would drop and split rows
     "eval_sample_packing": False,
+    "batch_flattening": False,
     "pad_to_sequence_len": False,
     "train_on_inputs": False,  # the labels tell where the prompt ends
+    "dataloader_drop_last": False,  # an epoch plays every pair
     "auto_resume_from_checkpoints": True,  # the debug log of one run goes on
 }
 
@@ -140,6 +147,8 @@ def _refuse(cfg: Mapping[str, Any]) -> None:
                 f"{key}: cannot be used with `rl: spin`: every rank works on pairs of its own; share the model "
                 "by FSDP2 or DeepSpeed ZeRO-3 instead"
             )
+    if "MambaLMHeadModel" in (cfg.get("model_type"), cfg.get("type_of_model")):
+        raise SpinError("model_type: MambaLMHeadModel cannot be used with `rl: spin`: vLLM cannot load it")
     if cfg.get("adapter") not in ADAPTERS:
         raise SpinError(
             f"adapter: {cfg['adapter']} cannot be used with `rl: spin`: vLLM serves lora and qlora adapters"
@@ -148,6 +157,23 @@ def _refuse(cfg: Mapping[str, Any]) -> None:
         raise SpinError("base_model_config: must be base_model itself: vLLM reads the file beside the weights")
     _refuse_adapter_start(cfg)
     _refuse_datasets(cfg)
+
+
+def refuse_other_trainers(cfg: Any, plugins: Iterable[Any]) -> None:
+    """What only shows when Axolotl has validated the configuration and loaded all plugins. The first plugin's trainer
+    is taken, so that of another would be passed over in silence, or ours.
+
+    Raises:
+        SpinError: names the plugin.
+    """
+    for plugin in plugins:
+        if trainer := plugin.get_trainer_cls(cfg):
+            raise SpinError(
+                f"plugins: {type(plugin).__name__} brings a trainer of its own ({trainer.__name__}), so this would not "
+                "be SPIN; remove it"
+            )
+    if cfg.model_config_type == "mamba":  # axolotl 0.19
+        raise SpinError("base_model: Axolotl gives Mamba models batches of its own, which cannot hold pairs")
 
 
 def _refuse_adapter_start(cfg: Mapping[str, Any]) -> None:

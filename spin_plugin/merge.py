@@ -7,8 +7,9 @@ from typing import Any
 from spin_plugin.messages import say
 from spin_plugin.run import make_folder_whole
 
-# Of peft's adapter_config.json: what vLLM's LoRA knows nothing of (vllm 0.32).
-NOT_SERVED = ("use_dora", "modules_to_save")
+# Of peft's adapter_config.json: what vLLM's LoRA knows nothing of. Versions before 0.32 would pass over a rank or an
+# alpha of single modules in silence, and draw from another opponent.
+NOT_SERVED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters")
 
 
 def served_by_vllm(adapter: Path) -> bool:

@@ -1,5 +1,10 @@
-"""The order of the pairs in an epoch: random, with the micro-batches of a step balanced by tokens."""
+"""The order of the pairs in an epoch: random, with the micro-batches of a step balanced by tokens.
 
+The micro-batches of an epoch are dealt to the ranks in turn, and a step takes so many from each. So that all ranks
+have equally many, accelerate fills up the last ones with pairs from the epoch's beginning, which must not count twice.
+"""
+
+import math
 from collections.abc import Iterator
 
 import torch
@@ -27,6 +32,17 @@ def balanced(chunk: Tensor, lengths: Tensor, groups: int) -> Tensor:
         filled[group].append(place)
         tokens[group] += int(lengths[chunk[place]])
     return chunk[torch.tensor(filled).flatten()]
+
+
+def steps_in_epoch(pairs: int, *, micro_batch: int, ranks: int, accumulated: int) -> int:
+    """Optimizer steps that play every one of so many pairs once, as transformers counts them."""
+    return max(1, math.ceil(math.ceil(pairs / (micro_batch * ranks)) / accumulated))
+
+
+def counted(pairs: int, *, number: int, micro_batch: int, rank: int, ranks: int) -> int:
+    """How many pairs of a rank's micro-batch `number` count; from 0 in every epoch. Those that fill it up come last."""
+    start = (number * ranks + rank) * micro_batch
+    return min(micro_batch, max(0, pairs - start))
 
 
 class BalancedSampler(Sampler[int]):

@@ -1,12 +1,12 @@
 """The hooks by which Axolotl plays SPIN. Each one hands over to the room that knows."""
 
-import os
 from typing import Any
 
-from axolotl.integrations.base import BasePlugin
+from axolotl.integrations.base import BasePlugin, PluginManager
 
-from spin_plugin.lowering import Lowered, announce, lower, restore
+from spin_plugin.lowering import Lowered, announce, lower, refuse_other_trainers, restore
 from spin_plugin.messages import SpinError, exit_in_one_line, say
+from spin_plugin.processes import rank
 
 
 class SpinPlugin(BasePlugin):
@@ -39,15 +39,17 @@ class SpinPlugin(BasePlugin):
         lowered = self.lowered
         assert lowered is not None
         if lowered.all_finished:
-            if is_first_process():
+            if rank() == 0:
                 say(
                     f"nothing is left to play: {lowered.iteration} iterations are finished, spin.iterations is "
                     f"{lowered.spin.iterations}; the model is in {lowered.run.root}"
                 )
             raise SystemExit(0)
-        if is_first_process():
+        others = (plugin for plugin in PluginManager.get_instance().plugins.values() if plugin is not self)
+        refuse_other_trainers(cfg, others)
+        if rank() == 0:
             announce(lowered)
-        self.game = Game(cfg, lowered, first=is_first_process())
+        self.game = Game(cfg, lowered)
         self.game.prepare(for_training=not preprocess)
         pairs = self.game.pairs
         return TrainDatasetMeta(pairs.train, pairs.eval, self.game.steps)
@@ -82,8 +84,3 @@ class SpinPlugin(BasePlugin):
         """Model, tokenizer and metrics are on disk: the iteration is finished."""
         if self.game is not None:
             self.game.finish()
-
-
-def is_first_process() -> bool:
-    """Whether this is the one process, of all that train together, that works on the run directory."""
-    return int(os.environ.get("RANK", "0")) == 0

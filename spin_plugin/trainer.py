@@ -1,7 +1,6 @@
 """SpinTrainer: forward, log-probabilities, loss, log. Everything else is Axolotl's trainer."""
 
 import json
-import math
 import os
 import re
 import shutil
@@ -27,7 +26,7 @@ from spin_plugin.layout import Pair
 from spin_plugin.loss import METRICS, metric_sums, spin_terms
 from spin_plugin.messages import SpinError, console, exit_in_one_line, say
 from spin_plugin.opponent import OpponentStore, fill, missing, shares
-from spin_plugin.order import BalancedSampler
+from spin_plugin.order import BalancedSampler, counted, steps_in_epoch
 from spin_plugin.run import IterationDir
 
 SCORING_FACTOR = 4  # without gradients this many times the pairs fit into memory
@@ -56,6 +55,7 @@ class SpinTrainer(AxolotlTrainer):
         self.opponent: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor | None] = dict.fromkeys(PREFIX)
         self._pairs = dict.fromkeys(PREFIX, 0)
+        self._eval_batches = 0
         self.add_callback(_OpponentBeforeFirstStep(self))
 
     # --- log-probabilities -------------------------------------------------------------------
@@ -148,41 +148,34 @@ class SpinTrainer(AxolotlTrainer):
 
     # --- loss --------------------------------------------------------------------------------
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Pairs in the global batch: what the sum of the losses is divided by.
-
-        accelerate fills up an epoch's last batches with pairs from its beginning, so that all ranks have equally many.
-        The ranks' batches in a row are the epoch's order, so the filling comes last; it is marked as not counted.
-        """
-        ranks, size, total = self.args.world_size, self.args.per_device_train_batch_size, len(self.train_dataset)
-        accumulated = self.args.gradient_accumulation_steps
-        steps = math.ceil(math.ceil(total / (ranks * size)) / accumulated)  # in an epoch
-        first = self.state.global_step % steps * accumulated
-        for number, batch in enumerate(batch_samples, first):
-            start = (number * ranks + self.args.process_index) * size
-            batch["counted"] = min(len(batch["index"]), max(0, total - start))
-        pairs = torch.tensor(sum(batch["counted"] for batch in batch_samples), device=device)
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """Pairs in the global batch: what the sum of the losses is divided by."""
+        args, total = self.args, len(self.train_dataset)
+        batch = {"micro_batch": args.per_device_train_batch_size, "ranks": args.world_size}
+        accumulated = args.gradient_accumulation_steps
+        first = self.state.global_step % steps_in_epoch(total, accumulated=accumulated, **batch) * accumulated
+        for number, inputs in enumerate(batch_samples, first):
+            inputs["counted"] = counted(total, number=number, rank=args.process_index, **batch)
+        pairs = torch.tensor(sum(inputs["counted"] for inputs in batch_samples), device=device)
         return self.accelerator.reduce(pairs, "sum")
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """The sum of the micro-batch's losses over the pairs of the global batch."""
         split = "train" if model.training else "eval"
         policy = logps(model, inputs)
-        counted = inputs["counted"] if split == "train" else self._counted(policy.shape[1])
-        policy = policy[:, :counted]
-        inputs = inputs | {name: inputs[name][..., :counted] for name in ("index", "lengths")}
-        opponent = self.opponent[split][:, inputs["index"]]
-        terms = spin_terms(policy, opponent, beta=self.spin.beta, loss=self.spin.loss)
-        sums = metric_sums(terms, policy, inputs["lengths"], loss=self.spin.loss)
+        first = inputs["counted"]
+        policy, index, lengths = policy[:, :first], inputs["index"][:first], inputs["lengths"][:, :first]
+        terms = spin_terms(policy, self.opponent[split][:, index], beta=self.spin.beta, loss=self.spin.loss)
+        sums = metric_sums(terms, policy, lengths, loss=self.spin.loss)
         kept = self._sums[split]
         self._sums[split] = sums if kept is None else kept + sums
-        self._pairs[split] += len(inputs["index"])
+        self._pairs[split] += len(index)
         if split == "eval" or num_items_in_batch is None:
             loss = terms.loss.sum() / max(1, len(terms.loss))
         else:
@@ -190,21 +183,18 @@ class SpinTrainer(AxolotlTrainer):
             loss = terms.loss.sum() * self.accelerator.num_processes / num_items_in_batch
         return (loss, {}) if return_outputs else loss
 
-    def _counted(self, size: int) -> int:
-        """How many of this rank's `size` held-out pairs count.
-
-        So that all ranks call the model equally often, accelerate fills up the last batches with pairs that were
-        judged already. The ranks' batches in a row are the order of the pairs, so the filling comes last.
-        """
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return size
-        return min(size, max(0, state.remainder - self.accelerator.process_index * size))
-
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         """The loss alone: evaluation has no logits to gather."""
+        inputs["counted"] = counted(
+            len(self.eval_dataset),
+            number=self._eval_batches,
+            micro_batch=self.args.per_device_eval_batch_size,
+            rank=self.args.process_index,
+            ranks=self.args.world_size,
+        )
+        self._eval_batches += 1
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
@@ -237,6 +227,7 @@ class SpinTrainer(AxolotlTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Metrics of the held-out pairs; their loss is the mean over pairs, whatever the batches."""
+        self._eval_batches = 0
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics, _ = self._drain("eval")
         output.metrics.update(metrics, **{f"{metric_key_prefix}_loss": metrics[PREFIX["eval"] + "loss"]})

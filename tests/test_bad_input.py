@@ -182,7 +182,7 @@ def test_an_iteration_that_is_all_warmup(
     from spin_plugin.lowering import lower
 
     cfg = DictDefault(spin_config(tmp_path, llama, chat_data, max_steps=4, world_size=1))
-    game = Game(cfg, lower(cfg), first=True)
+    game = Game(cfg, lower(cfg))
     game.pairs = SimpleNamespace(train=range(100))  # type: ignore[assignment]
     for warmup in (0, 3):
         game._warn_of_warmup(warmup)

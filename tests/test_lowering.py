@@ -9,11 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 from safetensors.torch import save_file
 from tiny import spin_config
 
-from spin_plugin.lowering import NO_PROMPT_TYPES, REFUSED, Lowered, announce, lower, restore
+from spin_plugin.lowering import (
+    NO_PROMPT_TYPES,
+    PLUGIN,
+    REFUSED,
+    Lowered,
+    announce,
+    lower,
+    refuse_other_trainers,
+    restore,
+)
 from spin_plugin.messages import SpinError
 from spin_plugin.run import RunDir, RunState, differing_keys
 
@@ -114,6 +124,29 @@ def test_resuming_needs_no_key(config: Config) -> None:
 @pytest.mark.parametrize("key", REFUSED)
 def test_key_that_spin_cannot_use_is_named_with_the_reason(config: Config, key: str) -> None:
     assert error_of(config(**{key: "something"})) == f"{key}: cannot be used with `rl: spin`: {REFUSED[key]}"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_plugin_with_a_trainer_of_its_own_is_refused_wherever_it_stands(
+    config: Config, order: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is drawn. Without its key the same plugin is none of our business."""
+    monkeypatch.setattr(PluginManager, "_instance", None)
+    manager = PluginManager.get_instance()
+    for name in [PLUGIN, "axolotl.integrations.kd.KDPlugin"][::order]:
+        manager.register(name)
+    ours, other = list(manager.plugins.values())[::order]
+    ours.register(config())
+    with pytest.raises(SystemExit):
+        ours.load_datasets(DictDefault(kd_trainer=True))
+    assert "plugins: KDPlugin brings a trainer of its own (AxolotlKDTrainer)" in capsys.readouterr().out
+    refuse_other_trainers(DictDefault(), [other])
+
+
+def test_mamba_is_refused(config: Config) -> None:
+    assert "vLLM cannot load it" in error_of(config(model_type="MambaLMHeadModel"))
+    with pytest.raises(SpinError, match="cannot hold pairs"):
+        refuse_other_trainers(DictDefault(model_config_type="mamba"), [])
 
 
 @pytest.mark.parametrize("key", REFUSED)

@@ -18,6 +18,8 @@ ADVICE = {
 }
 # Where another attempt with less memory may succeed though vLLM had not even started.
 SHORT_OF_MEMORY = ("out of memory", "Free memory on device", "Available memory on node")
+# vLLM has no LoRA for the architecture, or not for these modules of it (vllm 0.32).
+ABOUT_THE_ADAPTER = ("does not support LoRA", "expected target modules")
 LONGEST = 300
 # `(EngineCore pid=4711) ERROR 11-22 12:00:09 [core.py:708] `, each part of it optional.
 PREFIX = re.compile(r"^(?:\([^)]*\)\s*)?(?:(?P<level>[A-Z]+) \d\d-\d\d [\d:]+ \[.*?\]\s*)?")
@@ -27,6 +29,11 @@ RAISED = re.compile(r"[\w.]*(?:Error|Exception|Exit|Interrupt)\b")
 def is_short_of_memory(cause: str) -> bool:
     """Whether a cause speaks of too little memory."""
     return any(sign.lower() in cause.lower() for sign in SHORT_OF_MEMORY)
+
+
+def is_about_the_adapter(cause: str) -> bool:
+    """Whether a cause says that vLLM cannot serve the adapter."""
+    return any(sign in cause for sign in ABOUT_THE_ADAPTER)
 
 
 def cause_of_death(log: Path, returncode: int | None = None) -> str:

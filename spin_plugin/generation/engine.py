@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from spin_plugin.generation.cause import cause_of_death, is_short_of_memory
+from spin_plugin.generation.cause import cause_of_death, is_about_the_adapter, is_short_of_memory
 from spin_plugin.run import SECRET_PARTS
 
 # Set by torchrun, accelerate and Axolotl for training; vLLM would take them for its own. Axolotl's choice of an
@@ -123,8 +123,15 @@ class Engine:
 
     @property
     def might_work_with_less_memory(self) -> bool:
-        """Whether another attempt can help: not where vLLM refused to start."""
+        """Whether another attempt can help: not where vLLM refused to start, or cannot serve the adapter."""
+        if self.cannot_serve_the_adapter:
+            return False
         return self.ready or self.hangs or (self.process.poll() or 0) < 0 or is_short_of_memory(self.cause())
+
+    @property
+    def cannot_serve_the_adapter(self) -> bool:
+        """Whether it died of the adapter: then it can draw from the merged model."""
+        return not self.hangs and is_about_the_adapter(self.cause())
 
     def _listen(self, receiving: int, inbox: "Inbox") -> None:
         with open(receiving, encoding="utf-8") as answers:

@@ -23,6 +23,11 @@ RAY_WORKER = Path(__file__).with_name("ray_worker.py")
 SECONDS_BETWEEN_LOOKS = 1.0
 LESS_MEMORY = "half as many sequences at a time, and less memory for them"
 
+
+class AdapterNotServedError(SpinError):
+    """vLLM knows no LoRA for this architecture or these modules; it can draw from the merged model."""
+
+
 Origins = dict[int, tuple[str, int]]
 """Split and example of every wanted request, by its number. The prompts themselves stay on disk."""
 
@@ -49,6 +54,7 @@ def generate(
         ray_address: an existing cluster's; None: Ray on this machine.
 
     Raises:
+        AdapterNotServedError: vLLM cannot serve the job's adapter.
         SpinError: there is no vLLM, or it died, twice where that can help; names the cause from its log.
     """
     shards.prepare(job)
@@ -56,6 +62,7 @@ def generate(
     if not missing:
         return
     python = find_python()
+    shards.note(**job.manifest())  # the same responses may come from another place now
     gpus_each = job.engine.get("tensor_parallel_size", 1) * job.engine.get("pipeline_parallel_size", 1)
     where = [Place()] if ray else places(engines, gpus_each)[: len(missing)]
     cluster = {"ray_address": ray_address, "actors": engines} if ray else None
@@ -71,6 +78,8 @@ def generate(
             if last is None:
                 break
             stopped = f"vLLM stopped after {progress.done:,} of {progress.total:,} responses: {last.cause()}"
+            if last.cannot_serve_the_adapter:
+                raise AdapterNotServedError(last.cause())
             if less_memory or not last.might_work_with_less_memory:
                 raise SpinError(f"{stopped} (finished shards are kept: run the same command again)")
             warn(f"{stopped}; trying the rest once more with less memory ({LESS_MEMORY})")
