@@ -1,6 +1,8 @@
 """Fixtures: tiny models that cost a moment, and commands run as the user runs them."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -50,6 +52,26 @@ def run_command(*command: str | Path, folder: Path, environment: Mapping[str, st
 @pytest.fixture(scope="session")
 def command() -> Callable[..., Finished]:
     return run_command
+
+
+@pytest.fixture(scope="session")
+def play(command: Callable[..., Finished]) -> Callable[[Path, list[tuple[Path, int]]], None]:
+    """Play jobs, each a configuration and a number of processes, with one import of Axolotl (several_processes.py)."""
+
+    def play(folder: Path, jobs: list[tuple[Path, int]]) -> None:
+        listed = [{"config": str(config), "processes": processes} for config, processes in jobs]
+        file = folder / "jobs.json"
+        file.write_text(json.dumps(listed))
+        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        done = command(
+            sys.executable, ROOT / "tests/several_processes.py", file, folder=folder, environment=environment
+        )
+        logs = [log for config, _ in dict(jobs).items() for log in sorted(config.parent.glob("rank-*.log"))]
+        telling = [log.read_text()[-2500:] for log in logs if re.search("rror", log.read_text())]
+        assert done.code == 0, "\n".join([done.output[-2000:], *telling])
+
+    return play
 
 
 Family = Callable[[], list[psutil.Process]]

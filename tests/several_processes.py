@@ -4,7 +4,8 @@
 
 Each job plays `axolotl.cli.train.do_cli(config)`, what `axolotl train` and its launchers call in each process. All jobs
 share one import of Axolotl: every rank is a fork of this process with the variables that torchrun sets. Where one
-rank fails the others of its job are ended, as torchrun does. A rank's output is `rank-N.log` beside the config.
+rank fails the others of its job are ended, as torchrun does, and nothing that comes after it is played with the same
+config. A rank's output is added to `rank-N.log` beside the config.
 
 Axolotl 0.19 and accelerate take several processes for several GPUs. What differs from the command is `use_cpus`.
 """
@@ -54,7 +55,7 @@ def use_cpus(*, sharded: bool) -> None:
 
 def play(config: Path, processes: int, rank: int, port: int) -> None:
     """One rank of one job, in a process of its own."""
-    log = os.open(config.parent / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(config.parent / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.chdir(config.parent)
@@ -122,11 +123,12 @@ def main() -> None:
     import spin_plugin.game
     import spin_plugin.trainer  # noqa: F401
 
-    failed = 0
+    failed: set[str] = set()
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        good = wait(start(Path(job["config"]), job["processes"]))
-        failed += not good
-    sys.exit(failed)
+        config = job["config"]
+        if config not in failed and not wait(start(Path(config), job["processes"])):
+            failed.add(config)
+    sys.exit(len(failed))
 
 
 if __name__ == "__main__":

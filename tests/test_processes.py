@@ -8,16 +8,14 @@ its launchers start the ranks there, here a fork does, and three places in Axolo
 
 import json
 import math
-import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Finished
+from conftest import Finished
 from safetensors.torch import load_file
 from tiny import FSDP2, LORA, chat_rows, spin_config, write_config, write_jsonl
 
@@ -52,7 +50,9 @@ TOGETHER = {
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, command: Callable[..., Finished]) -> Path:
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, llama: Path, command: Callable[..., Finished], play: Callable[..., None]
+) -> Path:
     """A folder with the run of each variant: one generation, one import of Axolotl, then every training."""
     folder = tmp_path_factory.mktemp("processes")
     # 19 to train on: an epoch's last step is short, and two ranks are given a pair a second time, which must not count
@@ -67,15 +67,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, command: Call
         for name, changes in variants.items():
             shutil.copytree(folder / "run", folder / name / "run")
             own = config | changes | {"output_dir": str(folder / name / "run"), "micro_batch_size": 4 // processes}
-            jobs.append({"config": str(write_config(folder / name, own)), "processes": processes})
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    launcher = ROOT / "tests/several_processes.py"
-    done = command(sys.executable, launcher, folder / "jobs.json", folder=folder, environment=environment)
-    logs = "".join(
-        path.read_text()[-2000:] for path in sorted(folder.glob("*/rank-*.log")) if "Error" in path.read_text()
-    )
-    assert done.code == 0, done.output[-2000:] + logs
+            jobs.append((write_config(folder / name, own), processes))
+    play(folder, jobs)
     return folder
 
 

@@ -1,15 +1,24 @@
-"""Every YAML of yaml_examples/: found by glob, lowered and validated by Axolotl, and played with a tiny model."""
+"""Every YAML of yaml_examples/: found by glob, lowered and validated by Axolotl, and played with a tiny model.
 
+The tiny recipe is played by test_quickstart.py, all others here: two iterations with their own keys, on a random model
+of the same architecture; those for several GPUs on two processes, ZeRO-3 and FSDP2 as the recipe says. What a CPU
+cannot is in `ON_CPU`; what lies below the `axolotl` command is in several_processes.py.
+"""
+
+import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, Finished
-from tiny import chat_rows, make_model, write_config, write_jsonl
+from conftest import ROOT
+from tiny import LORA, byte_tokenizer, chat_rows, make_model, write_config, write_jsonl
 
+from spin_plugin.iteration import open_pairs
 from spin_plugin.lowering import lower
+from spin_plugin.run import RunDir
 
 RECIPES = sorted((ROOT / "yaml_examples").glob("*.yml"))
 SPIN_RECIPES = [path for path in RECIPES if yaml.safe_load(path.read_text()).get("rl") == "spin"]
@@ -70,38 +79,92 @@ def test_tiny_recipe_is_the_sft_recipe_plus_the_three_additions() -> None:
     }
 
 
-def scaled_down(recipe: dict[str, Any], folder: Path, model: Path, data: Path) -> dict[str, Any]:
-    """A recipe's own keys on a CPU: another model, other data and lengths, no GPU-only formats."""
-    cpu = {
-        "dataset_num_proc": 1,
-        "bf16": False,
-        "tf32": False,
-        "attn_implementation": "sdpa",
-        "micro_batch_size": 4,
-        "sequence_len": 192,
-    }
-    recipe |= cpu | {"base_model": str(model), "output_dir": str(folder / "run")}
+# Architecture and number of processes.
+PLAYED = {
+    "spin-zephyr.yml": ("mistral", 2),
+    "spin-llama-8b-lora.yml": ("llama", 1),
+    "spin-llama-8b-fsdp2.yml": ("llama", 2),
+    "spin-qwen3-4b-qlora.yml": ("qwen3", 1),
+    "spin-multi-turn.yml": ("qwen2", 1),
+    "spin-from-sft.yml": ("qwen2", 1),
+}
+ON_CPU = {
+    "bf16": False,
+    "tf32": False,
+    "attn_implementation": "sdpa",
+    "dataset_num_proc": 1,
+    "sequence_len": 192,
+    "gradient_accumulation_steps": 2,
+}
+
+
+def scaled_down(name: str, folder: Path) -> dict[str, Any]:
+    """A recipe's own keys with another model, other data and lengths, and no GPU-only formats."""
+    recipe = yaml.safe_load((ROOT / "yaml_examples" / name).read_text())
+    recipe |= ON_CPU | {"output_dir": str(folder / "run")}
+    # bitsandbytes 0.50 packs 4-bit weights on a CPU in blocks of 64
+    recipe["base_model"] = str(make_model(folder / "model", PLAYED[name][0], intermediate_size=128))
     recipe.pop("revision_of_model", None)
-    recipe.pop("deepspeed", None)  # ZeRO-3 on a CPU is not what `axolotl train` can start
-    dataset = recipe["datasets"][0] | {"path": str(data), "ds_type": "json"}
-    recipe["datasets"] = [{key: value for key, value in dataset.items() if key != "split"}]
-    recipe["chat_template"] = "chatml"
-    recipe["eot_tokens"] = ["<|im_end|>"]
+    (dataset,) = recipe["datasets"]
+    dataset.pop("split", None)
+    dataset |= {"path": str(folder / "data.jsonl"), "ds_type": "json"}
+    if dataset["type"] == "alpaca":
+        rows = [{"instruction": f"count {n}", "input": "", "output": f"{n}, {n + 1}"} for n in range(16)]
+    else:
+        rows = chat_rows(16, turns=2)
+        recipe |= {"chat_template": "chatml", "eot_tokens": ["<|im_end|>"]}
+    write_jsonl(folder / "data.jsonl", rows)
+    if recipe.get("adapter"):
+        recipe |= {key: False for key in LORA if key.endswith("_kernel")}
+    if "deepspeed" in recipe:
+        recipe["deepspeed"] = json.loads((ROOT / recipe["deepspeed"]).read_text()) | {"bf16": {"enabled": False}}
     recipe["spin"]["num_prompts"] = 12
     generation = {"max_tokens": 12, "vllm": {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}}
     recipe["spin"]["generation"] = recipe["spin"].get("generation", {}) | generation
     return recipe
 
 
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory, play: Callable[..., None]) -> Path:
+    """A folder with the run of each recipe."""
+    folder, jobs = tmp_path_factory.mktemp("recipes"), []
+    for name, (_, processes) in PLAYED.items():
+        own = folder / name
+        own.mkdir()
+        jobs += 2 * [(write_config(own, scaled_down(name, own)), processes)]
+    play(folder, jobs)
+    return folder
+
+
+def test_every_recipe_is_played() -> None:
+    assert {path.name for path in SPIN_RECIPES} == {*PLAYED, "spin-tiny.yml"}
+
+
 @pytest.mark.slow
-def test_zephyr_recipe_plays_two_iterations_on_a_tiny_mistral(tmp_path: Path, command: Callable[..., Finished]) -> None:
-    model = make_model(tmp_path / "mistral", "mistral")
-    data = write_jsonl(tmp_path / "chat.jsonl", chat_rows(16, turns=2))
-    recipe = yaml.safe_load((ROOT / "yaml_examples/spin-zephyr.yml").read_text())
-    config = write_config(tmp_path, scaled_down(recipe, tmp_path, model, data))
-    done = command(ROOT / "scripts/iterate.sh", config, "2", folder=tmp_path)
-    assert done.code == 0, done.output[-3000:]
-    second = yaml.safe_load((tmp_path / "run/iteration-1/config.yml").read_text())
-    assert second["learning_rate"] == 5e-7
-    assert second["optimizer"] == "rmsprop"
-    assert "12 pairs from 12" in done.output, "first turns only, 12 of them"
+@pytest.mark.parametrize("name", PLAYED)
+def test_recipe_plays_two_iterations(played: Path, name: str) -> None:
+    """With its own keys, the first loss of both ln 2: the policy is the opponent."""
+    recipe = yaml.safe_load((ROOT / "yaml_examples" / name).read_text())
+    run = RunDir(played / name / "run")
+    assert run.finished() == 2
+    for number in (0, 1):
+        first = run.iteration(number).logged()[0]
+        assert first["spin/loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert first["spin/reward_margin"] == pytest.approx(0, abs=1e-5)
+        resolved = yaml.safe_load(run.iteration(number).config.read_text())
+        assert resolved["optimizer"] == recipe["optimizer"]
+        schedule = recipe["spin"].get("schedule") or [{}, {}]
+        assert float(resolved["learning_rate"]) == float(schedule[number].get("learning_rate", recipe["learning_rate"]))
+        pairs = open_pairs(run.iteration(number)).train
+        assert len({(pair["example"], pair["iteration"]) for pair in pairs}) == 12 * (number + 1)
+
+
+@pytest.mark.slow
+def test_turns_of_the_recipes(played: Path) -> None:
+    """The paper's first turns alone have no answer before them, all turns do."""
+    end = byte_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    answers = {
+        name: {list(pair["prompt"]).count(end) for pair in open_pairs(RunDir(played / name / "run").iteration(0)).train}
+        for name in ("spin-zephyr.yml", "spin-multi-turn.yml")
+    }
+    assert answers == {"spin-zephyr.yml": {1}, "spin-multi-turn.yml": {1, 3}}

@@ -1,0 +1,124 @@
+"""Every SFT example of Axolotl becomes a SPIN run by the three additions, or is refused in one line that says why.
+
+The examples are not in Axolotl's wheel but in its source distribution, which pip brings, once.
+"""
+
+import copy
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import axolotl
+import pytest
+import yaml
+
+from spin_plugin.messages import console
+
+# What such a machine has; the validators ask for it.
+GPUS = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 8, "n_node": 1, "compute_capability": "sm_90"}
+
+
+def source() -> Path:
+    """Axolotl's source distribution, of the version that is installed."""
+    folder = Path(sys.prefix) / "axolotl-source"
+    name = f"axolotl-{axolotl.__version__}"
+    if not (folder / name / "examples").is_dir():
+        wanted = ["--no-deps", "--no-binary", "axolotl", f"axolotl=={axolotl.__version__}"]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(folder), *wanted]
+        subprocess.run(command, check=True, timeout=600)
+        with tarfile.open(folder / f"{name}.tar.gz") as archive:
+            archive.extractall(folder, filter="data")
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def examples() -> dict[str, dict[str, Any]]:
+    """The SFT examples (no `rl`), by their names."""
+    folder = source() / "examples"
+    contents = {path: yaml.safe_load(path.read_text()) for path in sorted(folder.rglob("*.y*ml"))}
+    return {
+        str(path.relative_to(folder)): content
+        for path, content in contents.items()
+        if isinstance(content, dict) and "base_model" in content and not content.get("rl")
+    }
+
+
+Judge = Callable[[dict[str, Any]], str | None]
+
+
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
+    """Axolotl's own way from a configuration to a valid one; returns what stood in it."""
+    from axolotl.cli.config import prepare_plugins
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+
+    monkeypatch.chdir(source())  # examples name their DeepSpeed files from there
+
+    def validate(config: dict[str, Any]) -> str | None:
+        PluginManager._instance = None
+        cfg = DictDefault(copy.deepcopy(config))
+        refusal = None
+        with console.capture() as printed:
+            try:
+                prepare_plugins(cfg)
+                validate_config(cfg, capabilities=GPUS, env_capabilities={"torch_version": "2.13.0"})
+            except SystemExit as stop:
+                assert stop.code == 1
+            except (ValueError, ImportError, DeprecationWarning) as error:  # Axolotl's own
+                refusal = f"{type(error).__name__}: {error}"
+        return refusal or printed.get() or None
+
+    yield validate
+    PluginManager._instance = None
+
+
+def with_additions(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The three additions, and a directory of its own."""
+    plugins = [*(config.get("plugins") or []), "spin_plugin.SpinPlugin"]
+    return config | {"plugins": plugins, "rl": "spin", "spin": {"iterations": 1}, "output_dir": str(folder / "run")}
+
+
+def test_every_example_is_taken_or_refused_in_one_line(
+    examples: dict[str, dict[str, Any]], judge: Judge, tmp_path: Path
+) -> None:
+    assert len(examples) > 200
+    taken, refused = [], {}
+    for name in sorted(examples):
+        if judge(examples[name]) is not None:
+            continue  # Axolotl does not take it either
+        refusal = judge(with_additions(examples[name], tmp_path))
+        if refusal is None:
+            taken.append(name)
+        else:
+            refused[name] = refusal
+    assert len(taken) > 150
+    for name, line in refused.items():
+        assert line.startswith("spin: error: "), (name, line)
+        assert line.count("\n") == 1, (name, line)
+        key = line.removeprefix("spin: error: ").partition(":")[0].partition("[")[0].partition(".")[0]
+        assert examples[name].get(key), f"{name}: {line} names no key of the example"
+    assert not (tmp_path / "run").exists(), "nothing is written before the configuration is valid"
+
+
+def test_examples_that_have_what_spin_cannot_use_are_refused(
+    examples: dict[str, dict[str, Any]], judge: Judge, tmp_path: Path
+) -> None:
+    """Else the run would silently be something else than SPIN, or the opponent another model than the policy."""
+    for name, reason in {
+        "eaft/eaft-example.yml": "use_eaft",
+        "llama-2/loftq.yml": "loftq",
+        "llama-2/relora.yml": "relora",
+        "llama-3/3b-qat-fsdp2.yaml": "qat",
+        "mamba/config.yml": "MambaLMHeadModel",
+        "qwen2/reward-model.yaml": "reward_model",
+        "qwen2/prm.yaml": "process_reward_model",
+        "streaming/sft.yaml": "streaming",
+        "archived/tiny-llama/pretrain.yml": "pretraining_dataset",
+        "distributed-parallel/llama-3_1-8b-hsdp-tp.yaml": "tensor_parallel_size",
+    }.items():
+        assert reason in (judge(with_additions(examples[name], tmp_path)) or ""), name
