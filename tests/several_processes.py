@@ -12,6 +12,7 @@ Axolotl 0.19 and accelerate take several processes for several GPUs. What differ
 
 import json
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -67,7 +68,26 @@ def play(config: Path, processes: int, rank: int, port: int) -> None:
         use_cpus(sharded=bool(settings.get("fsdp_config") or settings.get("deepspeed")))
     from axolotl.cli.train import do_cli
 
-    do_cli(str(config))
+    if settings.get("use_ray"):
+        as_ray_worker(config)
+    else:
+        do_cli(str(config))
+
+
+def as_ray_worker(config: Path) -> None:
+    """What `use_ray: true` does around Ray: one process lowers and validates the configuration, another, which knows
+    nothing of that, is handed the result pickled, validates it again and trains."""
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.config import load_cfg
+    from axolotl.cli.train import ray_train_func
+
+    handed = config.with_suffix(".pickle")
+    driver = os.fork()
+    if not driver:
+        handed.write_bytes(pickle.dumps(load_cfg(str(config)).to_dict()))
+        os._exit(0)
+    os.waitpid(driver, 0)
+    ray_train_func({"cfg": pickle.loads(handed.read_bytes()), "cli_args": TrainerCliArgs()})
 
 
 def free_port() -> int:

@@ -67,12 +67,15 @@ def make(architecture: str = "llama", **changes: Any) -> Any:
     return model
 
 
-def step(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """[2, B] log-probabilities and the gradients of a training step's loss."""
+def step(
+    model: nn.Module, batch: dict[str, Tensor], *, scale: float = 1.0, **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """[2, B] log-probabilities and the gradients of a training step's loss, which is scaled before backward."""
     model.zero_grad()
     found = logps(model, batch, **options)
-    spin_terms(found, found.detach() + 0.1, beta=0.1, loss="logistic").loss.sum().backward()
-    return found.detach(), {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+    loss = spin_terms(found, found.detach() + 0.1, beta=0.1, loss="logistic").loss.sum()
+    (scale * loss).backward()
+    return found.detach(), {name: p.grad.float() / scale for name, p in model.named_parameters() if p.grad is not None}
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -218,12 +221,14 @@ def test_bf16_error_is_bounded_by_the_naive_forms(architecture: str) -> None:
     assert distance(found_gradients, true_gradients) <= 1.5 * distance(naive_gradients, true_gradients)
 
 
-def test_autocast_gives_fp32_log_probabilities_near_the_exact_ones() -> None:
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 1024.0)])
+def test_autocast_gives_fp32_log_probabilities_near_the_exact_ones(dtype: torch.dtype, scale: float) -> None:
+    """With fp16 the loss is scaled, as a GradScaler does: small gradients would vanish."""
     model = make()
     enable(model)
     expected, gradients = step(model, flat_batch(PAIRS))
-    with torch.autocast("cpu", torch.bfloat16):
-        found, found_gradients = step(model, flat_batch(PAIRS))
+    with torch.autocast("cpu", dtype):
+        found, found_gradients = step(model, flat_batch(PAIRS), scale=scale)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
     assert distance(found_gradients, gradients) < 0.05

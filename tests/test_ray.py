@@ -33,7 +33,7 @@ def is_gone(process: psutil.Process) -> bool:
 def test_one_of_two_actors_is_killed(
     llama: Path, vllm_python: Path, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the first answers: most files have not been begun then, for an actor takes two at a time."""
+    """With the first answers: its other files are not complete then."""
     started: list[psutil.Process] = []
 
     class Watched(Progress):

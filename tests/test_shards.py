@@ -18,7 +18,16 @@ from datasets import Dataset
 
 from spin_plugin.generation import interpreter
 from spin_plugin.generation.interpreter import vllm_python
-from spin_plugin.generation.job import SHARD, Job, Prompts, Request, fingerprint_requests, request_seed, requests_for
+from spin_plugin.generation.job import (
+    SHARD,
+    Job,
+    Prompts,
+    Request,
+    fingerprint_requests,
+    request_seed,
+    requests_for,
+    shards_of,
+)
 from spin_plugin.generation.shards import Shards
 from spin_plugin.messages import SpinError
 
@@ -46,7 +55,7 @@ def shards(tmp_path: Path) -> Shards:
     """A finished job of three shards."""
     shards = Shards(tmp_path / "synthetic")
     shards.prepare(JOB)
-    for number in range(JOB.shards):
+    for number in range(shards_of(JOB.requests)):
         shards.write(number, responses(number))
     return shards
 
@@ -55,7 +64,7 @@ def shards(tmp_path: Path) -> Shards:
 
 
 def test_shards_come_back_as_they_were_written(shards: Shards) -> None:
-    assert JOB.shards == 3
+    assert shards_of(JOB.requests) == 3
     for number in range(3):
         assert shards.read(number) == responses(number)
     assert list(shards.responses()) == responses(0) + responses(1) + responses(2)
@@ -64,7 +73,7 @@ def test_shards_come_back_as_they_were_written(shards: Shards) -> None:
 
 @pytest.mark.parametrize(("requests", "count"), [(0, 0), (1, 1), (SHARD, 1), (SHARD + 1, 2), (10 * SHARD - 1, 10)])
 def test_number_of_shards(requests: int, count: int) -> None:
-    assert replace(JOB, requests=requests).shards == count
+    assert shards_of(requests) == count
 
 
 def test_shard_of_no_responses_is_whole(shards: Shards) -> None:

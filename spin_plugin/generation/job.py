@@ -13,6 +13,11 @@ from spin_plugin.run import without_secrets
 SHARD = 256  # requests in a shard: what can be lost at most when a run is killed
 
 
+def shards_of(requests: int) -> int:
+    """How many shards hold so many requests."""
+    return -(-requests // SHARD)
+
+
 class Request(NamedTuple):
     """One synthetic response to draw."""
 
@@ -44,10 +49,6 @@ class Job:
     """How many responses are asked for."""
     requests_sha256: str
     """Fingerprint of all requests."""
-
-    @property
-    def shards(self) -> int:
-        return -(-self.requests // SHARD)
 
     def manifest(self) -> dict[str, Any]:
         """What is stored in job.json."""

@@ -5,8 +5,8 @@
 It answers as vllm_worker.py does, but never says that it is ready for more: Ray wants to know everything beforehand.
 JOB_FILE therefore holds `requests`, the folder with the files that are asked for, and besides `ray_address` (null: a
 Ray of its own on this machine) and `actors` (null: one for each group of GPUs). Every actor of `map_batches` holds an
-engine and answers a file at a time, two files at once so that the engine never runs dry. An answer leaves the actor
-when its file is complete, and Ray hands the file of a dead actor to another: each request is answered once.
+engine and answers several files at once, so that the engine never runs dry. An answer leaves the actor when its file is
+complete, and Ray hands the files of a dead actor to another: each request is answered once.
 """
 
 import json
@@ -26,6 +26,8 @@ import vllm_worker  # from the folder of this file
 SECONDS_BETWEEN_SIGNS = 5.0
 PATIENCE = 600.0
 RESTARTS = 2
+# Of 256 requests: as many as vLLM answers at a time on the largest GPUs, and one more.
+FILES_AT_ONCE = 5
 
 
 class Opponent:
@@ -83,6 +85,7 @@ def play(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     gpus_each = job["engine"].get("tensor_parallel_size", 1) * job["engine"].get("pipeline_parallel_size", 1)
     gpus = int(ray.cluster_resources().get("GPU", 0))
     actors = min(len(paths), job["actors"] or max(1, gpus // gpus_each))
+    at_once = min(FILES_AT_ONCE, -(-len(paths) // actors))  # and work for all of them to the end
     files = ray.data.from_items([{"path": path} for path in paths], override_num_blocks=len(paths))
     answered = files.map_batches(
         Opponent,
@@ -90,8 +93,8 @@ def play(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         fn_constructor_args=(job | {"engines": actors},),
         compute=ActorPoolStrategy(
             size=actors,
-            max_tasks_in_flight_per_actor=2,
-            max_concurrent_calls_per_actor=2,
+            max_tasks_in_flight_per_actor=at_once,
+            max_concurrent_calls_per_actor=at_once,
             enable_true_multi_threading=True,
         ),
         max_restarts=RESTARTS,

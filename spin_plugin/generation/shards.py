@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spin_plugin.generation.job import SHARD, Job
+from spin_plugin.generation.job import Job, shards_of
 from spin_plugin.messages import SpinError
 from spin_plugin.run import write_whole
 
@@ -97,7 +97,7 @@ class Shards:
     def missing(self, job: Job) -> list[int]:
         """Numbers of the shards that are absent or damaged; a damaged one is removed."""
         absent = []
-        for number in range(job.shards):
+        for number in range(shards_of(job.requests)):
             try:
                 self.read(number)
             except SpinError:
@@ -116,7 +116,7 @@ class Shards:
             raise SpinError(
                 f"{self.folder} is missing though its responses are mixed in; restore it or set spin.history to 0"
             )
-        for number in range(-(-manifest["requests"] // SHARD)):
+        for number in range(shards_of(manifest["requests"])):
             yield from self.read(number)
 
 
