@@ -46,6 +46,11 @@ RUN_WIDE_KEYS = frozenset(
         "schedule",
         "adapter",
         "adapter_chain",
+        "lora_r",
+        "lora_alpha",
+        "lora_target_modules",
+        "lora_target_linear",
+        "lora_modules_to_save",
         "turns",
         # the data is tokenised, and its prompts are drawn, once for the whole run
         "sequence_len",

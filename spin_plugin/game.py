@@ -6,8 +6,12 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+from torch import Tensor
+
 from spin_plugin import __version__
+from spin_plugin.agreement import disagreement, require_agreement
 from spin_plugin.checkpoint import check_model_dir, why_incomplete
+from spin_plugin.generation.shards import Shards
 from spin_plugin.iteration import PairsOnDisk, open_pairs, prepare_iteration
 from spin_plugin.lowering import Lowered
 from spin_plugin.merge import merge
@@ -17,6 +21,7 @@ from spin_plugin.processes import (
     answer_questions,
     clear_questions,
     end_with_launcher,
+    others,
     rank,
     tell_saved,
     wait_until_prepared,
@@ -53,7 +58,8 @@ class Game:
             self.pairs = prepare_iteration(self.cfg, run, self.spin, number)
             if for_training:
                 self._remove_incomplete_checkpoints()  # before the other processes look for one
-            answer_questions(run)
+            if others():
+                answer_questions(run)
         else:
             wait_until_prepared(run)
             self.pairs = open_pairs(self.folder)
@@ -132,9 +138,21 @@ class Game:
         trainer.spin = self.spin
         trainer.opponent_files = self.pairs.opponent_files
         trainer.opponent_key = self.pairs.opponent_key
+        trainer.judge_opponent = self._judge_opponent
         trainer.metrics_file = self.folder.metrics
         if self.first:
             self._warn_of_warmup(trainer.args.get_warmup_steps(self.steps))
+
+    def _judge_opponent(self, logps: Tensor) -> None:
+        """Compare the policy before its first step, [2, N] of the training pairs, with what vLLM said."""
+        number, shards = self.lowered.iteration, Shards(self.folder.synthetic)
+        precision = {(shards.manifest() or {}).get("engine", {}).get("dtype"), str(self.cfg.torch_dtype)}
+        require_agreement(
+            disagreement(shards.responses(), self.pairs.train, logps, number),
+            number,
+            exact={name.removeprefix("torch.") for name in precision if name} == {"float32"},
+            quantised=bool(self.cfg.load_in_4bit or self.cfg.load_in_8bit),
+        )
 
     def _warn_of_warmup(self, warmup: int) -> None:
         """transformers' schedules begin at 0, so a short iteration may be over before anything was learned."""
@@ -152,10 +170,11 @@ class Game:
         if not self.first:
             return tell_saved(run)
         wait_until_saved(run)
+        self._require_no_watchdog()
         require_finite(check_model_dir(self.folder.path, adapter=bool(self.cfg.adapter)))
         flush(self.folder.path.iterdir())
         if self.cfg.adapter and self.spin.adapter_chain == "merge":
-            merge(self.cfg, self.folder.path, self.folder.merged)
+            merge(self.cfg, self.folder.path, self.folder.merged, tokenizer=self.folder.path)
         state = run.read_state()
         assert state is not None
         assert len(state.finished) == number
@@ -179,3 +198,13 @@ class Game:
             f"iteration {number} finished, last epoch: {', '.join(shown)}; model in "
             f"{self.folder.path}; {f'{left} to go: run the same command again' if left else 'that was the last one'}"
         )
+
+    def _require_no_watchdog(self) -> None:
+        """Axolotl's watchdog ends a training that diverges as if it had come to its end."""
+        threshold = self.cfg.loss_watchdog_threshold
+        losses = [entry["loss"] for entry in self.folder.logged() if "loss" in entry]
+        if threshold is not None and losses and losses[-1] > threshold:
+            raise SpinError(
+                f"loss_watchdog_threshold: the loss was above {threshold} at the end, so it is not finished; "
+                "lower its learning_rate in spin.schedule and take it back with `axolotl spin reset`"
+            )

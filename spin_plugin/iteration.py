@@ -122,13 +122,13 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real) -> Job
     adapter = str(cfg.lora_model_dir) if cfg.adapter and cfg.lora_model_dir else None
     weights = fingerprint(filter(None, (str(cfg.base_model), adapter)), cfg.revision_of_model)
     job = Job(number, engine_arguments(cfg, spin), adapter, weights, sampling, count, digest)
-    whole = run.iteration(number).opponent
+    whole = run.iteration(number).opponent(weights)
 
     def draw(job: Job) -> None:
         def find_python() -> Path:  # asked only when there is something to draw
             python = vllm_python(options.python)
             _require_sound_opponent(cfg, adapter)
-            require_space(run.root, _bytes_needed(cfg, spin, count))
+            require_space(run.root, _bytes_needed(cfg, spin, count, merges=adapter is not None and not job.adapter))
             if adapter and not job.adapter and not whole.exists():
                 merge(cfg, Path(adapter), whole)
             return python
@@ -150,7 +150,8 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real) -> Job
     except AdapterNotServedError as error:
         say(f"responses are drawn from the merged model, as vLLM cannot serve this adapter: {error}")
         draw(merged)
-    remove_whole(whole)
+    for merged_opponent in run.iteration(number).path.glob("opponent-*"):
+        remove_whole(merged_opponent)
     return job
 
 
@@ -222,10 +223,14 @@ def _require_sound_opponent(cfg: Any, adapter: str | None) -> None:
         require_complete_adapter(Path(adapter), str(base), revision=cfg.revision_of_model, trust_remote_code=code)
 
 
-def _bytes_needed(cfg: Any, spin: SpinArgs, responses: int) -> Space:
-    """What an iteration writes: surely the model at its end, at most also all these responses and checkpoints."""
+def _bytes_needed(cfg: Any, spin: SpinArgs, responses: int, *, merges: bool) -> Space:
+    """What an iteration writes: surely the model at its end, at most also all these responses and checkpoints.
+
+    Args:
+        merges: the opponent is written before vLLM draws from it.
+    """
     base = Path(str(cfg.base_model))
-    writes_model = not cfg.adapter or spin.adapter_chain == "merge"
+    writes_model = merges or not cfg.adapter or spin.adapter_chain == "merge"
     model = sum(file.stat().st_size for file in base.glob("*.safetensors")) if writes_model else 0
     tokens = responses * min(cfg.sequence_len, spin.generation.max_tokens or cfg.sequence_len)
     pairs = responses * (1 + spin.history) * 2 * cfg.sequence_len

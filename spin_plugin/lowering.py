@@ -31,6 +31,7 @@ REFUSED = {
     "relora": "ReLoRA merges adapters during training, which SPIN's opponent cannot follow",
     "peft_layer_replication": "vLLM cannot serve adapters of replicated layers",
     "peft_trainable_token_indices": "vLLM cannot serve adapters that hold trained tokens",
+    "use_onebitllms": "vLLM would draw from another model than the one that is trained",
     "qat": "vLLM would draw from another model than the one that is trained",
     "neftune_noise_alpha": "noise in training makes the policy differ from the opponent before any step",
     "noisy_embedding_alpha": "noise in training makes the policy differ from the opponent before any step",
@@ -44,6 +45,15 @@ REFUSED = {
     "do_bench_eval": "its callback reads SFT batches; SPIN's hold pairs",
     "generate_samples": "its callback reads SFT batches; SPIN's hold pairs",
 }
+# What belongs to another method and would be ignored.
+REFUSED |= dict.fromkeys(
+    (
+        "rl_beta", "dpo_beta", "dpo_norm_loss", "rpo_alpha", "orpo_alpha", "simpo_gamma", "cpo_alpha",
+        "kto_desirable_weight", "kto_undesirable_weight", "trl",
+    ),
+    "it belongs to another method; SPIN's options are those of the `spin:` block",
+)  # fmt: skip
+REFUSED["vllm"] = "options of vLLM stand in spin.generation"
 NO_PROMPT_TYPES = ("completion", "pretrain", "bradley_terry", "stepwise_supervised", "_synthetic")
 ADAPTERS = (None, "", "lora", "qlora")
 
@@ -91,12 +101,17 @@ def lower(cfg: MutableMapping[str, Any], known_axolotl_keys: Iterable[str] = ())
     run.require_writable()  # Axolotl opens its log there next
     iteration = run.finished()
     cfg.pop("resume_from_checkpoint", None)  # resuming needs no key
+    if cfg.get("use_ray"):  # its workers work elsewhere
+        cfg["output_dir"] = str(run.root.absolute())
+    if cfg.get("lora_modules_to_save") and cfg.get("peft_ensure_weight_tying") is None:
+        cfg["peft_ensure_weight_tying"] = True  # an embedding that is also the head stays one, in whatever is merged
     # The next opponent is the model at the end of the iteration, unless the user asks for the best one.
     cfg["load_best_model_at_end"] = bool(cfg.get("load_best_model_at_end"))
     current = min(iteration, spin.iterations - 1)
     for key, value in spin.axolotl_overrides(current).items():
         cfg[key] = value
     _refuse(cfg)  # the schedule may have brought in what is refused
+    _refuse_what_cannot_be_merged(cfg, spin)
     cfg.update(SFT_ONLY)
     _start_from_opponent(cfg, run, iteration, merged=spin.adapter_chain == "merge")
     del cfg["rl"]
@@ -147,6 +162,9 @@ def _refuse(cfg: Mapping[str, Any]) -> None:
                 f"{key}: cannot be used with `rl: spin`: every rank works on pairs of its own; share the model "
                 "by FSDP2 or DeepSpeed ZeRO-3 instead"
             )
+    batches = {"split_batches", "dispatch_batches", "even_batches"} & dict(cfg.get("accelerator_config") or {}).keys()
+    if batches:
+        raise SpinError(f"accelerator_config.{min(batches)}: cannot be used with `rl: spin`: pairs would count twice")
     if "MambaLMHeadModel" in (cfg.get("model_type"), cfg.get("type_of_model")):
         raise SpinError("model_type: MambaLMHeadModel cannot be used with `rl: spin`: vLLM cannot load it")
     if cfg.get("adapter") not in ADAPTERS:
@@ -167,13 +185,25 @@ def refuse_other_trainers(cfg: Any, plugins: Iterable[Any]) -> None:
         SpinError: names the plugin.
     """
     for plugin in plugins:
-        if trainer := plugin.get_trainer_cls(cfg):
+        if plugin.get_trainer_cls(cfg) or plugin.get_collator_cls_and_kwargs(cfg):
             raise SpinError(
-                f"plugins: {type(plugin).__name__} brings a trainer of its own ({trainer.__name__}), so this would not "
-                "be SPIN; remove it"
+                f"plugins: {type(plugin).__name__} brings a trainer or batches of its own, so this would not be SPIN; "
+                "remove it"
             )
     if cfg.model_config_type == "mamba":  # axolotl 0.19
         raise SpinError("base_model: Axolotl gives Mamba models batches of its own, which cannot hold pairs")
+
+
+def _refuse_what_cannot_be_merged(cfg: Mapping[str, Any], spin: SpinArgs) -> None:
+    """Axolotl's merge passes over a GPTQ model's and an embedding's LoRA. Others are found when they are merged."""
+    merged = [f"lora_{name}" for name in ("modules_to_save", "target_parameters", "rank_pattern", "alpha_pattern")]
+    needs = [key for key in ("peft_use_dora", *merged) if cfg.get(key)]
+    if spin.adapter_chain == "merge":
+        needs.append("spin.adapter_chain: merge")
+    if cfg.get("gptq") and needs:
+        raise SpinError(f"gptq: cannot be combined with {needs[0]}: nothing can be merged into a GPTQ model")
+    if needs and "embed_tokens" in (cfg.get("lora_target_modules") or ()):
+        raise SpinError(f"lora_target_modules: embed_tokens cannot be combined with {needs[0]}: it cannot be merged")
 
 
 def _refuse_adapter_start(cfg: Mapping[str, Any]) -> None:
@@ -237,10 +267,13 @@ def _start_from_opponent(cfg: MutableMapping[str, Any], run: RunDir, iteration: 
             cfg["lora_model_dir"] = str(previous)
         elif not (cfg.get("merge_lora") or cfg.get("inference")):
             _take_base(cfg, run.iteration(iteration - 1).merged)
+            cfg.pop("lora_model_dir", None)  # an adapter that the run started from is merged, too
         else:  # they want the newest adapter and the base that it was trained on
             cfg["lora_model_dir"] = str(previous)
             if iteration > 1:
                 _take_base(cfg, run.iteration(iteration - 2).merged)
+    elif cfg.get("adapter") and cfg.get("lora_model_dir"):
+        check_model_dir(Path(cfg["lora_model_dir"]), adapter=True)
     base = Path(str(cfg.get("base_model") or ""))
     if base.is_dir():
         check_model_dir(base, tokenizer_elsewhere=bool(cfg.get("tokenizer_config")))

@@ -78,15 +78,18 @@ def clear_questions(run: RunDir) -> None:
 
 
 def answer_questions(run: RunDir) -> None:
-    """Let the other processes go on: the iteration is prepared."""
-    answered: set[str] = set()  # a process that looks in the wrong moment asks again
-    while len(answered) < others():
+    """Let the other processes go on from now on: the iteration is prepared."""
+    threading.Thread(target=_answer_questions, args=(run,), daemon=True).start()
+
+
+def _answer_questions(run: RunDir) -> None:
+    """Whoever asks: one that looks in the wrong moment asks again, one of an earlier start has nobody to go on with."""
+    while True:
         for question in run.questions.glob("*"):
-            if question.suffix != ANSWERED:
-                question.rename(question.with_suffix(ANSWERED))
-                answered.add(question.name.partition("-")[0])
-        if len(answered) < others():
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            if question.suffix not in (ANSWERED, SAVED):
+                with suppress(OSError):
+                    question.rename(question.with_suffix(ANSWERED))
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def tell_saved(run: RunDir) -> None:

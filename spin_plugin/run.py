@@ -108,10 +108,10 @@ class IterationDir:
     def pairs(self) -> Path:
         return self.path / "pairs"
 
-    @property
-    def opponent(self) -> Path:
-        """The opponent with its adapter merged into it, while vLLM, which cannot serve the adapter, draws from it."""
-        return self.path / "opponent"
+    def opponent(self, weights: str) -> Path:
+        """The opponent of this fingerprint with its adapter merged into it, there while vLLM, which cannot serve the
+        adapter, draws from it."""
+        return self.path / f"opponent-{weights[:16]}"
 
     @property
     def merged(self) -> Path:
@@ -271,7 +271,7 @@ class RunDir:
 
     def sign_of_life(self) -> int | None:
         """What changes as long as somebody works here, None where nobody does. A time, but of whose clock?"""
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it may just be replaced
             return self.holder.stat().st_mtime_ns
         return None
 

@@ -36,15 +36,20 @@ PREFIX = {"train": "spin/", "eval": "eval_spin/"}  # reporters turn the eval_ pr
 class SpinTrainer(AxolotlTrainer):
     """Trains the main player against stored log-probabilities of the opponent.
 
-    `spin`, `opponent_files`, `opponent_key` and `metrics_file` are set by the plugin right after construction.
+    `spin`, `opponent_files`, `opponent_key`, `judge_opponent` and `metrics_file` are set by the plugin right after
+    construction.
     """
 
     spin: SpinArgs
     opponent_files: dict[str, Path]
     opponent_key: Callable[[str], str]
+    judge_opponent: Callable[[Tensor], None]
     metrics_file: Path
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A single process with several GPUs in sight (vLLM needs them) would get torch's DataParallel, which tears a
+        # flat row apart.
+        kwargs["args"]._n_gpu = min(1, kwargs["args"].n_gpu)
         super().__init__(*args, **kwargs)
         # compute_loss divides by the pairs of the global batch itself; transformers must not divide
         # again by the accumulation steps, which would weigh pairs by how micro-batches fell.
@@ -90,6 +95,8 @@ class SpinTrainer(AxolotlTrainer):
                 self.opponent[split] = self._stored(store)
                 if self.opponent[split].isnan().any():
                     self._score(model, pairs, split, store)
+        if self.accelerator.is_main_process:
+            self.judge_opponent(self.opponent["train"])
 
     def _stored(self, store: OpponentStore) -> Tensor:
         """What the first process reads, on every rank: they have to agree on what is left to compute."""

@@ -70,16 +70,28 @@ def _not_finite(content: Any, size: int, bits: np.unsignedinteger[Any]) -> bool:
     return False
 
 
+def model_class(config: Any) -> Any:
+    """The Auto class by which Axolotl loads a model of this configuration, also where it is trained on text alone."""
+    from axolotl.loaders import MULTIMODAL_AUTO_MODEL_MAPPING
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if config.model_type not in MULTIMODAL_AUTO_MODEL_MAPPING:
+        return AutoModelForCausalLM
+    named = MULTIMODAL_AUTO_MODEL_MAPPING[config.model_type]
+    return AutoModelForImageTextToText if isinstance(named, str) else named
+
+
 def require_complete(model: Path, *, trust_remote_code: bool) -> None:
     """Compare the tensors of a model with those that its architecture has, without reading their numbers.
 
     Raises:
         SpinError: names a tensor that is missing; transformers and vLLM would make one up.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    auto = model_class(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code))
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             model,
             device_map="meta",
             output_loading_info=True,
@@ -100,11 +112,11 @@ def require_complete_adapter(adapter: Path, base_model: str, **hub: Any) -> None
     """
     import torch
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with torch.device("meta"):
         config, code = AutoConfig.from_pretrained(base_model, **hub), hub.get("trust_remote_code")
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=code)
+        model = model_class(config).from_config(config, trust_remote_code=code)
         model = get_peft_model(model, PeftConfig.from_pretrained(str(adapter)))
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     held = {name for file in check_weights(adapter, "adapter_model") for name in check_safetensors(file)}

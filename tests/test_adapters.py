@@ -4,11 +4,11 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from axolotl.utils.dict import DictDefault
 from conftest import Finished
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -16,11 +16,13 @@ from test_pipeline import logged
 from tiny import LORA, make_model, spin_config, write_config
 from transformers import AutoModelForCausalLM
 
+from spin_plugin.agreement import EXACT, disagreement, require_agreement
 from spin_plugin.generation.job import Job, Request
 from spin_plugin.generation.launcher import generate
 from spin_plugin.generation.shards import Shards
 from spin_plugin.iteration import open_pairs
 from spin_plugin.merge import merge, served_by_vllm
+from spin_plugin.messages import SpinError
 from spin_plugin.run import RunDir
 
 Command = Callable[..., Finished]
@@ -36,7 +38,8 @@ def make_adapter(model: Path, path: Path, **kind: Any) -> Path:
     """Save a random adapter that is far from the base model."""
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(model)
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, **kind)
+    kind = {"target_modules": ["q_proj", "v_proj", "down_proj"]} | kind
+    config = LoraConfig(r=4, init_lora_weights=False, **kind)
     adapted = get_peft_model(base, config)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -47,7 +50,7 @@ def make_adapter(model: Path, path: Path, **kind: Any) -> Path:
 
 
 def merged(model: Path, adapter: Path, target: Path) -> Path:
-    cfg = SimpleNamespace(base_model=str(model), load_in_4bit=False, trust_remote_code=False, revision_of_model=None)
+    cfg = DictDefault(base_model=str(model), load_in_4bit=False, trust_remote_code=False, revision_of_model=None)
     merge(cfg, adapter, target)
     return target
 
@@ -64,6 +67,26 @@ def test_merged_model_is_base_plus_adapter(tmp_path: Path, llama: Path, kind: st
         adapted = PeftModel.from_pretrained(base, adapter)(tokens).logits
         torch.testing.assert_close(whole(tokens).logits, adapted, rtol=1e-4, atol=1e-4)
     assert (adapted - alone).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+    ids=str,
+)
+def test_merge_that_loses_a_tensor_is_found(tmp_path: Path, kind: dict[str, Any]) -> None:
+    """A head that is the embedding has no tensor of its own to merge into."""
+    model = make_model(tmp_path / "tied", tie_word_embeddings=True)
+    adapter = make_adapter(model, tmp_path / "adapter", **kind)
+    with pytest.raises(SpinError, match="cannot be merged"):
+        merged(model, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.slow
@@ -93,6 +116,7 @@ CHAINS: dict[str, tuple[dict[str, Any], int, bool]] = {
     "continue": (LORA, 3, True),
     "merge": (MERGE, 3, False),
     # kinds that vLLM cannot serve: known beforehand, and found out when it refuses
+    "tied": (LORA | {"lora_modules_to_save": ["lm_head", "embed_tokens"]}, 2, False),
     "dora": (LORA | {"peft_use_dora": True, "lora_modules_to_save": ["lm_head"]}, 2, False),
     "ranks": (LORA | {"lora_rank_pattern": {"q_proj": 2}, "lora_alpha_pattern": {"q_proj": 64}}, 2, False),
     "gpt2": (GPT2, 2, False),
@@ -108,7 +132,8 @@ def chains(tmp_path_factory: pytest.TempPathFactory, chat_data: Path, play: Call
     folder, jobs = tmp_path_factory.mktemp("chains"), []
     for name, (changes, iterations, _) in CHAINS.items():
         own = folder / name
-        model = make_model(own / "model", "gpt2" if name == "gpt2" else "llama", intermediate_size=128)
+        small = {"intermediate_size": 128, "tie_word_embeddings": name == "tied"}
+        model = make_model(own / "model", "gpt2" if name == "gpt2" else "llama", **small)
         config = spin_config(own, model, chat_data, learning_rate=1e-2)
         spin = config["spin"] | {"iterations": iterations} | changes.get("spin", {})
         changed = {key: value for key, value in (config | changes | {"spin": spin}).items() if value is not None}
@@ -139,7 +164,7 @@ def test_the_opponent_is_the_model_of_the_iteration_before(chains: Path, tmp_pat
     pairs = open_pairs(run.iteration(iterations - 1))
     job = json.loads((run.iteration(iterations - 1).synthetic / "job.json").read_text())
     assert (job["adapter"] is not None) == served
-    assert not run.iteration(iterations - 1).opponent.exists(), "it is there only while vLLM draws"
+    assert not list(run.iteration(iterations - 1).path.glob("opponent-*")), "it is there only while vLLM draws"
     stored = load_file(pairs.opponent_files["train"])["logps"][0, 0].item()
     before, merges = run.iteration(iterations - 2), name.endswith("merge")
     whole = before.path if name == "full" else before.merged
@@ -149,6 +174,27 @@ def test_the_opponent_is_the_model_of_the_iteration_before(chains: Path, tmp_pat
     quantised = name.startswith(("4bit", "8bit"))
     assert stored == pytest.approx(expected, abs=abs(wrong - expected) / 4 if quantised else 1e-3)
     assert abs(stored - wrong) > 0.1, "a wrong opponent would be seen"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHAINS)
+def test_vllm_drew_from_the_opponent(chains: Path, name: str) -> None:
+    """What vLLM says of its own responses is what the policy says of them; the run's first model says otherwise."""
+    _, iterations, _ = CHAINS[name]
+    folder, model = RunDir(chains / name / "run").iteration(iterations - 1), chains / name / "model"
+    pairs, quantised = open_pairs(folder), "bit" in name
+    drawn = list(Shards(folder.synthetic).responses())
+    stored = load_file(pairs.opponent_files["train"])["logps"]
+    agreed = disagreement(drawn, pairs.train, stored, iterations - 1)
+    assert agreed is not None
+    assert agreed < (EXACT if not quantised else 0.5)
+    few = pairs.train.select(range(8))
+    wrong = torch.tensor([[0.0] * 8, [logp(model, pair, "synthetic") for pair in few]])
+    found = disagreement(drawn, few, wrong, iterations - 1)
+    assert found is not None
+    assert found > 10 * EXACT
+    with pytest.raises(SpinError, match="drawn from another model"):
+        require_agreement(found, iterations - 1, exact=True, quantised=False)
 
 
 @pytest.mark.slow
@@ -164,9 +210,9 @@ def test_merge_lora_takes_the_last_iteration(chains: Path, tmp_path: Path, comma
         torch.testing.assert_close(found[key], tensor)
 
 
-def logp(model: Path, pair: dict[str, Any]) -> float:
-    """The real response's log-probability by the model alone."""
-    tokens = torch.tensor([pair["prompt"] + pair["real"]])
+def logp(model: Path, pair: dict[str, Any], side: str = "real") -> float:
+    """A response's log-probability by the model alone."""
+    tokens = torch.tensor([pair["prompt"] + pair[side]])
     asked = range(len(pair["prompt"]) - 1, tokens.shape[1] - 1)
     with torch.no_grad():
         logps = AutoModelForCausalLM.from_pretrained(model)(tokens).logits.log_softmax(-1)[0]

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from spin_plugin.generation import engine, launcher
 from spin_plugin.generation.cause import cause_of_death
-from spin_plugin.generation.job import SHARD, Job, Request
+from spin_plugin.generation.job import SCORED, SHARD, Job, Request
 from spin_plugin.generation.launcher import generate
 from spin_plugin.generation.shards import Shards
 from spin_plugin.messages import SpinError
@@ -183,7 +183,8 @@ def test_worker_is_told_everything_it_needs(use: Use, shards: Shards, tmp_path: 
     job = json.loads((tmp_path / "job").read_text())
     assert (job["engine"], job["adapter"], job["sampling"]) == (JOB.engine, None, JOB.sampling)
     assert json.loads((tmp_path / "asked").read_text()) == [
-        {"number": r.number, "prompt": r.prompt, "max_tokens": r.max_tokens, "seed": r.seed} for r in REQUESTS
+        {"number": r.number, "prompt": r.prompt, "max_tokens": r.max_tokens, "seed": r.seed, "score": r.number < SCORED}
+        for r in REQUESTS
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from axolotl.integrations.base import PluginManager
+from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.dict import DictDefault
 from safetensors.torch import save_file
 from tiny import spin_config
@@ -24,6 +24,7 @@ from spin_plugin.lowering import (
     refuse_other_trainers,
     restore,
 )
+from spin_plugin.merge import merge
 from spin_plugin.messages import SpinError
 from spin_plugin.run import RunDir, RunState, differing_keys
 
@@ -130,7 +131,7 @@ def test_key_that_spin_cannot_use_is_named_with_the_reason(config: Config, key: 
 def test_plugin_with_a_trainer_of_its_own_is_refused_wherever_it_stands(
     config: Config, order: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before anything is drawn. Without its key the same plugin is none of our business."""
+    """Before anything is drawn."""
     monkeypatch.setattr(PluginManager, "_instance", None)
     manager = PluginManager.get_instance()
     for name in [PLUGIN, "axolotl.integrations.kd.KDPlugin"][::order]:
@@ -139,8 +140,10 @@ def test_plugin_with_a_trainer_of_its_own_is_refused_wherever_it_stands(
     ours.register(config())
     with pytest.raises(SystemExit):
         ours.load_datasets(DictDefault(kd_trainer=True))
-    assert "plugins: KDPlugin brings a trainer of its own (AxolotlKDTrainer)" in capsys.readouterr().out
-    refuse_other_trainers(DictDefault(), [other])
+    assert "plugins: KDPlugin brings a trainer or batches of its own" in capsys.readouterr().out
+    with pytest.raises(SpinError):  # axolotl 0.19 takes its answer for batches also where it is switched off
+        refuse_other_trainers(DictDefault(), [other])
+    refuse_other_trainers(DictDefault(), [BasePlugin()])
 
 
 def test_mamba_is_refused(config: Config) -> None:
@@ -168,6 +171,18 @@ def test_adapter_that_vllm_cannot_serve_is_refused(config: Config, adapter: str)
 @pytest.mark.parametrize("adapter", ["lora", "qlora", ""])
 def test_adapter_that_vllm_can_serve_is_taken(config: Config, adapter: str) -> None:
     lower(config(adapter=adapter))
+
+
+def test_what_cannot_be_merged_is_refused_beforehand(config: Config, tmp_path: Path) -> None:
+    lora = {"adapter": "lora", "gptq": True}
+    lower(config(**lora))
+    assert "adapter_chain: merge" in error_of(config(**lora, spin={"adapter_chain": "merge"}))
+    assert "gptq: cannot be combined with peft_use_dora" in error_of(config(**lora, peft_use_dora=True))
+    embedding = {"adapter": "lora", "lora_target_modules": ["q_proj", "embed_tokens"]}
+    lower(config(**embedding))
+    assert "cannot be combined with peft_use_dora" in error_of(config(**embedding, peft_use_dora=True))
+    with pytest.raises(SpinError, match="nothing can be merged"):
+        merge(DictDefault(lora), tmp_path, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("kind", [*NO_PROMPT_TYPES, "completion:field", "bradley_terry.chat_template"])
@@ -315,6 +330,25 @@ def test_merged_adapter_is_the_base_of_a_fresh_one(
     lower(cfg)
     assert cfg["base_model"] == (str(run.root / base) if base else str(llama))
     assert cfg.get("lora_model_dir") == (str(run.root / adapter) if adapter else None)
+
+
+def test_adapter_that_the_run_started_from_is_merged_only_once(config: Config, llama: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    start.mkdir()
+    (start / "adapter_config.json").write_text(json.dumps({"r": 4}))
+    save_file({"lora_A.weight": torch.ones(4, 2)}, start / "adapter_model.safetensors")
+    spin = {"iterations": 2, "adapter_chain": "merge"}
+    cfg = config(adapter="lora", base_model=str(llama), lora_model_dir=str(start), spin=spin)
+    lower(dict(cfg))
+    run = finish(cfg, llama, 1, adapter=True)
+    shutil.copytree(llama, run.iteration(0).merged)
+    lower(cfg)
+    assert cfg["base_model"] == str(run.iteration(0).merged)
+    assert "lora_model_dir" not in cfg
+
+
+def test_adapter_to_start_from_that_is_not_there_is_named(config: Config) -> None:
+    assert "org/adapter holds no adapter_config.json" in error_of(config(adapter="lora", lora_model_dir="org/adapter"))
 
 
 def test_first_iteration_with_an_adapter_starts_a_new_one(config: Config) -> None:

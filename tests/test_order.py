@@ -1,8 +1,11 @@
 """The order of the pairs: random, seeded, complete, and balanced within each step."""
 
+import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler, SequentialSampler
 
-from spin_plugin.order import BalancedSampler, balanced
+from spin_plugin.order import BalancedSampler, balanced, counted, steps_in_epoch
 
 
 def test_balanced_by_hand() -> None:
@@ -43,3 +46,20 @@ def test_epochs_differ_and_a_seed_repeats_them() -> None:
     again.set_epoch(1)
     assert list(sampler) != first
     assert list(sampler) == list(again)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_every_pair_counts_once_among_the_batches_that_accelerate_deals(ranks: int, micro_batch: int) -> None:
+    """Of every number of pairs; what fills up the last batches does not count, and comes last in each of them."""
+    for pairs in range(ranks, 40):
+        batches = BatchSampler(SequentialSampler(range(pairs)), micro_batch, drop_last=False)
+        seen = []
+        for rank in range(ranks):
+            dealt = list(BatchSamplerShard(batches, ranks, rank)) if ranks > 1 else list(batches)
+            for accumulated in (1, 2, 3):
+                steps = steps_in_epoch(pairs, micro_batch=micro_batch, ranks=ranks, accumulated=accumulated)
+                assert steps == -(-len(dealt) // accumulated)
+            for number, batch in enumerate(dealt):
+                seen += batch[: counted(pairs, number=number, micro_batch=micro_batch, rank=rank, ranks=ranks)]
+        assert sorted(seen) == list(range(pairs))

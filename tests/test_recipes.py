@@ -9,6 +9,7 @@ import importlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,12 @@ def test_there_are_recipes() -> None:
 
 @pytest.mark.parametrize("path", SPIN_RECIPES, ids=lambda path: path.name)
 def test_recipe_says_what_it_is_for(path: Path) -> None:
-    """Which machine, and how long."""
+    """Which machine, how much memory, and how long."""
     opening = path.read_text().partition("base_model:")[0]
     assert all(line.startswith("#") for line in opening.splitlines())
-    assert "machine" in opening.lower()
+    assert "Machine: " in opening
+    assert re.search(r"\d GB", opening)
+    assert re.search(r"Expected[^.]*(hour|minute|epoch)", opening)
 
 
 @pytest.mark.parametrize("path", SPIN_RECIPES, ids=lambda path: path.name)
@@ -97,6 +100,7 @@ ON_CPU = {
     "dataset_num_proc": 1,
     "sequence_len": 192,
     "gradient_accumulation_steps": 2,
+    "logging_steps": 1,
 }
 
 

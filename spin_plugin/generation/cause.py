@@ -19,10 +19,13 @@ ADVICE = {
 # Where another attempt with less memory may succeed though vLLM had not even started.
 SHORT_OF_MEMORY = ("out of memory", "Free memory on device", "Available memory on node")
 # vLLM has no LoRA for the architecture, or not for these modules of it (vllm 0.32).
-ABOUT_THE_ADAPTER = ("does not support LoRA", "expected target modules")
+ABOUT_THE_ADAPTER = (
+    "does not support LoRA", "expected target modules", "is unsupported LoRA weight", "not supported for LoRA",
+    "No supported LoRA modules", "max_lora_rank",
+)  # fmt: skip
 LONGEST = 300
 # `(EngineCore pid=4711) ERROR 11-22 12:00:09 [core.py:708] `, each part of it optional.
-PREFIX = re.compile(r"^(?:\([^)]*\)\s*)?(?:(?P<level>[A-Z]+) \d\d-\d\d [\d:]+ \[.*?\]\s*)?")
+PREFIX = re.compile(r"^(?:\(\S.*?pid=[^)]*\)\s*)?(?:(?P<level>[A-Z]+) \d\d-\d\d [\d:]+ \[.*?\]\s*)?")
 RAISED = re.compile(r"[\w.]*(?:Error|Exception|Exit|Interrupt)\b")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from spin_plugin.generation.devices import Place, places
 from spin_plugin.generation.engine import Engine, Inbox
-from spin_plugin.generation.job import SHARD, Job, Request
+from spin_plugin.generation.job import SCORED, SHARD, Job, Request
 from spin_plugin.generation.progress import Progress
 from spin_plugin.generation.shards import Shards
 from spin_plugin.messages import SpinError, warn
@@ -99,7 +99,7 @@ def _request_files(shards: Shards, requests: Iterable[Request]) -> Iterator[Orig
                 for r in group:
                     origins[r.number] = (r.split, r.example)
                     line = {"number": r.number, "prompt": r.prompt, "max_tokens": r.max_tokens, "seed": r.seed}
-                    file.write(json.dumps(line) + "\n")
+                    file.write(json.dumps(line | {"score": r.number < SCORED}) + "\n")
         yield origins
     finally:
         shutil.rmtree(shards.requests, ignore_errors=True)
@@ -200,6 +200,8 @@ class _Draw:
         drawn[number] = {"split": split, "example": example} | {
             key: answer[key] for key in ("tokens", "finish", "stop")
         }
+        if answer.get("logp") is not None:
+            drawn[number]["logp"] = answer["logp"]
         self.progress.advance(len(answer["tokens"]))
         if len(drawn) == self.sizes[shard]:
             self.shards.write(shard, (drawn[key] for key in sorted(drawn)))

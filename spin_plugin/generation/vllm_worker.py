@@ -5,12 +5,13 @@
 JOB_FILE is a JSON object: `engine` (arguments of `vllm.LLM`), `sampling` (arguments of every `SamplingParams`),
 `adapter` (directory or null), `cores` (what to bind to, or null), `engines` (how many share this machine) and
 `less_memory` (an attempt before this one died). Each line of standard input is the path of a file with one
-`{"number", "prompt", "max_tokens", "seed"}` a line; they may come while others are being answered.
+`{"number", "prompt", "max_tokens", "seed", "score"}` a line; they may come while others are being answered.
 
 Answers go to the file descriptor ANSWERS_FD, one JSON object a line: first `{"vllm": version}`, then
-`{"ready": true, "seats": requests answered at a time}`, then for each request `{"number", "tokens", "finish", "stop"}`
-as soon as it is finished, and `{"alive": true}` now and then in between. Everything vLLM prints goes to stdout and
-stderr, which the launcher sends to a log file.
+`{"ready": true, "seats": requests answered at a time}`, then for each request `{"number", "tokens", "finish", "stop",
+"logp"}` as soon as it is finished, and `{"alive": true}` now and then in between. `logp` is the log-probability of the
+tokens, null where no `score` was asked for. Everything vLLM prints goes to stdout and stderr, which the launcher sends
+to a log file.
 
 The worker lives in a session of its own and works until it is killed. When its standard input closes, the launcher
 is gone, and the worker ends itself with everything it started.
@@ -128,6 +129,7 @@ def read_requests(path: str, job: dict[str, Any]) -> Iterator[tuple[str, Any, An
                 **job["sampling"],
                 max_tokens=request["max_tokens"],
                 seed=request["seed"],
+                logprobs=0 if request["score"] else None,  # that of the drawn token alone
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
@@ -157,6 +159,7 @@ def answers(job: dict[str, Any], orders: "SimpleQueue[str]") -> Iterator[dict[st
                     "tokens": list(completion.token_ids),
                     "finish": completion.finish_reason,
                     "stop": completion.stop_reason,
+                    "logp": completion.cumulative_logprob,
                 }
         if time.monotonic() - signed > SECONDS_BETWEEN_SIGNS:
             signed = time.monotonic()
