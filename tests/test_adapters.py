@@ -29,6 +29,7 @@ Command = Callable[..., Finished]
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
+    "ranks": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 64}},
     "dora": {"use_dora": True},
     "head": {"modules_to_save": ["lm_head"]},
 }
@@ -113,12 +114,11 @@ GPT2 = LORA | {"lora_target_linear": None, "lora_target_modules": ["c_attn", "c_
 # Changes to the configuration, iterations, and whether vLLM serves the adapter as it is.
 CHAINS: dict[str, tuple[dict[str, Any], int, bool]] = {
     "full": ({}, 3, False),
-    "continue": (LORA, 3, True),
+    "continue": (LORA | {"lora_dropout": 0.1}, 3, True),
     "merge": (MERGE, 3, False),
     # kinds that vLLM cannot serve: known beforehand, and found out when it refuses
     "tied": (LORA | {"lora_modules_to_save": ["lm_head", "embed_tokens"]}, 2, False),
     "dora": (LORA | {"peft_use_dora": True, "lora_modules_to_save": ["lm_head"]}, 2, False),
-    "ranks": (LORA | {"lora_rank_pattern": {"q_proj": 2}, "lora_alpha_pattern": {"q_proj": 64}}, 2, False),
     "gpt2": (GPT2, 2, False),
     # quantised in training, not in vLLM
     "8bit": (LORA | {"load_in_8bit": True}, 2, True),

@@ -163,40 +163,6 @@ def test_accumulation_changes_nothing(
         torch.testing.assert_close(tensor, weights[1][name], atol=1e-5, rtol=1e-5)
 
 
-def test_lora_plays_on_with_the_adapter(tmp_path: Path, llama: Path, chat_data: Path, command: Command) -> None:
-    """The opponent of iteration 1 is the base model plus the adapter of iteration 0, never the base model alone."""
-    from peft import PeftModel
-
-    lora = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True, "lora_dropout": 0.1}
-    # Axolotl switches its fused kernels on by itself; they exist for GPUs only.
-    kernels = {"lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False}
-    write_config(tmp_path, spin_config(tmp_path, llama, chat_data, learning_rate=1e-2, **lora, **kernels))
-    done = command(ROOT / "scripts/iterate.sh", "config.yml", folder=tmp_path)
-    assert done.code == 0, done.output[-3000:]
-    run = RunDir(tmp_path / "run")
-    for iteration in (0, 1):
-        first = logged(run.root, iteration)[0]
-        assert first["spin/loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert json.loads((run.iteration(1).synthetic / "job.json").read_text())["adapter"].endswith("iteration-0")
-
-    base = AutoModelForCausalLM.from_pretrained(llama)
-    opponent = PeftModel.from_pretrained(base, run.iteration(0).path).eval()
-    pairs = open_pairs(run.iteration(1))
-    stored = load_file(pairs.opponent_files["train"])["logps"]
-    pair = pairs.train[0]
-    tokens = torch.tensor([pair["prompt"] + pair["real"]])
-    asked = range(len(pair["prompt"]) - 1, tokens.shape[1] - 1)
-
-    def by_hand() -> float:
-        with torch.no_grad():
-            logps = opponent(tokens).logits.log_softmax(-1)[0]
-        return sum(logps[place, tokens[0, place + 1]].item() for place in asked)
-
-    assert stored[0, 0].item() == pytest.approx(by_hand(), abs=1e-3)
-    with opponent.disable_adapter():
-        assert abs(stored[0, 0].item() - by_hand()) > 0.1, "a wrong opponent would be seen"
-
-
 def test_flat_and_padded_runs_follow_one_trajectory(
     tmp_path: Path, llama: Path, chat_data: Path, command: Command
 ) -> None:

@@ -99,7 +99,7 @@ def test_the_game_starts_at_ln_2_and_margin_0(trained: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_every_way_follows_the_trajectory_of_one_process(trained: Path, name: str) -> None:
+def test_every_way_follows_the_trajectory_of_one_process(trained: Path, llama: Path, name: str) -> None:
     alone, together = run_of(trained, name.partition("-")[0]), run_of(trained, name)
     for metric in ("loss", "spin/loss", "spin/reward_margin", "eval_spin/loss", "eval_spin/reward_margin"):
         assert len(curve(alone, metric)) >= 2
@@ -109,7 +109,8 @@ def test_every_way_follows_the_trajectory_of_one_process(trained: Path, name: st
     weights = "adapter_model" if name.startswith("lora") else "model"
     first, second = (load_file(run / f"iteration-0/{weights}.safetensors") for run in (alone, together))
     assert first.keys() == second.keys()
-    for key, tensor in first.items():
-        torch.testing.assert_close(
-            second[key], tensor, atol=1e-3, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}"
-        )
+    # of a full model the update, which is much smaller than the weights
+    start = load_file(llama / "model.safetensors") if weights == "model" else {}
+    moved = {key: tensor - start.get(key, 0) for key, tensor in first.items()}
+    apart = sum((second[key] - first[key]).square().sum() for key in moved)
+    assert (apart / sum(tensor.square().sum() for tensor in moved.values())).sqrt() < 1e-2

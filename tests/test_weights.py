@@ -9,11 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import make_model
-from transformers import AutoModelForCausalLM
+from tiny import SMALL, make_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from spin_plugin.messages import SpinError
-from spin_plugin.weights import fingerprint, require_complete, require_complete_adapter, require_finite
+from spin_plugin.weights import fingerprint, model_class, require_complete, require_complete_adapter, require_finite
 
 FLOATS = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn
@@ -134,3 +134,22 @@ def test_fingerprint_is_of_the_content_and_not_of_the_place(model: Path, llama: 
     change(model / "model.safetensors", lambda tensors: tensors["model.norm.weight"].mul_(1.0001))
     assert fingerprint([str(model)], None) != fingerprint([str(llama)], None)
     assert fingerprint(["org/model"], "a") != fingerprint(["org/model"], "b")
+
+
+# --- models that see pictures, trained on text alone -------------------------------------------
+
+
+def test_multimodal_model_is_looked_at_as_axolotl_loads_it(tmp_path: Path) -> None:
+    """Mistral 3 is no causal LM for transformers; Axolotl takes its class for images and text, images or not."""
+    text = {key: value for key, value in SMALL.items() if not key.endswith("_token_id")} | {"model_type": "mistral"}
+    vision = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+              "num_attention_heads": 1, "head_dim": 32, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = AutoConfig.for_model("mistral3", text_config=text, vision_config=vision, image_token_index=5)
+    assert model_class(config) is AutoModelForImageTextToText
+    assert model_class(AutoConfig.for_model("llama")) is AutoModelForCausalLM
+    model = AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    require_complete(tmp_path / "model", trust_remote_code=False)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    require_complete_adapter(tmp_path / "adapter", str(tmp_path / "model"))

@@ -11,7 +11,7 @@ import numpy as np
 from spin_plugin.run import without_secrets
 
 SHARD = 256  # requests in a shard: what can be lost at most when a run is killed
-SCORED = SHARD  # vLLM says of so many responses how likely they are (agreement.py); of all it would cost 17 to 34%
+SCORED = 64  # vLLM says of so many responses how likely they are (agreement.py); of all it would cost 17 to 34%
 
 
 def shards_of(requests: int) -> int:
