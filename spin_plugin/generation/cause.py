@@ -5,11 +5,13 @@ import signal
 from pathlib import Path
 
 SMALLER = "lower spin.generation.gpu_memory_utilization or spin.generation.max_model_len"
+ENGINE_DIED = "its engine process died (killed, or short of memory?)"
 ADVICE = {
     "No module named 'ray'": "install it with pip as `ray[data]` into vLLM's environment, or set "
     "spin.generation.engine to vllm",
     "out of memory": SMALLER,
-    "EngineCore encountered an issue": "its engine process died (killed, or short of memory?)",
+    "EngineCore encountered an issue": ENGINE_DIED,
+    "Socket operation on non-socket": ENGINE_DIED,  # it was just being asked (vllm 0.32)
     "No available memory for the cache": "raise spin.generation.gpu_memory_utilization, or lower max_model_len",
     "max seq len": "lower spin.generation.max_model_len or raise spin.generation.gpu_memory_utilization",
     "Free memory on device": "free the GPU or lower spin.generation.gpu_memory_utilization",

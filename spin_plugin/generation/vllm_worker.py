@@ -114,6 +114,9 @@ def engine_arguments(job: dict[str, Any]) -> dict[str, Any]:
         per_token = 2 * model.get_total_num_hidden_layers() * heads * model.dtype.itemsize
         free = min(get_memory_node_info(node).available_memory for node in get_visible_memory_node())
         engine = on_cpu({"max_model_len": model.max_model_len} | engine, free, per_token, job["engines"])
+        if engine["enforce_eager"]:
+            # vLLM compiles a helper of its log-probabilities all the same: seconds, and a machine may have no compiler.
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
     return with_less_memory(engine) if job["less_memory"] else engine
 
 
