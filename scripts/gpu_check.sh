@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One tiny game of two iterations through `axolotl train` for each way to train and to draw responses, on a machine with
-# two or more GPUs. Prints one table: the way, its exit code and processes, the first and last loss of the last
+# One tiny game of two iterations through `axolotl train` for each of 21 ways to train and to draw responses, on a machine
+# with two or more GPUs. Prints one table: the way, its exit code and processes, the first and last loss of the last
 # iteration, and what is wrong: the command failed, or the first loss is not ln 2 (within the rounding of 16 bits).
 #
 #   scripts/gpu_check.sh [FOLDER]      # FOLDER keeps configurations, logs and runs; default: outputs/gpu-check

@@ -150,8 +150,9 @@ class Game:
         require_agreement(
             disagreement(shards.responses(), self.pairs.train, logps, number),
             number,
-            exact={name.removeprefix("torch.") for name in precision if name} == {"float32"},
-            quantised=bool(self.cfg.load_in_4bit or self.cfg.load_in_8bit),
+            # on a GPU fp32 may be TF32, here or in vLLM
+            exact={name.removeprefix("torch.") for name in precision if name} == {"float32"} and not logps.is_cuda,
+            quantised=bool(self.cfg.load_in_4bit or self.cfg.load_in_8bit or self.cfg.fp8),
         )
 
     def _warn_of_warmup(self, warmup: int) -> None:
@@ -201,10 +202,9 @@ class Game:
 
     def _require_no_watchdog(self) -> None:
         """Axolotl's watchdog ends a training that diverges as if it had come to its end."""
-        threshold = self.cfg.loss_watchdog_threshold
-        losses = [entry["loss"] for entry in self.folder.logged() if "loss" in entry]
-        if threshold is not None and losses and losses[-1] > threshold:
+        step = max((entry["step"] for entry in self.folder.logged()), default=0)
+        if self.cfg.loss_watchdog_threshold is not None and not self.cfg.early_stopping_patience and step < self.steps:
             raise SpinError(
-                f"loss_watchdog_threshold: the loss was above {threshold} at the end, so it is not finished; "
-                "lower its learning_rate in spin.schedule and take it back with `axolotl spin reset`"
+                f"loss_watchdog_threshold: training was ended at step {step} of {self.steps}; lower the learning_rate "
+                "in spin.schedule and take the iteration back with `axolotl spin reset`"
             )

@@ -150,7 +150,7 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real) -> Job
     except AdapterNotServedError as error:
         say(f"responses are drawn from the merged model, as vLLM cannot serve this adapter: {error}")
         draw(merged)
-    for merged_opponent in run.iteration(number).path.glob("opponent-*"):
+    for merged_opponent in run.iteration(number).path.glob("opponent*"):
         remove_whole(merged_opponent)
     return job
 

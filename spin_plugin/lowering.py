@@ -97,12 +97,12 @@ def lower(cfg: MutableMapping[str, Any], known_axolotl_keys: Iterable[str] = ())
     _refuse(cfg)
     if not cfg.get("output_dir"):
         raise SpinError("output_dir: name the directory of the run, for example `output_dir: ./outputs/spin`")
+    if cfg.get("use_ray"):  # its workers work elsewhere
+        cfg["output_dir"] = str(Path(cfg["output_dir"]).absolute())
     run = RunDir(Path(cfg["output_dir"]))
     run.require_writable()  # Axolotl opens its log there next
     iteration = run.finished()
     cfg.pop("resume_from_checkpoint", None)  # resuming needs no key
-    if cfg.get("use_ray"):  # its workers work elsewhere
-        cfg["output_dir"] = str(run.root.absolute())
     if cfg.get("lora_modules_to_save") and cfg.get("peft_ensure_weight_tying") is None:
         cfg["peft_ensure_weight_tying"] = True  # an embedding that is also the head stays one, in whatever is merged
     # The next opponent is the model at the end of the iteration, unless the user asks for the best one.
@@ -162,8 +162,9 @@ def _refuse(cfg: Mapping[str, Any]) -> None:
                 f"{key}: cannot be used with `rl: spin`: every rank works on pairs of its own; share the model "
                 "by FSDP2 or DeepSpeed ZeRO-3 instead"
             )
-    batches = {"split_batches", "dispatch_batches", "even_batches"} & dict(cfg.get("accelerator_config") or {}).keys()
-    if batches:
+    accelerator = cfg.get("accelerator_config")
+    own = accelerator.keys() if isinstance(accelerator, Mapping) else set()
+    if batches := own & {"split_batches", "dispatch_batches", "even_batches"}:
         raise SpinError(f"accelerator_config.{min(batches)}: cannot be used with `rl: spin`: pairs would count twice")
     if "MambaLMHeadModel" in (cfg.get("model_type"), cfg.get("type_of_model")):
         raise SpinError("model_type: MambaLMHeadModel cannot be used with `rl: spin`: vLLM cannot load it")
@@ -195,15 +196,16 @@ def refuse_other_trainers(cfg: Any, plugins: Iterable[Any]) -> None:
 
 
 def _refuse_what_cannot_be_merged(cfg: Mapping[str, Any], spin: SpinArgs) -> None:
-    """Axolotl's merge passes over a GPTQ model's and an embedding's LoRA. Others are found when they are merged."""
+    """Axolotl's merge passes over a GPTQ model, an embedding's LoRA, and that of a head which is the embedding."""
     merged = [f"lora_{name}" for name in ("modules_to_save", "target_parameters", "rank_pattern", "alpha_pattern")]
     needs = [key for key in ("peft_use_dora", *merged) if cfg.get(key)]
     if spin.adapter_chain == "merge":
         needs.append("spin.adapter_chain: merge")
     if cfg.get("gptq") and needs:
         raise SpinError(f"gptq: cannot be combined with {needs[0]}: nothing can be merged into a GPTQ model")
-    if needs and "embed_tokens" in (cfg.get("lora_target_modules") or ()):
-        raise SpinError(f"lora_target_modules: embed_tokens cannot be combined with {needs[0]}: it cannot be merged")
+    for module in ("embed_tokens", "lm_head"):
+        if needs and module in str(cfg.get("lora_target_modules")):
+            raise SpinError(f"lora_target_modules: {module} cannot be combined with {needs[0]}: it may not be merged")
 
 
 def _refuse_adapter_start(cfg: Mapping[str, Any]) -> None:
@@ -273,6 +275,8 @@ def _start_from_opponent(cfg: MutableMapping[str, Any], run: RunDir, iteration: 
             if iteration > 1:
                 _take_base(cfg, run.iteration(iteration - 2).merged)
     elif cfg.get("adapter") and cfg.get("lora_model_dir"):
+        if not Path(cfg["lora_model_dir"]).is_dir():
+            raise SpinError(f"lora_model_dir: {cfg['lora_model_dir']} is no directory here; download the adapter first")
         check_model_dir(Path(cfg["lora_model_dir"]), adapter=True)
     base = Path(str(cfg.get("base_model") or ""))
     if base.is_dir():

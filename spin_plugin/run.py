@@ -53,7 +53,11 @@ def make_folder_whole(path: Path, fill: Callable[[Path], None]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     with _naming(path, temporary):
         temporary.mkdir(parents=True)
-        fill(temporary)
+        try:
+            fill(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         flush(temporary.rglob("*"))
         shutil.rmtree(path, ignore_errors=True)
         os.rename(temporary, path)

@@ -348,7 +348,8 @@ def test_adapter_that_the_run_started_from_is_merged_only_once(config: Config, l
 
 
 def test_adapter_to_start_from_that_is_not_there_is_named(config: Config) -> None:
-    assert "org/adapter holds no adapter_config.json" in error_of(config(adapter="lora", lora_model_dir="org/adapter"))
+    error = error_of(config(adapter="lora", lora_model_dir="org/adapter"))
+    assert error == "lora_model_dir: org/adapter is no directory here; download the adapter first"
 
 
 def test_first_iteration_with_an_adapter_starts_a_new_one(config: Config) -> None:

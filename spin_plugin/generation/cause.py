@@ -23,7 +23,7 @@ SHORT_OF_MEMORY = ("out of memory", "Free memory on device", "Available memory o
 # vLLM has no LoRA for the architecture, or not for these modules of it (vllm 0.32).
 ABOUT_THE_ADAPTER = (
     "does not support LoRA", "expected target modules", "is unsupported LoRA weight", "not supported for LoRA",
-    "No supported LoRA modules", "max_lora_rank",
+    "No supported LoRA modules", "max_lora_rank", "Adapter bias is not supported",
 )  # fmt: skip
 LONGEST = 300
 # `(EngineCore pid=4711) ERROR 11-22 12:00:09 [core.py:708] `, each part of it optional.
