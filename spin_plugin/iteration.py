@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from datasets import Dataset
 
@@ -109,10 +108,10 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real) -> Job
     """Have vLLM draw this iteration's responses, from the merged model where it cannot serve the adapter."""
     options = spin.generation
     _warn_of_another_opponent(cfg, spin)
-    requests = _requests(cfg, spin, number, real)
+    prompts = _prompts(cfg, spin, number, real)
+    requests = _requests(cfg, spin, number, prompts)
     count, digest = fingerprint_requests(requests())
-    played = sum(len(ids) for ids in _played(cfg, spin, number, real).values())
-    if left_out := played - count // options.samples_per_prompt:
+    if left_out := sum(len(ids) for _, _, ids in prompts) - count // options.samples_per_prompt:
         warn(f"{left_out:,} prompts leave no room within spin.generation.max_model_len and are not played")
     sampling = {
         "temperature": options.temperature,
@@ -167,22 +166,23 @@ def _warn_of_another_opponent(cfg: Any, spin: SpinArgs) -> None:
         warn("vLLM draws from the unquantised base model plus adapter, training scores with the quantised one")
 
 
-def _played(cfg: Any, spin: SpinArgs, number: int, real: Real) -> dict[str, np.ndarray]:
-    """Ids of the prompts of an iteration, by split; held-out ones are always all played."""
+def _prompts(cfg: Any, spin: SpinArgs, number: int, real: Real) -> list[Prompts]:
+    """What an iteration plays of each split; held-out prompts are always all played."""
     seed = int(cfg.seed or 0)
     draw = number if spin.resample_prompts else 0
-    played = {"train": choose_prompts(len(real.train), spin.num_prompts, seed=seed, draw=draw)}
+    train = choose_prompts(len(real.train), spin.num_prompts, seed=seed, draw=draw)
+    prompts = [Prompts("train", real.train, train)]
     if real.eval is not None:
-        played["eval"] = choose_prompts(len(real.eval), None, seed=seed, draw=0)
-    return played
+        prompts.append(Prompts("eval", real.eval, choose_prompts(len(real.eval), None, seed=seed, draw=0)))
+    return prompts
 
 
-def _requests(cfg: Any, spin: SpinArgs, number: int, real: Real) -> Callable[[], Iterator[Request]]:
+def _requests(cfg: Any, spin: SpinArgs, number: int, prompts: list[Prompts]) -> Callable[[], Iterator[Request]]:
     """Gives every request of an iteration, as often as it is called."""
-    options, examples = spin.generation, {"train": real.train, "eval": real.eval}
+    options = spin.generation
     return partial(
         requests_for,
-        [Prompts(split, examples[split], ids) for split, ids in _played(cfg, spin, number, real).items()],
+        prompts,
         iteration=number,
         seed=int(cfg.seed or 0) if options.seed is None else options.seed,
         samples=options.samples_per_prompt,

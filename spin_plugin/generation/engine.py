@@ -123,9 +123,7 @@ class Engine:
 
     @property
     def might_work_with_less_memory(self) -> bool:
-        """Whether another attempt can help: not where vLLM refused to start, or cannot serve the adapter."""
-        if self.cannot_serve_the_adapter:
-            return False
+        """Whether another attempt can help: not where vLLM refused to start."""
         return self.ready or self.hangs or (self.process.poll() or 0) < 0 or is_short_of_memory(self.cause())
 
     @property
