@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spin_plugin import __version__
@@ -17,6 +18,7 @@ from spin_plugin.lowering import Lowered
 from spin_plugin.merge import merge
 from spin_plugin.messages import SpinError, say, warn
 from spin_plugin.order import steps_in_epoch
+from spin_plugin.precision import HALF, require_moving_weights, store_in_16_bits
 from spin_plugin.processes import (
     answer_questions,
     clear_questions,
@@ -40,6 +42,8 @@ class Game:
         self.folder: IterationDir = lowered.run.iteration(lowered.iteration)
         self.pairs: PairsOnDisk
         self.held = ExitStack()
+        self.kept: list[str] = []
+        """Tensors that the architecture wants in 32 bits, whatever the format of the model."""
 
     # --- before training ---------------------------------------------------------------------
 
@@ -50,6 +54,7 @@ class Game:
             SpinError: the directory is in use or belongs to another configuration, or the data cannot be used.
         """
         run, number = self.lowered.run, self.lowered.iteration
+        require_moving_weights(self.cfg)
         end_with_launcher()
         if self.first:
             self.held.enter_context(run.locked())
@@ -130,9 +135,14 @@ class Game:
 
     # --- training ----------------------------------------------------------------------------
 
+    def look_at_formats(self, model: Any) -> None:
+        """Note what has 32 bits although the model was loaded in 16, before Axolotl and the masters change that."""
+        if self.cfg.torch_dtype in HALF and not self.cfg.deepspeed:
+            self.kept = [name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32]
+
     def equip(self, trainer: Any) -> None:
         """Hand the trainer its block and files."""
-        from spin_plugin.trainer import SpinTrainer
+        from spin_plugin.trainer import RoundAtTheEnd, SpinTrainer
 
         assert isinstance(trainer, SpinTrainer)  # other plugins' were refused
         trainer.spin = self.spin
@@ -140,6 +150,8 @@ class Game:
         trainer.opponent_key = self.pairs.opponent_key
         trainer.judge_opponent = self._judge_opponent
         trainer.metrics_file = self.folder.metrics
+        if self.cfg.torch_dtype == torch.bfloat16 and not self.cfg.adapter:
+            trainer.add_callback(RoundAtTheEnd(self.kept))
         if self.first:
             self._warn_of_warmup(trainer.args.get_warmup_steps(self.steps))
 
@@ -172,7 +184,10 @@ class Game:
             return tell_saved(run)
         wait_until_saved(run)
         self._require_no_watchdog()
-        require_finite(check_model_dir(self.folder.path, adapter=bool(self.cfg.adapter)))
+        files = check_model_dir(self.folder.path, adapter=bool(self.cfg.adapter))
+        if self.cfg.torch_dtype in HALF and not self.cfg.adapter:
+            store_in_16_bits(self.folder.path, files, self.cfg.torch_dtype, self.kept)
+        require_finite(files)
         flush(self.folder.path.iterdir())
         if self.cfg.adapter and self.spin.adapter_chain == "merge":
             merge(self.cfg, self.folder.path, self.folder.merged, tokenizer=self.folder.path)

@@ -67,6 +67,8 @@ SFT_ONLY: dict[str, Any] = {
     "dataloader_drop_last": False,  # an epoch plays every pair
     "auto_resume_from_checkpoints": True,  # the debug log of one run goes on
 }
+# Fused kernels for GPUs; nobody has compared them with the plain layers under SPIN's two responses a row yet.
+LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,9 @@ def lower(cfg: MutableMapping[str, Any], known_axolotl_keys: Iterable[str] = ())
     run.require_writable()  # Axolotl opens its log there next
     iteration = run.finished()
     cfg.pop("resume_from_checkpoint", None)  # resuming needs no key
+    if cfg.get("adapter"):
+        for kernel in LORA_KERNELS:  # Axolotl switches them on where no `rl` is set, and ours is gone by then
+            cfg.setdefault(kernel, False)
     if cfg.get("lora_modules_to_save") and cfg.get("peft_ensure_weight_tying") is None:
         cfg["peft_ensure_weight_tying"] = True  # an embedding that is also the head stays one, in whatever is merged
     # The next opponent is the model at the end of the iteration, unless the user asks for the best one.
@@ -162,6 +167,10 @@ def _refuse(cfg: Mapping[str, Any]) -> None:
                 f"{key}: cannot be used with `rl: spin`: every rank works on pairs of its own; share the model "
                 "by FSDP2 or DeepSpeed ZeRO-3 instead"
             )
+    if cfg.get("bf16") == "full":
+        raise SpinError(
+            "bf16: full trains weights of 16 bits, where rounding takes small updates back; use `bf16: true`"
+        )
     accelerator = cfg.get("accelerator_config")
     own = accelerator.keys() if isinstance(accelerator, Mapping) else set()
     if batches := own & {"split_batches", "dispatch_batches", "even_batches"}:

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import torch
 from axolotl.integrations.base import BasePlugin, PluginManager
 
 from spin_plugin.lowering import Lowered, announce, lower, refuse_other_trainers, restore
 from spin_plugin.messages import SpinError, exit_in_one_line, say
+from spin_plugin.precision import keep_masters
 from spin_plugin.processes import rank
 
 
@@ -70,8 +72,20 @@ class SpinPlugin(BasePlugin):
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
         """Keep the pairs' columns, which no model's forward knows; never wait for the GPU to look for NaN."""
+        if self.game is None:
+            return {}
         ours = {"remove_unused_columns": False, "label_names": [], "logging_nan_inf_filter": False}
-        return ours if self.game is not None else {}
+        # transformers allows bf16 without a GPU only where the CPU is asked for by name
+        return ours | ({"use_cpu": True} if cfg.bf16 and not torch.accelerator.is_available() else {})
+
+    def post_model_build(self, cfg: Any, model: Any) -> None:
+        if self.game is not None:
+            self.game.look_at_formats(model)
+
+    def post_model_load(self, cfg: Any, model: Any) -> None:
+        """Nothing has wrapped the model yet."""
+        if self.game is not None:
+            keep_masters(cfg, model)
 
     @exit_in_one_line
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:

@@ -27,6 +27,7 @@ from spin_plugin.loss import METRICS, metric_sums, spin_terms
 from spin_plugin.messages import SpinError, console, exit_in_one_line, say
 from spin_plugin.opponent import OpponentStore, fill, missing, shares
 from spin_plugin.order import BalancedSampler, counted, steps_in_epoch
+from spin_plugin.precision import require_masters, round_masters
 from spin_plugin.run import IterationDir
 
 SCORING_FACTOR = 4  # without gradients this many times the pairs fit into memory
@@ -301,4 +302,17 @@ class _OpponentBeforeFirstStep(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        require_masters(self.trainer.axolotl_cfg, kwargs["optimizer"].param_groups)
         self.trainer.load_opponent(self.trainer.model_wrapped)
+
+
+class RoundAtTheEnd(TrainerCallback):
+    """Brings masters to bf16 before Axolotl saves the model, so that in the mean nothing of their movement is lost."""
+
+    def __init__(self, kept: list[str]) -> None:
+        self.kept = kept
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        round_masters(kwargs["model"], kept=self.kept, seed=args.seed)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tiny import spin_config
 
 from spin_plugin.lowering import (
+    LORA_KERNELS,
     NO_PROMPT_TYPES,
     PLUGIN,
     REFUSED,
@@ -171,6 +172,22 @@ def test_adapter_that_vllm_cannot_serve_is_refused(config: Config, adapter: str)
 @pytest.mark.parametrize("adapter", ["lora", "qlora", ""])
 def test_adapter_that_vllm_can_serve_is_taken(config: Config, adapter: str) -> None:
     lower(config(adapter=adapter))
+
+
+def test_fused_lora_kernels_are_for_those_who_name_them(config: Config) -> None:
+    """Without an `rl` Axolotl would switch them on by itself."""
+    cfg = config(adapter="lora", lora_qkv_kernel=True)
+    lower(cfg)
+    assert {kernel: cfg[kernel] for kernel in LORA_KERNELS} == dict.fromkeys(LORA_KERNELS, False) | {
+        "lora_qkv_kernel": True
+    }
+    full = config()
+    lower(full)
+    assert not full.keys() & set(LORA_KERNELS)
+
+
+def test_pure_16_bits_are_refused(config: Config) -> None:
+    assert error_of(config(bf16="full")).startswith("bf16: full ")
 
 
 def test_what_cannot_be_merged_is_refused_beforehand(config: Config, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, Finished
-from tiny import LORA, byte_tokenizer, chat_rows, make_model, write_config, write_jsonl
+from tiny import byte_tokenizer, chat_rows, make_model, write_config, write_jsonl
 
 from spin_plugin.iteration import open_pairs
 from spin_plugin.lowering import lower
@@ -120,8 +120,6 @@ def scaled_down(name: str, folder: Path) -> dict[str, Any]:
         rows = chat_rows(16, turns=2)
         recipe |= {"chat_template": "chatml", "eot_tokens": ["<|im_end|>"]}
     write_jsonl(folder / "data.jsonl", rows)
-    if recipe.get("adapter"):
-        recipe |= {key: False for key in LORA if key.endswith("_kernel")}
     if "deepspeed" in recipe:
         recipe["deepspeed"] = json.loads((ROOT / recipe["deepspeed"]).read_text()) | {"bf16": {"enabled": False}}
     recipe["spin"]["num_prompts"] = 12

@@ -48,8 +48,6 @@ FSDP2: dict[str, Any] = {
 }
 LORA: dict[str, Any] = {
     "adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True, "learning_rate": 1e-2,
-    # Axolotl switches its fused kernels on by itself; they exist for GPUs only.
-    "lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False, "lora_embedding_kernel": False,
 }  # fmt: skip
 
 

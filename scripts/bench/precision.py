@@ -1,0 +1,234 @@
+"""Do an optimizer's steps move the weights? Every way to keep them, against training in 32 bits.
+
+    python scripts/bench/precision.py [--steps 50] [--json FILE]
+
+A random Llama with weights of size 0.02 trains on random pairs by SPIN's loss, with AdamW, once for each way and
+learning rate, every time on the same batches. Of the weight matrices: the share of their elements that has changed, and
+the projection of their movement on that of the run in 32 bits, 1 where both are the same and 0 where nothing moves.
+`stored` is the projection of what an iteration stores in bf16, `nearest` what rounding to the nearest would leave of it
+(an adapter is stored as it is). Runs on a CPU, in some minutes.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from spin_plugin.attention import enable
+from spin_plugin.head import install, logps
+from spin_plugin.layout import Pair, flat_batch
+from spin_plugin.loss import spin_terms
+from spin_plugin.precision import round_masters
+
+RATES = (5e-7, 2e-6, 1e-5)
+BETA = 0.1
+PAIRS = 4  # a step
+LENGTHS = (16, 24, 20)  # tokens of prompt, real and synthetic response
+VOCABULARY = 256
+CONFIG = LlamaConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=2048,
+    pad_token_id=0,
+    eos_token_id=1,
+)
+console = Console(soft_wrap=True)
+
+Weights = dict[str, Tensor]
+Trainer = Callable[[nn.Module, list[dict[str, Tensor]], float], Weights]
+"""Model, batches and learning rate to the matrices at the end, as precisely as they are kept."""
+
+
+def make_model(dtype: torch.dtype, *, lora: bool = False) -> nn.Module:
+    """The same random weights, all of them bf16 numbers, in one format or the other."""
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(CONFIG).bfloat16().to(dtype)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # else lora_A, which it multiplies, stands still at first
+                nn.init.normal_(parameter, std=0.02)
+    install(model)
+    enable(model)
+    return model
+
+
+def matrices(model: nn.Module) -> Weights:
+    return {n: p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad and p.dim() > 1}
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor], opponent: Tensor) -> Tensor:
+    return spin_terms(logps(model, batch), opponent, beta=BETA, loss="logistic").loss.mean()
+
+
+def scored(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[Tensor]:
+    with torch.no_grad():
+        return [logps(model, batch) for batch in batches]
+
+
+def adamw(parameters: Iterator[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+
+
+def stochastic(parameters: Iterator[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=rate, weight_decay=0.0, bf16_stochastic_round=True)
+
+
+def compensated(parameters: Iterator[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    from optimi import AdamW
+
+    return AdamW(parameters, lr=rate, weight_decay=0.0, foreach=False)
+
+
+def what_rounding_lost(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor | float:
+    """What compensated summation keeps beside a weight; 0 for every other optimizer."""
+    lost = optimizer.state[parameter].get("kahan_comp")
+    return 0.0 if lost is None else lost.float()
+
+
+def by(optimizer: Callable[[Iterator[nn.Parameter], float], torch.optim.Optimizer], *, autocast: bool) -> Trainer:
+    """Plain training with an optimizer, as Axolotl's trainer does it in one process."""
+
+    def train(model: nn.Module, batches: list[dict[str, Tensor]], rate: float) -> Weights:
+        computing = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+        steps = optimizer((p for p in model.parameters() if p.requires_grad), rate)
+        with computing:
+            opponents = scored(model, batches)
+        for batch, opponent in zip(batches, opponents, strict=True):
+            with computing:
+                loss = loss_of(model, batch, opponent)
+            loss.backward()
+            steps.step()
+            steps.zero_grad()
+        named = {name: parameter for name, parameter in model.named_parameters() if name in matrices(model)}
+        return {name: weight.detach().float() + what_rounding_lost(steps, weight) for name, weight in named.items()}
+
+    return train
+
+
+def by_zero(model: nn.Module, batches: list[dict[str, Tensor]], rate: float) -> Weights:
+    """DeepSpeed ZeRO-2 with `bf16`, one process: the weights it keeps are its own fp32 masters."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    config = {
+        "train_micro_batch_size_per_gpu": PAIRS,
+        "zero_optimization": {"stage": 2},
+        "bf16": {"enabled": True},
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model.parameters(), rate), config=config)
+    opponents = scored(engine, batches)
+    for batch, opponent in zip(batches, opponents, strict=True):
+        engine.backward(loss_of(engine, batch, opponent))
+        engine.step()
+    named = ((n, p) for n, p in engine.module.named_parameters() if p.dim() > 1)
+    return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in named}
+
+
+# What it is called, the format of the weights, and how they are trained.
+WAYS: dict[str, tuple[torch.dtype, Trainer]] = {
+    "fp32 masters": (torch.float32, by(adamw, autocast=True)),
+    "ZeRO": (torch.bfloat16, by_zero),
+    "stochastic rounding": (torch.bfloat16, by(stochastic, autocast=True)),
+    "compensated": (torch.bfloat16, by(compensated, autocast=True)),
+    "plain bf16": (torch.bfloat16, by(adamw, autocast=True)),
+    "LoRA": (torch.bfloat16, by(adamw, autocast=True)),
+}
+
+
+def moved(before: Weights, after: Weights) -> Tensor:
+    return torch.cat([(after[name] - before[name]).flatten() for name in sorted(before)]).double()
+
+
+def projection(movement: Tensor, reference: Tensor) -> float:
+    return float(movement @ reference / (reference @ reference))
+
+
+@cache
+def reference_movement(rate: float, steps: int, *, lora: bool) -> Tensor:
+    """How the run in 32 bits moves."""
+    exact = make_model(torch.float32, lora=lora)
+    return moved(matrices(exact), by(adamw, autocast=False)(exact, draw_batches(steps), rate))
+
+
+def draw_batches(steps: int) -> list[dict[str, Tensor]]:
+    random = torch.Generator().manual_seed(0)
+
+    def pair() -> Pair:
+        return Pair(*(torch.randint(2, VOCABULARY, (length,), generator=random).tolist() for length in LENGTHS))
+
+    return [flat_batch([pair() for _ in range(PAIRS)]) for _ in range(steps)]
+
+
+def compare(way: str, rate: float, steps: int) -> dict[str, Any]:
+    """One way at one learning rate."""
+    (dtype, train), lora = WAYS[way], way == "LoRA"
+    reference = reference_movement(rate, steps, lora=lora)
+    model = make_model(dtype, lora=lora)
+    start = matrices(model)
+    after = train(model, draw_batches(steps), rate)
+    movement = moved(start, after)
+    nearest = moved(start, {name: weight.bfloat16().float() for name, weight in after.items()})
+    if not lora:  # an adapter is stored as it is
+        round_masters(model, kept=(), seed=0)
+    return {
+        "way": way,
+        "learning_rate": rate,
+        "changed": float((movement != 0).double().mean()),
+        "projection": projection(movement, reference),
+        "stored": projection(moved(start, matrices(model)), reference),
+        "nearest": projection(nearest, reference),
+    }
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """torch.distributed of one process, for DeepSpeed."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        yield
+        torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with one_process():
+        rows = [compare(way, rate, options.steps) for way in track(WAYS, "training", console=console) for rate in RATES]
+    columns = ("changed", "projection", "stored", "nearest")
+    table = Table("way", "learning rate", *columns)
+    for row in rows:
+        table.add_row(row["way"], f"{row['learning_rate']:g}", *(f"{row[column]:.3f}" for column in columns))
+    console.print(table)
+    if options.json:
+        content = {"steps": options.steps, "torch": torch.__version__, "ways": rows}
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""The trained weights move: 32-bit masters, optimizers that lose nothing, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from axolotl.utils.dict import DictDefault
+from conftest import Finished
+from safetensors.torch import load_file, save_file
+from tiny import FSDP2, LORA, chat_rows, spin_config, write_config, write_jsonl
+from torch import nn
+
+from spin_plugin.messages import SpinError
+from spin_plugin.precision import (
+    is_lean,
+    keep_masters,
+    require_masters,
+    require_moving_weights,
+    round_masters,
+    rounded_stochastically,
+    store_in_16_bits,
+)
+from spin_plugin.run import RunDir
+
+STOCHASTIC = {"optimizer": "adamw_torch_8bit", "optim_args": {"bf16_stochastic_round": True}}
+
+
+def config(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> DictDefault:
+    """What the plugin sees of a validated configuration."""
+    return DictDefault({"torch_dtype": dtype, "optimizer": "adamw_torch"} | changes)
+
+
+# --- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"dtype": torch.float16, "fp16": True}, "fp16"),
+        ({"dtype": torch.float16, "float16": True}, "float16"),
+        ({"adapter": "lora", "peft_autocast_adapter_dtype": False}, "peft_autocast_adapter_dtype"),
+        ({"deepspeed": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}}, "deepspeed"),
+        ({"deepspeed": "no-such-file.json"}, "deepspeed"),
+    ],
+)
+def test_what_would_round_updates_away_is_refused_by_its_key(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(SpinError, match=f"^{key}: "):
+        require_moving_weights(config(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        STOCHASTIC,
+        {"dtype": torch.float32},
+        {"dtype": torch.float16, "adapter": "lora"},
+        {"adapter": "qlora", "peft_autocast_adapter_dtype": True},
+        {"deepspeed": {"bf16": {"enabled": "auto"}}},
+        {"dtype": torch.float32, "deepspeed": "no-such-file.json"},
+    ],
+)
+def test_everything_else_is_taken(changes: dict[str, Any]) -> None:
+    require_moving_weights(config(**changes))
+
+
+def test_deepspeed_file_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"bf16": {"enabled": True}}))
+    require_moving_weights(config(deepspeed=str(file)))
+    file.write_text("[]")
+    with pytest.raises(SpinError, match=r"deepspeed: .*zero\.json holds no mapping"):
+        require_moving_weights(config(deepspeed=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "lean"),
+    [
+        (STOCHASTIC, True),
+        ({"optimizer": "adamw_torch_4bit", "optim_args": "block_size=128, bf16_stochastic_round=True"}, True),
+        ({"optimizer": "optimi_adamw"}, True),
+        ({"optimizer": "adamw_torch_8bit"}, False),
+        ({"optimizer": "adamw_torch_8bit", "optim_args": {"bf16_stochastic_round": False}}, False),
+        ({"optimizer": "adamw_torch", "optim_args": {"bf16_stochastic_round": True}}, False),
+    ],
+)
+def test_only_optimizers_that_lose_nothing_are_lean(changes: dict[str, Any], lean: bool) -> None:
+    assert is_lean(config(**changes)) is lean
+
+
+# --- masters -----------------------------------------------------------------------------------------
+
+
+def half_model() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 16), nn.Linear(16, 8, bias=False)).bfloat16()
+    model[2].weight = model[0].weight  # tied, as heads are
+    model[1].bias.requires_grad_(False)
+    return model
+
+
+def formats(model: nn.Module) -> list[torch.dtype]:
+    return [model[0].weight.dtype, model[1].weight.dtype, model[1].bias.dtype]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [torch.float32, torch.float32, torch.bfloat16]),  # what is frozen costs nothing more
+        ({"fsdp_config": {"reshard_after_forward": True}}, [torch.float32] * 3),
+        ({"deepspeed": "zero.json"}, [torch.bfloat16] * 3),
+        (STOCHASTIC, [torch.bfloat16] * 3),
+        (STOCHASTIC | {"adapter": "lora"}, [torch.float32, torch.float32, torch.bfloat16]),
+        ({"adapter": "lora", "fsdp_config": {"reshard_after_forward": True}}, [torch.bfloat16] * 3),
+    ],
+)
+def test_masters(changes: dict[str, Any], expected: list[torch.dtype]) -> None:
+    model = half_model()
+    keep_masters(config(**changes), model)
+    assert formats(model) == expected
+    assert model[2].weight is model[0].weight
+
+
+def train(model: nn.Linear, *, steps: int = 50, rate: float = 5e-7) -> torch.Tensor:
+    """Share of the weights that AdamW has changed."""
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randn(64, 64, generator=generator)
+    for _ in range(steps):
+        inputs = torch.randn(32, 64, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = (model(inputs).float() - inputs @ target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return (model.weight != before).double().mean()
+
+
+def test_why_weights_of_16_bits_are_refused() -> None:
+    model = nn.Linear(64, 64, bias=False)
+    nn.init.normal_(model.weight, std=0.02)
+    model = model.bfloat16()
+    assert train(model) < 0.05
+    keep_masters(config(), model)
+    assert train(model) > 0.9
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw_torch_8bit"}])
+def test_the_last_guard_sees_what_the_optimizer_holds(changes: dict[str, Any]) -> None:
+    model = half_model()
+    with pytest.raises(SpinError, match=r"384 weights would be trained in 16 bits.*bf16_stochastic_round"):
+        require_masters(
+            config(**changes), torch.optim.SGD(p for p in model.parameters() if p.requires_grad).param_groups
+        )
+    keep_masters(config(**changes), model)
+    require_masters(config(**changes), torch.optim.SGD(p for p in model.parameters() if p.requires_grad).param_groups)
+
+
+def test_stochastic_rounding_is_right_in_the_mean() -> None:
+    """1.002 lies a quarter of the way from 1 to its neighbour 1 + 2^-7."""
+    value, step = 1 + 2**-9, 2**-7
+    values = torch.tensor([value, -value, 1.0, 0.0, float("inf"), 2**-130 + 2**-140]).repeat(20_000, 1)
+    rounded = rounded_stochastically(values, torch.Generator().manual_seed(0))
+    assert rounded.dtype == torch.bfloat16
+    assert set(rounded[:, 0].tolist()) == {1.0, 1 + step}
+    assert rounded[:, 0].double().mean().item() == pytest.approx(value, abs=step / 100)
+    assert rounded[:, 1].double().mean().item() == pytest.approx(-value, abs=step / 100)
+    assert torch.equal(rounded[:, 2:5].float(), values[:, 2:5]), "what bf16 holds is not moved"
+    assert torch.equal(rounded, rounded_stochastically(values, torch.Generator().manual_seed(0)))
+
+
+def test_trained_weights_are_rounded_and_the_rest_is_left() -> None:
+    model = nn.ModuleDict({name: nn.Linear(64, 64, bias=False) for name in ("trained", "frozen", "router")})
+    model["frozen"].requires_grad_(False)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    round_masters(model, kept=["router.weight"], seed=1)
+    after = dict(model.named_parameters())
+    assert torch.equal(after["trained.weight"], after["trained.weight"].bfloat16().float())
+    assert (after["trained.weight"] - before["trained.weight"]).abs().max() <= 2**-10  # weights are below 1/8
+    assert not torch.equal(after["trained.weight"], before["trained.weight"].bfloat16().float()), "not the nearest"
+    assert all(torch.equal(after[f"{name}.weight"], before[f"{name}.weight"]) for name in ("frozen", "router"))
+
+
+def test_stored_weights_are_rounded_and_the_rest_is_left(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(4, 4),
+        "router": torch.randn(4),
+        "half": torch.randn(4).bfloat16(),
+        "n": torch.arange(3),
+    }
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file, {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps({"dtype": "float32", "hidden_size": 4}))
+    store_in_16_bits(tmp_path, [file], torch.bfloat16, ["router"])
+    stored = load_file(file)
+    assert torch.equal(stored["a"], tensors["a"].bfloat16())
+    assert all(torch.equal(stored[name], tensors[name]) for name in ("router", "half", "n"))
+    assert json.loads((tmp_path / "config.json").read_text()) == {"dtype": "bfloat16", "hidden_size": 4}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+# --- the real command --------------------------------------------------------------------------------
+
+BF16 = {"bf16": True}
+ZERO = {
+    "zero_allow_untested_optimizer": True,
+    "bf16": {"enabled": True},
+    **dict.fromkeys(
+        ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu"),
+        "auto",
+    ),
+}
+
+
+def zero(stage: int) -> dict[str, Any]:
+    return {
+        "deepspeed": ZERO | {"zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}}
+    }
+
+
+ALONE = {
+    "fp32": {},
+    "bf16": BF16,
+    "lean": BF16 | STOCHASTIC,
+    "lora": BF16 | LORA,
+    "slow": BF16 | {"learning_rate": 5e-7},
+}
+TOGETHER = {"ddp": BF16, "fsdp2": BF16 | FSDP2, "zero2": BF16 | zero(2), "zero3": BF16 | zero(3)}
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, llama: Path, command: Callable[..., Finished], play: Callable[..., None]
+) -> Path:
+    """A folder with the run of each way: one generation, then 96 steps at a small learning rate for each."""
+    folder = tmp_path_factory.mktemp("precision")
+    data = write_jsonl(folder / "chat.jsonl", chat_rows(24))
+    base = spin_config(
+        folder, llama, data, num_epochs=16, learning_rate=2e-5, save_strategy="epoch", save_total_limit=1
+    )
+    base["spin"] |= {"iterations": 1, "beta": 1.0}
+    done = command("axolotl", "preprocess", write_config(folder, base | BF16), folder=folder)
+    assert done.code == 0, done.output[-3000:]
+    (folder / "run/run.json").unlink()  # the ways' configurations differ
+    jobs = []
+    for processes, ways in ((1, ALONE), (2, TOGETHER)):
+        for name, changes in ways.items():
+            shutil.copytree(folder / "run", folder / name / "run")
+            own = base | changes | {"output_dir": str(folder / name / "run"), "micro_batch_size": 4 // processes}
+            jobs.append((write_config(folder / name, own), processes))
+    play(folder, jobs)
+    return folder
+
+
+def movement(file: Path, start: Path) -> torch.Tensor:
+    """How far all matrices have moved, in one vector."""
+    before, after = load_file(start / "model.safetensors"), load_file(file)
+    matrices = sorted(name for name, weight in before.items() if weight.dim() > 1)
+    return torch.cat([(after[name].float() - before[name].float()).flatten() for name in matrices])
+
+
+def checkpoint(run: Path) -> Path:
+    (found,) = (run / "iteration-0").glob("checkpoint-*")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bf16", "lean", *TOGETHER])
+def test_what_is_stored_has_moved_as_in_32_bits(trained: Path, llama: Path, name: str) -> None:
+    exact = movement(trained / "fp32/run/iteration-0/model.safetensors", llama)
+    file = trained / name / "run/iteration-0/model.safetensors"
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+    moved = movement(file, llama)
+    assert (moved @ exact) / (exact @ exact) == pytest.approx(1, abs=0.1)
+    runs = [RunDir(trained / way / "run") for way in ("fp32", name)]
+    assert runs[1].finished() == 1
+    ends = [run.iteration(0).last_metrics()["spin/reward_margin"] for run in runs]
+    assert ends[1] == pytest.approx(ends[0], rel=0.05), "it ends as good"
+
+
+@pytest.mark.slow
+def test_masters_move_at_the_learning_rate_of_the_paper(trained: Path, llama: Path) -> None:
+    """Their checkpoint holds them; what is stored at the end is rounded."""
+    moved = movement(checkpoint(trained / "slow/run") / "model.safetensors", llama)
+    assert (moved != 0).double().mean() > 0.9
+
+
+@pytest.mark.slow
+def test_an_adapter_is_trained_in_32_bits(trained: Path) -> None:
+    weights = load_file(trained / "lora/run/iteration-0/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert all(tensor.abs().max() > 0 for tensor in weights.values())
+
+
+@pytest.mark.slow
+def test_weights_of_16_bits_are_refused_before_anything_is_done(
+    tmp_path: Path, llama: Path, chat_data: Path, command: Callable[..., Finished]
+) -> None:
+    config = write_config(tmp_path, spin_config(tmp_path, llama, chat_data, bf16="full"))
+    done = command("axolotl", "train", config, folder=tmp_path)
+    assert done.code == 1
+    assert len(done.errors) == 1 and "bf16: full" in done.errors[0]
+    assert not (tmp_path / "run").exists()
