@@ -110,8 +110,8 @@ class GenerationArgs(Block):
     GPUs hold, with Ray those of the cluster; one without a GPU."""
 
     gpu_memory_utilization: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Share of the GPU's memory that vLLM takes, on a CPU of the machine's. Default: vLLM's own; on a CPU what 256
-    responses need, at most a quarter of the free memory."""
+    """Share of the GPU's memory that vLLM takes, on a CPU of the machine's. Default: 0.85, as the processes that train
+    are on the same GPUs; on a CPU what 256 responses need, at most a quarter of the free memory."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
     """Number format of the weights in vLLM. Default: the one the model is trained in."""
