@@ -273,6 +273,13 @@ def _describe(detail: ErrorDetails, parent: str) -> str:
 
 
 def _unknown_key(parent: str, key: str, known: Iterable[str]) -> str:
+    known = set(known)
+    for fields, place in (
+        (SpinArgs.model_fields, "`spin` itself: write it beside `generation`"),
+        (GenerationArgs.model_fields, f"`spin.generation`: write `generation: {{{key}: …}}`"),
+    ):
+        if key in fields and key not in known:
+            return f"{parent}.{key}: there is no such key; it belongs to {place}"
     near = get_close_matches(key, list(known), n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(sorted(known))}"
     return f"{parent}.{key}: there is no such key; {hint}"

@@ -12,6 +12,7 @@ from spin_plugin import __version__
 from spin_plugin.agreement import disagreement, require_agreement
 from spin_plugin.checkpoint import check_model_dir, why_incomplete
 from spin_plugin.generation.shards import Shards
+from spin_plugin.hub import pin
 from spin_plugin.iteration import PairsOnDisk, open_pairs, prepare_iteration
 from spin_plugin.lowering import Lowered
 from spin_plugin.merge import merge
@@ -63,6 +64,7 @@ class Game:
         else:
             wait_until_prepared(run)
             self.pairs = open_pairs(self.folder)
+            pin(self.cfg, self.pairs.revision)
         self.cfg.output_dir = str(self.folder.path)
         if self.pairs.eval is None:
             self.cfg.val_set_size, self.cfg.test_datasets = 0, None
@@ -172,7 +174,7 @@ class Game:
             return tell_saved(run)
         wait_until_saved(run)
         self._require_no_watchdog()
-        require_finite(check_model_dir(self.folder.path, adapter=bool(self.cfg.adapter)))
+        require_finite(check_model_dir(self.folder.path, adapter=bool(self.cfg.adapter)), run.weights)
         flush(self.folder.path.iterdir())
         if self.cfg.adapter and self.spin.adapter_chain == "merge":
             merge(self.cfg, self.folder.path, self.folder.merged, tokenizer=self.folder.path)
