@@ -110,8 +110,8 @@ class GenerationArgs(Block):
     GPUs hold, with Ray those of the cluster; one without a GPU."""
 
     gpu_memory_utilization: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Share of the GPU's memory that vLLM takes, on a CPU of the machine's. Default: vLLM's own; on a CPU what 256
-    responses need, at most a quarter of the free memory."""
+    """Share of the GPU's memory that vLLM takes, on a CPU of the machine's. Default: 0.85, as the processes that train
+    are on the same GPUs; on a CPU what 256 responses need, at most a quarter of the free memory."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
     """Number format of the weights in vLLM. Default: the one the model is trained in."""
@@ -273,6 +273,13 @@ def _describe(detail: ErrorDetails, parent: str) -> str:
 
 
 def _unknown_key(parent: str, key: str, known: Iterable[str]) -> str:
+    known = set(known)
+    for fields, place in (
+        (SpinArgs.model_fields, "`spin` itself: write it beside `generation`"),
+        (GenerationArgs.model_fields, f"`spin.generation`: write `generation: {{{key}: …}}`"),
+    ):
+        if key in fields and key not in known:
+            return f"{parent}.{key}: there is no such key; it belongs to {place}"
     near = get_close_matches(key, list(known), n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(sorted(known))}"
     return f"{parent}.{key}: there is no such key; {hint}"

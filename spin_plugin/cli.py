@@ -62,8 +62,12 @@ def read_config(config: Path) -> tuple[SpinArgs, RunDir]:
         cfg = yaml.safe_load(config.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise SpinError(f"{config} is not readable YAML: {error}") from None
+    except UnicodeDecodeError:
+        raise SpinError(f"{config} is no text; name the YAML file that you train with") from None
     if not isinstance(cfg, dict) or cfg.get("rl") != "spin" or not cfg.get("output_dir"):
-        raise SpinError(f"{config} is no SPIN configuration: it needs `rl: spin`, a `spin:` block and `output_dir`")
+        raise SpinError(
+            f"{config} is no SPIN configuration: it needs `rl: spin` (in lower case), a `spin:` block and `output_dir`"
+        )
     if not any(str(name).startswith("spin_plugin.") for name in cfg.get("plugins") or []):
         raise SpinError(f"{config} does not load the plugin; add `plugins: [spin_plugin.SpinPlugin]`")
     return parse_spin_block(cfg.get("spin")), RunDir(Path(cfg["output_dir"]))

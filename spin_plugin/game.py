@@ -13,6 +13,7 @@ from spin_plugin import __version__
 from spin_plugin.agreement import disagreement, require_agreement
 from spin_plugin.checkpoint import check_model_dir, why_incomplete
 from spin_plugin.generation.shards import Shards
+from spin_plugin.hub import pin
 from spin_plugin.iteration import PairsOnDisk, open_pairs, prepare_iteration
 from spin_plugin.lowering import Lowered
 from spin_plugin.merge import merge
@@ -68,6 +69,7 @@ class Game:
         else:
             wait_until_prepared(run)
             self.pairs = open_pairs(self.folder)
+            pin(self.cfg, self.pairs.revision)
         self.cfg.output_dir = str(self.folder.path)
         if self.pairs.eval is None:
             self.cfg.val_set_size, self.cfg.test_datasets = 0, None
@@ -187,7 +189,7 @@ class Game:
         files = check_model_dir(self.folder.path, adapter=bool(self.cfg.adapter))
         if self.cfg.torch_dtype in HALF and not self.cfg.adapter:
             store_in_16_bits(self.folder.path, files, self.cfg.torch_dtype, self.kept)
-        require_finite(files)
+        require_finite(files, run.weights)
         flush(self.folder.path.iterdir())
         if self.cfg.adapter and self.spin.adapter_chain == "merge":
             merge(self.cfg, self.folder.path, self.folder.merged, tokenizer=self.folder.path)

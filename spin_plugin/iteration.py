@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +17,7 @@ from spin_plugin.generation.interpreter import vllm_python
 from spin_plugin.generation.job import Job, Prompts, Request, fingerprint_requests, requests_for
 from spin_plugin.generation.launcher import AdapterNotServedError, generate
 from spin_plugin.generation.shards import Shards
+from spin_plugin.hub import bytes_of_weights, commit_of, pin
 from spin_plugin.merge import merge, served_by_vllm
 from spin_plugin.messages import SpinError, say, warn
 from spin_plugin.pairs import (
@@ -29,8 +29,17 @@ from spin_plugin.pairs import (
     read_stats,
     write_stats,
 )
+from spin_plugin.precision import HALF, is_lean
 from spin_plugin.real import Real, prepare_real
-from spin_plugin.run import IterationDir, RunDir, make_folder_whole, remove_whole, without_secrets, write_whole
+from spin_plugin.run import (
+    IterationDir,
+    RunDir,
+    make_folder_whole,
+    remove_whole,
+    set_aside,
+    without_secrets,
+    write_whole,
+)
 from spin_plugin.space import Space, require_space
 from spin_plugin.weights import fingerprint, require_complete, require_complete_adapter, require_finite
 
@@ -47,6 +56,8 @@ class PairsOnDisk:
     opponent_files: dict[str, Path]
     weights: str
     """Fingerprint of the opponent's weights."""
+    revision: str | None = None
+    """Commit of a base model on the hub, which all processes load."""
 
     def opponent_key(self, split: str) -> str:
         """What the opponent's log-probabilities of a split depend on: its weights, and every token of the pairs."""
@@ -69,15 +80,16 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
     """
     folder = run.iteration(number)
     folder.path.mkdir(parents=True, exist_ok=True)
+    revision = _revision(cfg, run, number)
+    pin(cfg, revision)
     resolved = {key: value for key, value in without_secrets(cfg).items() if key != "spin_config"}
     write_whole(folder.config, yaml.safe_dump(json.loads(json.dumps(resolved, default=str))))
     real = prepare_real(cfg, run, spin)
-    job = _draw(cfg, run, spin, number, real)
+    job = _draw(cfg, run, spin, number, real, revision)
     sources = range(max(0, number - spin.history), number + 1)
     key = _pairs_key(run, sources, job, spin, cfg)
-    if not _has_pairs(folder, key):
-        for checkpoint in folder.checkpoints():  # they belong to other pairs
-            shutil.rmtree(checkpoint)
+    if reason := _why_anew(folder, key):
+        _set_training_aside(folder, number, reason)
         make_folder_whole(folder.pairs, partial(_write_pairs, run, spin, cfg.sequence_len, real, sources, key))
     found = open_pairs(folder)
     say(f"iteration {number}: {found.stats['train'].described()}")
@@ -92,19 +104,29 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
 def open_pairs(folder: IterationDir) -> PairsOnDisk:
     """The pairs of an iteration that was prepared."""
     tables = {split: open_table(folder.pairs / f"{split}.arrow") for split in SPLITS}
+    manifest = Shards(folder.synthetic).manifest() or {}
     return PairsOnDisk(
         train=tables["train"],
         eval=tables["eval"] if len(tables["eval"]) else None,
         stats=read_stats(folder.pairs / "stats.json"),
         opponent_files={split: folder.pairs / f"opponent-{split}.safetensors" for split in SPLITS},
-        weights=str((Shards(folder.synthetic).manifest() or {}).get("weights")),
+        weights=str(manifest.get("weights")),
+        revision=manifest.get("revision"),
     )
 
 
 # --- responses ---------------------------------------------------------------------------------
 
 
-def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real) -> Job:
+def _revision(cfg: Any, run: RunDir, number: int) -> str | None:
+    """The commit of a base model on the hub; None of a local one. An adapter stays on the one it was trained on."""
+    if Path(str(cfg.base_model)).is_dir():
+        return None
+    before = (Shards(run.iteration(number - 1).synthetic).manifest() or {}) if number else {}
+    return before.get("revision") or commit_of(str(cfg.base_model), cfg.revision_of_model)
+
+
+def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real, revision: str | None) -> Job:
     """Have vLLM draw this iteration's responses, from the merged model where it cannot serve the adapter."""
     options = spin.generation
     _warn_of_another_opponent(cfg, spin)
@@ -119,14 +141,14 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real) -> Job
         "stop_token_ids": real.stop_tokens,
     }
     adapter = str(cfg.lora_model_dir) if cfg.adapter and cfg.lora_model_dir else None
-    weights = fingerprint(filter(None, (str(cfg.base_model), adapter)), cfg.revision_of_model)
-    job = Job(number, engine_arguments(cfg, spin), adapter, weights, sampling, count, digest)
+    weights = fingerprint(filter(None, (str(cfg.base_model), adapter)), revision, run.weights)
+    job = Job(number, engine_arguments(cfg, spin, revision), adapter, weights, sampling, count, digest, revision)
     whole = run.iteration(number).opponent(weights)
 
     def draw(job: Job) -> None:
         def find_python() -> Path:  # asked only when there is something to draw
             python = vllm_python(options.python)
-            _require_sound_opponent(cfg, adapter)
+            _require_sound_opponent(cfg, adapter, run.weights)
             require_space(run.root, _bytes_needed(cfg, spin, count, merges=adapter is not None and not job.adapter))
             if adapter and not job.adapter and not whole.exists():
                 merge(cfg, Path(adapter), whole)
@@ -142,7 +164,7 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real) -> Job
             ray_address=options.ray_address,
         )
 
-    merged = replace(job, engine=engine_arguments(cfg, spin, merged=whole), adapter=None)
+    merged = replace(job, engine=engine_arguments(cfg, spin, None, merged=whole), adapter=None)
     served = adapter is None or (served_by_vllm(Path(adapter)) and not whole.exists())
     try:
         draw(job if served else merged)
@@ -191,12 +213,12 @@ def _requests(cfg: Any, spin: SpinArgs, number: int, prompts: list[Prompts]) -> 
     )
 
 
-def engine_arguments(cfg: Any, spin: SpinArgs, *, merged: Path | None = None) -> dict[str, Any]:
+def engine_arguments(cfg: Any, spin: SpinArgs, revision: str | None, *, merged: Path | None = None) -> dict[str, Any]:
     """Arguments of `vllm.LLM` for the opponent, which may be a model with its adapter merged into it."""
     options = spin.generation
     arguments = {
         "model": str(merged or cfg.base_model),
-        "revision": None if merged else cfg.revision_of_model,
+        "revision": revision,
         "trust_remote_code": bool(cfg.trust_remote_code),
         "skip_tokenizer_init": True,  # prompts and responses are token ids
         "generation_config": "vllm",  # else a model's own file changes the sampling
@@ -211,15 +233,15 @@ def engine_arguments(cfg: Any, spin: SpinArgs, *, merged: Path | None = None) ->
     return {key: value for key, value in arguments.items() if value is not None}
 
 
-def _require_sound_opponent(cfg: Any, adapter: str | None) -> None:
+def _require_sound_opponent(cfg: Any, adapter: str | None, memory: Path) -> None:
     """Refuse damaged weights before a GPU hour is spent on them. What comes from the hub was checked on its way."""
     base, code = Path(str(cfg.base_model)), bool(cfg.trust_remote_code)
     if base.is_dir():
-        require_finite(check_weights(base, "model"))
+        require_finite(check_weights(base, "model"), memory)
         if "quantization_config" not in (base / "config.json").read_text(encoding="utf-8"):  # other tensors
             require_complete(base, trust_remote_code=code)
     if adapter:
-        require_finite(check_weights(Path(adapter), "adapter_model"))
+        require_finite(check_weights(Path(adapter), "adapter_model"), memory)
         require_complete_adapter(Path(adapter), str(base), revision=cfg.revision_of_model, trust_remote_code=code)
 
 
@@ -231,32 +253,62 @@ def _bytes_needed(cfg: Any, spin: SpinArgs, responses: int, *, merges: bool) -> 
     """
     base = Path(str(cfg.base_model))
     writes_model = merges or not cfg.adapter or spin.adapter_chain == "merge"
-    model = sum(file.stat().st_size for file in base.glob("*.safetensors")) if writes_model else 0
+    model = 0
+    if writes_model and base.is_dir():
+        model = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    elif writes_model:
+        model = bytes_of_weights(str(cfg.base_model), cfg.revision_of_model)
     tokens = responses * min(cfg.sequence_len, spin.generation.max_tokens or cfg.sequence_len)
     pairs = responses * (1 + spin.history) * 2 * cfg.sequence_len
-    optimizer = 0 if cfg.save_only_model else 2 * model  # Adam's two moments
+    masters = cfg.torch_dtype in HALF and not (cfg.adapter or is_lean(cfg))
+    trained = 2 * model if masters else model
+    optimizer = 0 if cfg.save_only_model else 2 * trained  # Adam's two moments
     checkpoints = 0 if cfg.save_strategy == "no" else 1 + (cfg.save_total_limit or 4)  # 4 is Axolotl's own
-    return Space(sure=model, likely=model + 8 * tokens + 4 * pairs + checkpoints * (model + optimizer))
+    # masters are saved at the end, too, and then rewritten in 16 bits; DeepSpeed's are not
+    sure = model + trained if masters and not cfg.deepspeed else model
+    return Space(sure=sure, likely=sure + 8 * tokens + 4 * pairs + checkpoints * (trained + optimizer))
 
 
 # --- pairs -------------------------------------------------------------------------------------
 
 
-def _pairs_key(run: RunDir, sources: range, job: Job, spin: SpinArgs, cfg: Any) -> str:
-    """What the pairs depend on."""
+def _pairs_key(run: RunDir, sources: range, job: Job, spin: SpinArgs, cfg: Any) -> dict[str, Any]:
+    """What the pairs depend on, by what it is called before the user."""
     manifests = [Shards(run.iteration(source).synthetic).manifest() or {} for source in sources]
-    drawn = [[manifest.get("weights"), manifest.get("requests_sha256")] for manifest in manifests]
-    parts = [drawn, job.sampling, spin.equal_pairs, cfg.sequence_len]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return {
+        "the responses": [[manifest.get("weights"), manifest.get("requests_sha256")] for manifest in manifests],
+        "the sampling": job.sampling,
+        "spin.equal_pairs": spin.equal_pairs,
+        "sequence_len": cfg.sequence_len,
+    }
 
 
-def _has_pairs(folder: IterationDir, key: str) -> bool:
-    file = folder.pairs / "key"
-    return file.exists() and file.read_text(encoding="utf-8") == key
+def _why_anew(folder: IterationDir, key: dict[str, Any]) -> str | None:
+    """Why pairs have to be built; None where those on disk are the ones."""
+    try:
+        stored = json.loads((folder.pairs / "key").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        stored = None
+    if not isinstance(stored, dict):
+        return "the pairs that it was trained on are missing"
+    differing = [name for name, value in key.items() if stored.get(name) != value]
+    return f"this changed: {', '.join(differing)}" if differing else None
+
+
+def _set_training_aside(folder: IterationDir, number: int, reason: str) -> None:
+    """What was computed from other pairs: the last checkpoint, and the opponent's log-probabilities."""
+    checkpoint = folder.set_checkpoints_aside()
+    if checkpoint is None and not any(folder.pairs.glob("opponent-*")):
+        return
+    kept = [checkpoint, set_aside(folder.pairs) if folder.pairs.is_dir() else None]
+    warn(
+        f"iteration {number}: pairs are built and training begins anew, as {reason}; what there was is kept in "
+        f"{' and '.join(str(path) for path in kept if path)}: remove it if you do not need it"
+    )
 
 
 def _write_pairs(
-    run: RunDir, spin: SpinArgs, sequence_len: int, real: Real, sources: range, key: str, folder: Path
+    run: RunDir, spin: SpinArgs, sequence_len: int, real: Real, sources: range, key: dict[str, Any], folder: Path
 ) -> None:
     """Join this iteration's responses, and those of earlier ones for training, with the real ones."""
     stats = {}
@@ -273,7 +325,7 @@ def _write_pairs(
             keep_equal=spin.equal_pairs == "keep",
         )
     write_stats(folder / "stats.json", stats)
-    (folder / "key").write_text(key, encoding="utf-8")
+    (folder / "key").write_text(json.dumps(key), encoding="utf-8")
 
 
 def _responses(run: RunDir, iterations: list[int], split: str) -> Iterator[Synthetic]:

@@ -149,6 +149,8 @@ def _require_spin(cfg: Mapping[str, Any]) -> None:
     rl = "spin" if cfg.get("inference") and rl is None else rl  # `axolotl inference` takes `rl` away itself
     if rl is None:
         raise SpinError(f"`rl: spin` is missing though {PLUGIN} is loaded; add it, or remove the plugin and `spin:`")
+    if rl != "spin" and str(rl).strip().lower() == "spin":
+        raise SpinError(f"`rl: {rl}`: write `rl: spin`, in lower case")
     if rl != "spin":
         raise SpinError(
             f"`rl: {rl}` cannot be combined with {PLUGIN}; use `rl: spin`, or remove the plugin and `spin:`"

@@ -2,12 +2,14 @@
 
 output_dir/
   run.json              configuration and finished iterations; written last, read first
+  weights.json          digests of the weights that were read
   real/                 prompts and real responses, tokenised once for the whole run
   iteration-0/          model or adapter, tokenizer, checkpoints, and
     config.yml          the configuration as it was resolved for this iteration
     synthetic/          the opponent's responses: job.json and shards with their checksums
     pairs/              the pairs, their statistics, and the opponent's log-probabilities
     metrics.jsonl       what training logged
+    .replaced-*         responses and the last checkpoint that were set aside: something they came from has changed
   iteration-1/ ...
   config.json, model.safetensors, tokenizer.json, ...   links to the newest finished iteration
 """
@@ -33,6 +35,7 @@ from spin_plugin.messages import SpinError
 
 FORMAT = 1
 TRASH = ".removed-"
+REPLACED = ".replaced-"
 SECONDS_BETWEEN_SIGNS = 10.0
 
 
@@ -78,6 +81,20 @@ def remove_whole(path: Path) -> None:
     with suppress(FileNotFoundError):
         os.rename(path, trash)
     shutil.rmtree(trash, ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Give a folder that cost GPU time another name, which nobody reads; only the newest one of a name is kept.
+
+    Killed in the middle it is either still in its place or set aside; a full disk is no hindrance.
+
+    Returns:
+        where it lies now.
+    """
+    aside = path.with_name(f"{REPLACED}{path.name}")
+    remove_whole(aside)
+    os.rename(path, aside)
+    return aside
 
 
 @contextmanager
@@ -136,6 +153,19 @@ class IterationDir:
                 entries.append(json.loads(line))
         return entries
 
+    def set_checkpoints_aside(self) -> Path | None:
+        """Keep the newest checkpoint under a name that training does not look for; older ones go.
+
+        Returns:
+            where it lies now; None where there is none.
+        """
+        *older, newest = self.checkpoints() or [None]
+        if newest is None:
+            return None
+        for replaced in (*older, *self.path.glob(f"{REPLACED}checkpoint-*")):
+            remove_whole(replaced)
+        return set_aside(newest)
+
     def last_metrics(self) -> dict[str, float]:
         """The newest value of everything that training logged, that of `spin/…` as its mean over the last epoch.
 
@@ -178,6 +208,11 @@ class RunDir:
     @property
     def real(self) -> Path:
         return self.root / "real"
+
+    @property
+    def weights(self) -> Path:
+        """What is known of files with weights, so that none is read twice (weights.py)."""
+        return self.root / "weights.json"
 
     @property
     def holder(self) -> Path:

@@ -127,6 +127,24 @@ def test_unknown_key_names_the_nearest_one(path: str, nearest: str) -> None:
     assert error_of(nested(path, 1)) == f"spin.{path}: there is no such key; did you mean `{nearest}`?"
 
 
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        ("max_tokens", "`spin.generation`: write `generation: {max_tokens: …}`"),
+        ("temperature", "`spin.generation`: write `generation: {temperature: …}`"),
+        ("generation.beta", "`spin` itself: write it beside `generation`"),
+    ],
+)
+def test_key_of_the_other_block_is_told_where_it_belongs(path: str, place: str) -> None:
+    assert error_of(nested(path, 1)) == f"spin.{path}: there is no such key; it belongs to {place}"
+
+
+def test_key_of_generation_in_the_schedule_is_told_where_it_belongs() -> None:
+    error = error_of({"iterations": 1, "schedule": [{"max_tokens": 3}]}, ("max_steps",))
+    assert error.startswith("spin.schedule[0].max_tokens: ")
+    assert error.endswith("write `generation: {max_tokens: …}`")
+
+
 @pytest.mark.parametrize(("path", "fields"), [("zzz", SpinArgs), ("generation.zzz", GenerationArgs)])
 def test_unknown_key_without_a_near_one_lists_them_all(path: str, fields: type[Block]) -> None:
     message = error_of(nested(path, 1))

@@ -156,6 +156,22 @@ def test_spin_block_without_rl(tmp_path: Path, llama: Path, chat_data: Path, pre
     assert "`rl: spin` is missing" in preprocess(config(tmp_path, llama, chat_data, rl=None))
 
 
+@pytest.mark.parametrize(
+    ("content", "told"), [(b"\x00\xff\xfe\x93model", "is no text"), (b"rl: SPIN\noutput_dir: x\n", "lower case")]
+)
+def test_status_of_a_file_that_is_no_configuration(tmp_path: Path, content: bytes, told: str) -> None:
+    from click.testing import CliRunner
+
+    from spin_plugin.cli import spin
+
+    (tmp_path / "file").write_bytes(content)
+    done = CliRunner().invoke(spin, ["status", str(tmp_path / "file")])
+    assert done.exit_code == 1
+    (line,) = done.output.splitlines()
+    assert line.startswith(f"spin: error: {tmp_path / 'file'} is no ")
+    assert told in line
+
+
 def test_output_dir_of_another_config(tmp_path: Path, llama: Path, chat_data: Path, preprocess: Preprocess) -> None:
     from spin_plugin.run import RunDir, RunState
 

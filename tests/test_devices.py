@@ -105,8 +105,13 @@ def test_variable_about_memory_stands(worker: ModuleType, monkeypatch: pytest.Mo
     assert "kv_cache_memory_bytes" not in worker.on_cpu({"max_model_len": 64}, GIB, 1, 1)
 
 
+def test_share_of_a_gpu_leaves_room_for_the_processes_that_train(worker: ModuleType) -> None:
+    assert worker.on_gpu({"seed": 1}) == {"seed": 1, "gpu_memory_utilization": 0.85}
+    assert worker.on_gpu({"gpu_memory_utilization": 0.95}) == {"gpu_memory_utilization": 0.95}
+
+
 def test_second_attempt_takes_less(worker: ModuleType) -> None:
-    assert worker.with_less_memory({}) == {"max_num_seqs": 128, "gpu_memory_utilization": 0.72}
+    assert worker.with_less_memory({}) == {"max_num_seqs": 128, "gpu_memory_utilization": 0.68}
     assert worker.with_less_memory({"max_num_seqs": 1, "kv_cache_memory_bytes": 10}) == {
         "max_num_seqs": 1,
         "kv_cache_memory_bytes": 5,

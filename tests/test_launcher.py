@@ -412,6 +412,75 @@ def test_child_that_the_worker_leaves_behind_is_killed(use: Use, shards: Shards,
     assert wait_until(lambda: is_gone(int((tmp_path / "child.pid").read_text())))
 
 
+LEAVE_LARGE_CHILDREN = """
+for child in range(6):
+    if os.fork() == 0:
+        held = b"x" * (96 << 20)
+        (folder / f"large-{child}.pid").write_text(str(os.getpid()))
+        while True:
+            signal.pause()
+while len(list(folder.glob("large-*.pid"))) < 6:
+    pass
+"""
+
+
+@pytest.mark.parametrize("end", [ANSWER_ALL, "os._exit(1)\n"], ids=["success", "crash"])
+def test_memory_of_all_processes_is_free_when_the_launcher_goes_on(
+    use: Use, shards: Shards, tmp_path: Path, end: str
+) -> None:
+    """What comes next, a second attempt or training, wants the whole GPU; to give memory back takes its time."""
+    use(LEAVE_LARGE_CHILDREN + end)
+    if end == ANSWER_ALL:
+        draw(shards)
+    else:
+        refusal(shards)
+    assert all(is_gone(int(file.read_text())) for file in tmp_path.glob("large-*.pid"))
+
+
+def test_group_is_killed_only_while_its_number_is_ours(
+    use: Use, shards: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once its leader is reaped, a stranger's group may have the number; where numbers are few, soon."""
+    killed, kill = [], os.killpg
+
+    def watched(group: int, number: int) -> None:
+        with suppress(ChildProcessError):
+            os.waitid(os.P_PID, group, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            ours.append(group)
+        killed.append(group)
+        kill(group, number)
+
+    ours: list[int] = []
+    monkeypatch.setattr(os, "killpg", watched)
+    use("if number == 0:\n    ready()\n    next(orders())\n    os._exit(1)\nserve()\n")  # one dies, the other is ended
+    draw(shards, engines=2)
+    assert len(set(killed)) == 2
+    assert killed == ours
+
+
+def test_process_that_cannot_be_killed_is_named_and_not_waited_for(
+    use: Use, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one that hangs in a driver; here SIGKILL is kept from it."""
+    monkeypatch.setattr(os, "killpg", lambda group, number: None)
+    monkeypatch.setattr(engine, "SECONDS_UNTIL_GONE", 0.5)
+    use(LEAVE_A_CHILD + "raise RuntimeError('boom')\n")
+    assert "boom" in refusal(shards)
+    (warning,) = warnings(capsys)
+    assert f"its processes {(tmp_path / 'child.pid').read_text()} still have not ended" in warning
+
+
+def test_signal_of_dead_children_may_be_ignored(use: Use, shards: Shards) -> None:
+    """As some launchers have it; nobody can wait for a child then."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        use(ANSWER_ALL)
+        draw(shards)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert shards.missing(JOB) == []
+
+
 def test_forked_child_that_holds_the_answers_open_does_not_keep_the_launcher_waiting(
     use: Use, shards: Shards, tmp_path: Path
 ) -> None:

@@ -240,9 +240,14 @@ def test_block_without_rl(config: Config) -> None:
     assert "`rl: spin` is missing" in error_of(config(rl=None))
 
 
-@pytest.mark.parametrize("rl", ["dpo", "kto", "grpo", "SPIN"])
+@pytest.mark.parametrize("rl", ["dpo", "kto", "grpo", "spinning"])
 def test_another_rl_with_the_block(config: Config, rl: str) -> None:
     assert error_of(config(rl=rl)).startswith(f"`rl: {rl}` cannot be combined")
+
+
+@pytest.mark.parametrize("rl", ["SPIN", "Spin", " spin"])
+def test_rl_in_capitals_is_told_how_it_is_written(config: Config, rl: str) -> None:
+    assert error_of(config(rl=rl)) == f"`rl: {rl}`: write `rl: spin`, in lower case"
 
 
 def test_plugin_without_a_block(config: Config) -> None:

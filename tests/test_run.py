@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from spin_plugin.run import (
     RunState,
     differing_keys,
     make_folder_whole,
+    set_aside,
     without_secrets,
     write_whole,
 )
@@ -86,6 +87,62 @@ def test_fill_that_dies_leaves_the_folder_as_it_was(tmp_path: Path, there_before
 
     make_folder_whole(tmp_path / "pairs", lambda folder: (folder / "b").write_text("new") and None)
     assert content(tmp_path) == {"pairs/b": "new"}, "something of the attempt that died is left"
+
+
+# --- set aside ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("killed_before", ["rename", "never"])
+def test_folder_is_in_its_place_or_set_aside_wherever_it_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_before: str
+) -> None:
+    """On a full disk, too: nothing is written."""
+    rename = os.rename
+
+    def killed(source: Path, target: Path) -> None:
+        if source == folder and killed_before == "rename":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    folder = tmp_path / "synthetic"
+    for version in ("first", "second"):
+        folder.mkdir()
+        (folder / "shard").write_text(version)
+        if version == "first":
+            set_aside(folder)
+    with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+        patched.setattr(os, "rename", killed)
+        set_aside(folder)
+    name = "synthetic" if killed_before == "rename" else ".replaced-synthetic"
+    assert content(tmp_path) == {f"{name}/shard": "second"}
+    if killed_before == "rename":
+        set_aside(folder)
+        assert content(tmp_path) == {".replaced-synthetic/shard": "second"}
+
+
+def test_newest_checkpoint_is_set_aside_and_nobody_reads_it(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    folder = run.iteration(0)
+    for steps in ((9, 10), (3, 20)):
+        for step in steps:
+            (folder.path / f"checkpoint-{step}").mkdir(parents=True)
+        aside = folder.set_checkpoints_aside()
+        assert aside == folder.path / f".replaced-checkpoint-{steps[1]}"
+        assert [path.name for path in folder.path.iterdir()] == [aside.name]
+        assert folder.checkpoints() == []
+    assert folder.set_checkpoints_aside() is None
+    assert aside.exists()
+    (folder.path / ".replaced-synthetic").mkdir()
+    (folder.path / ".replaced-synthetic" / "shard-00000.jsonl").write_text("")
+    (folder.path / "model.safetensors").write_text("")
+    assert not run.holds_responses()
+    assert run.started() == [0]
+    run.link_newest(0)
+    assert [path.name for path in run.root.iterdir() if path.is_symlink()] == ["model.safetensors"]
+    with run.locked():
+        assert aside.exists()
+    run.reset(0)
+    assert not folder.path.exists()
 
 
 # --- run.json ----------------------------------------------------------------------------------

@@ -172,34 +172,60 @@ def test_shards_of_the_same_job_are_kept_though_vllm_runs_otherwise(shards: Shar
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "told"),
     [
-        {"iteration": 2},
-        {"weights": "other"},
-        {"sampling": JOB.sampling | {"temperature": 0.7}},
-        {"sampling": JOB.sampling | {"stop_token_ids": [2]}},
-        {"requests": 3 * SHARD - 1},
-        {"requests_sha256": "other"},
+        ({"iteration": 2}, "the iteration"),
+        ({"weights": "other"}, "the opponent's weights"),
+        ({"weights": "other", "revision": "b" * 40}, "weights (on the hub from commit aaaaaaaaaa to bbbbbbbbbb)"),
+        ({"sampling": JOB.sampling | {"temperature": 0.7}}, "the sampling"),
+        ({"sampling": JOB.sampling | {"stop_token_ids": [2]}}, "the sampling"),
+        ({"requests": 3 * SHARD - 1}, "the number of responses"),
+        ({"requests_sha256": "other"}, "the requests"),
     ],
     ids=str,
 )
-def test_shards_of_another_job_are_thrown_away(shards: Shards, change: dict[str, Any]) -> None:
-    other = replace(JOB, **change)
-    shards.prepare(other)
-    assert shards.missing(other) == [0, 1, 2]
-    assert [path.name for path in shards.folder.iterdir()] == ["job.json"]
-    shards.prepare(other)
+def test_shards_of_another_job_are_set_aside_with_a_line(
+    shards: Shards, change: dict[str, Any], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards.note(revision="a" * 40)
+    other, aside = replace(JOB, **change), shards.folder.with_name(".replaced-synthetic")
+    for _ in range(2):  # the second time there is nothing to replace
+        shards.prepare(other)
+        assert shards.missing(other) == [0, 1, 2]
+        assert [path.name for path in shards.folder.iterdir()] == ["job.json"]
     assert shards.manifest() == json.loads(json.dumps(other.manifest()))
+    assert list(Shards(aside).responses()) == responses(0) + responses(1) + responses(2)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("spin: warning: iteration ")
+    assert "3 shards" in line
+    assert f"before this changed: {told}" in line or f"the opponent's {told}" in line
+    assert str(aside) in line
 
 
 @pytest.mark.parametrize("manifest", [None, b"", b"{", b"[]", b"\xff\xfe\x80", b"{}"], ids=repr)
-def test_shards_of_nobody_knows_which_job_are_thrown_away(shards: Shards, manifest: bytes | None) -> None:
+def test_shards_of_nobody_knows_which_job_are_set_aside(
+    shards: Shards, manifest: bytes | None, capsys: pytest.CaptureFixture[str]
+) -> None:
     if manifest is None:
         shards.manifest_file.unlink()
     else:
         shards.manifest_file.write_bytes(manifest)
     shards.prepare(JOB)
     assert shards.missing(JOB) == [0, 1, 2]
+    assert len(list(shards.folder.with_name(".replaced-synthetic").glob("shard-*"))) == 3
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_only_the_newest_responses_that_were_set_aside_are_kept_and_never_an_empty_folder(shards: Shards) -> None:
+    second, third = replace(JOB, weights="second"), replace(JOB, weights="third")
+    shards.prepare(second)
+    shards.prepare(third)  # nothing was drawn for the second
+    aside = Shards(shards.folder.with_name(".replaced-synthetic"))
+    assert aside.manifest() == json.loads(json.dumps(JOB.manifest()))
+    shards.write(0, responses(0))
+    shards.prepare(JOB)
+    assert aside.manifest() == json.loads(json.dumps(third.manifest()))
+    assert len(list(shards.folder.parent.iterdir())) == 2
 
 
 def test_facts_are_added_to_the_manifest(shards: Shards) -> None:
@@ -207,7 +233,7 @@ def test_facts_are_added_to_the_manifest(shards: Shards) -> None:
     manifest = shards.manifest()
     assert manifest is not None
     assert (manifest["vllm"], manifest["weights"]) == ("0.25.0", "abc")
-    assert JOB.same_responses_as(manifest)
+    assert JOB.differs_from(manifest) == []
 
 
 # --- seeds -------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Weights that are broken are found before vLLM draws from them; sound ones of every kind pass."""
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import SMALL, make_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from spin_plugin import weights
 from spin_plugin.messages import SpinError
 from spin_plugin.weights import fingerprint, model_class, require_complete, require_complete_adapter, require_finite
 
@@ -71,6 +74,85 @@ def test_numbers_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         save_file({"a": numbers}, tmp_path / "w.safetensors")
         with pytest.raises(SpinError, match="a holds NaN"):
             require_finite([tmp_path / "w.safetensors"])
+
+
+# --- each file is read once --------------------------------------------------------------------
+
+
+def obvious(folder: Path) -> str:
+    """The slow reference of `fingerprint`."""
+    digests = [hashlib.sha256(file.read_bytes()).digest() for file in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def test_fingerprint_is_the_digest_of_all_digests(llama: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert fingerprint([str(tmp_path)], None) == fingerprint([str(tmp_path)], None, tmp_path / "m") == obvious(tmp_path)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that were read, by their names."""
+    read: list[str] = []
+    reading = weights._read
+    monkeypatch.setattr(weights, "_read", lambda file: (read.append(file.name), reading(file))[1])
+    return read
+
+
+def test_unchanged_file_is_read_once_for_both(model: Path, tmp_path: Path, reads: list[str]) -> None:
+    memory = tmp_path / "weights.json"
+    first = fingerprint([str(model)], None, memory)
+    require_finite([model / "model.safetensors"], memory)
+    assert fingerprint([str(model)], None, memory) == first
+    assert reads == ["model.safetensors"]
+
+
+def in_place(file: Path) -> None:
+    """The same size and inode, another number, and the time of the last change set back."""
+    before = file.stat()
+    with open(file, "r+b") as content:
+        content.seek(-4, os.SEEK_END)
+        content.write(b"\x00\x00\xc0\x7f")  # NaN in float32
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def by_rename(file: Path) -> None:
+    copy = file.with_name("copy")
+    shutil.copy2(file, copy)
+    in_place(copy)
+    os.replace(copy, file)
+
+
+@pytest.mark.parametrize("alter", [in_place, by_rename])
+def test_changed_file_is_read_again(
+    model: Path, tmp_path: Path, reads: list[str], alter: Callable[[Path], None]
+) -> None:
+    memory = tmp_path / "weights.json"
+    first = fingerprint([str(model)], None, memory)
+    alter(model / "model.safetensors")
+    assert fingerprint([str(model)], None, memory) == obvious(model) != first
+    for _ in range(2):
+        with pytest.raises(SpinError, match="holds NaN"):
+            require_finite([model / "model.safetensors"], memory)
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize("place", range(0, 400, 7))
+def test_damaged_memory_is_ignored(model: Path, tmp_path: Path, place: int) -> None:
+    memory = tmp_path / "weights.json"
+    first = fingerprint([str(model)], None, memory)
+    content = bytearray(memory.read_bytes())
+    content[place % len(content)] ^= 1
+    memory.write_bytes(content)
+    assert fingerprint([str(model)], None, memory) == first
+    require_finite([model / "model.safetensors"], memory)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\n\xff\n", b"1\n2\n3\n"])
+def test_memory_that_is_something_else_is_ignored(model: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "weights.json").write_bytes(content)
+    assert fingerprint([str(model)], None, tmp_path / "weights.json") == obvious(model)
 
 
 # --- tensors -----------------------------------------------------------------------------------

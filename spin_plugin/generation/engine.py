@@ -13,7 +13,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import psutil
+
 from spin_plugin.generation.cause import cause_of_death, is_about_the_adapter, is_short_of_memory
+from spin_plugin.messages import warn
 from spin_plugin.run import SECRET_PARTS
 
 # Set by torchrun, accelerate and Axolotl for training; vLLM would take them for its own. Axolotl's choice of an
@@ -31,6 +34,9 @@ TRAINING_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
 # of vLLM; one that loads a model (or downloads it) gives none but the growth of its log.
 PATIENCE = 600.0
 LOADING_PATIENCE = 3600.0
+# Seconds after which a killed process that is still there hangs in a driver; tens of GB take a few to be given back.
+SECONDS_UNTIL_GONE = 60.0
+SECONDS_BETWEEN_LOOKS = 0.05
 
 
 class Engine:
@@ -53,6 +59,7 @@ class Engine:
         self.seats = 0
         """How many requests it answers at a time; 0 until it is ready."""
         self.hangs = False
+        self._reaping, self._gone = threading.Lock(), threading.Event()
         self._heard = time.monotonic()
         self._log_size = 0
         receiving, sending = os.pipe()
@@ -71,7 +78,6 @@ class Engine:
         finally:
             os.close(sending)
         threading.Thread(target=self._listen, args=(receiving, inbox), daemon=True).start()
-        # vLLM forks its engine, which holds the pipe open: where the worker dies alone, end what it left.
         threading.Thread(target=self._clear_up, daemon=True).start()
 
     @property
@@ -106,25 +112,36 @@ class Engine:
             self.lives()
         if time.monotonic() - self._heard > (PATIENCE if self.ready else LOADING_PATIENCE):
             self.hangs = True
-            self.end()
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill the whole process group, for vLLM's engine would outlive the worker alone; do not wait for it."""
+        with self._reaping:
+            if self.process.returncode is None:  # not reaped: nobody else can have the group's number
+                with suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
 
     def end(self) -> None:
-        """End the whole process group; vLLM's engine would outlive the worker alone."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """Kill the whole process group, and wait until the memory that it held is free."""
+        self.kill()
+        if not self._gone.wait(SECONDS_UNTIL_GONE):
+            left = ", ".join(map(str, _members(self.process.pid)))
+            warn(
+                f"vLLM was killed, and after {SECONDS_UNTIL_GONE:.0f} s its processes {left} still have not ended: the "
+                "memory that they hold will be missing; look what keeps them (nvidia-smi, ps)"
+            )
 
     def cause(self) -> str:
         """Why it died."""
         if not self.hangs:
-            return cause_of_death(self.log, self.process.poll())
+            return cause_of_death(self.log, self.process.returncode)
         doing, patience = ("answer", PATIENCE) if self.ready else ("sign of life while loading", LOADING_PATIENCE)
         return f"it gave no {doing} for {patience:,.0f} s and was ended; its log is {self.log}"
 
     @property
     def might_work_with_less_memory(self) -> bool:
         """Whether another attempt can help: not where vLLM refused to start."""
-        return self.ready or self.hangs or (self.process.poll() or 0) < 0 or is_short_of_memory(self.cause())
+        return self.ready or self.hangs or (self.process.returncode or 0) < 0 or is_short_of_memory(self.cause())
 
     @property
     def cannot_serve_the_adapter(self) -> bool:
@@ -136,16 +153,36 @@ class Engine:
             for line in answers:
                 if line.endswith("\n"):  # else it was killed in the middle of an answer
                     inbox.put((self, json.loads(line)))
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=60)  # its last words go to the log
+        self._gone.wait(SECONDS_UNTIL_GONE)  # its last words go to the log
         inbox.put((self, None))
 
     def _clear_up(self) -> None:
-        self.process.wait()
-        self.end()
+        """When the worker dies, end what it leaves (its engine holds the GPU's memory, and the pipe open), then reap
+        it. Nobody else does: the number of a process that was reaped, and of its group, may be a stranger's."""
+        pid = self.process.pid
+        with suppress(ChildProcessError):  # where SIGCHLD is ignored the system has reaped it
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            self.kill()
+            while _members(pid):
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        with self._reaping:
+            self.process.wait()
+        self._gone.set()
 
 
 Inbox = SimpleQueue[tuple[Engine, dict[str, Any] | None]]
+
+
+def _members(group: int) -> list[int]:
+    """The processes of a group that may still hold memory. A zombie holds none, once its last thread has ended."""
+    found = []
+    for pid in psutil.pids():
+        with suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(pid) == group:
+                process = psutil.Process(pid)
+                if process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1:
+                    found.append(pid)
+    return found
 
 
 def _environment() -> dict[str, str]:

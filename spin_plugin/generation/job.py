@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +12,16 @@ from spin_plugin.run import without_secrets
 
 SHARD = 256  # requests in a shard: what can be lost at most when a run is killed
 SCORED = 64  # vLLM says of so many responses how likely they are (agreement.py); of all it would cost 17 to 34%
+
+
+# What responses depend on, and how it is called before the user.
+DECISIVE = {
+    "iteration": "the iteration",
+    "weights": "the opponent's weights",
+    "sampling": "the sampling (temperature, top_p, end tokens)",
+    "requests": "the number of responses",
+    "requests_sha256": "the requests (prompts, seeds, lengths)",
+}
 
 
 def shards_of(requests: int) -> int:
@@ -50,19 +60,20 @@ class Job:
     """How many responses are asked for."""
     requests_sha256: str
     """Fingerprint of all requests."""
+    revision: str | None = None
+    """Commit of a base model on the hub; None of a local one."""
 
     def manifest(self) -> dict[str, Any]:
         """What is stored in job.json."""
         return asdict(self) | {"engine": without_secrets(self.engine)}
 
-    def same_responses_as(self, manifest: dict[str, Any]) -> bool:
-        """Whether responses drawn under a stored manifest are those of this job.
+    def differs_from(self, manifest: Mapping[str, Any]) -> list[str]:
+        """By what the responses drawn under a stored manifest are not those of this job, in words; empty: they are.
 
         How vLLM is run (memory, devices, paths) is free; weights, requests and sampling are not.
         """
-        decisive = ("iteration", "weights", "sampling", "requests", "requests_sha256")
-        stored = {key: manifest.get(key) for key in decisive}
-        return stored == json.loads(json.dumps({key: getattr(self, key) for key in decisive}))
+        now = json.loads(json.dumps(self.manifest()))
+        return [words for key, words in DECISIVE.items() if manifest.get(key) != now[key]]
 
 
 def request_seed(seed: int, iteration: int, split: str, example: int, sample: int) -> int:

@@ -115,9 +115,9 @@ def _engines(
     *,
     less_memory: bool,
 ) -> Iterator[tuple[list[Engine], Inbox]]:
-    """A worker at each place; all of them, and their children, are ended on the way out."""
+    """A worker at each place; all of them, and their children, are ended on the way out, and their memory is free."""
     inbox, started = Inbox(), []
-    with ExitStack() as stack:
+    with ExitStack() as waited_for, ExitStack() as killed:  # all are killed before one is waited for
         for number, place in enumerate(where):
             job_file = shards.requests / f"worker-{number}.json"
             content = {
@@ -135,7 +135,8 @@ def _engines(
             log = shards.log_of(number, again=less_memory)
             command = [str(python), str(RAY_WORKER if cluster else WORKER), str(job_file)]
             started.append(Engine(command, log, place.environment, inbox))
-            stack.callback(started[-1].end)
+            waited_for.callback(started[-1].end)
+            killed.callback(started[-1].kill)
         yield started, inbox
 
 

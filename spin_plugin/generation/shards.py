@@ -9,15 +9,14 @@ synthetic/
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spin_plugin.generation.job import Job, shards_of
-from spin_plugin.messages import SpinError
-from spin_plugin.run import write_whole
+from spin_plugin.messages import SpinError, warn
+from spin_plugin.run import remove_whole, set_aside, write_whole
 
 # The iteration that is being played draws a damaged shard anew by itself; this is about an earlier one's.
 WAY_OUT = "restore it from a backup or set spin.history to 0"
@@ -59,12 +58,22 @@ class Shards:
         return content if isinstance(content, dict) else None
 
     def prepare(self, job: Job) -> None:
-        """Keep the shards of this very job; throw away what another job has left."""
+        """Keep the shards of this very job; set aside what another job has left."""
         manifest = self.manifest()
-        if manifest is None or not job.same_responses_as(manifest):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            write_whole(self.manifest_file, json.dumps(job.manifest(), indent=2) + "\n")
+        if manifest is not None and not (differing := job.differs_from(manifest)):
+            return
+        if count := len(list(self.folder.glob("shard-*"))):
+            reason = "nobody knows what they were drawn for: job.json is missing or damaged"
+            if manifest is not None:
+                reason = f"they were drawn before this changed: {', '.join(differing)}{_moved(manifest, job)}"
+            aside = set_aside(self.folder)
+            warn(
+                f"iteration {job.iteration}: the responses of {count} shards are drawn anew, as {reason}; the old ones "
+                f"are kept in {aside}: remove it if you do not need it"
+            )
+        remove_whole(self.folder)
+        self.folder.mkdir(parents=True)
+        write_whole(self.manifest_file, json.dumps(job.manifest(), indent=2) + "\n")
 
     def note(self, **facts: Any) -> None:
         """Add facts to the manifest, such as vLLM's version."""
@@ -118,6 +127,12 @@ class Shards:
             )
         for number in range(shards_of(manifest["requests"])):
             yield from self.read(number)
+
+
+def _moved(manifest: dict[str, Any], job: Job) -> str:
+    """What to add where a base model has moved on the hub."""
+    before, now = manifest.get("revision"), job.revision
+    return f" (on the hub from commit {before[:10]} to {now[:10]})" if before and now and before != now else ""
 
 
 def _seal(lines: list[str]) -> str:
