@@ -172,8 +172,8 @@ def round_masters(model: nn.Module, *, kept: Iterable[str], seed: int) -> None:
 
 
 def _round_deepspeed(parameter: nn.Parameter, seed: int) -> None:
-    from deepspeed.utils import safe_get_full_fp32_param
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
 
     master = safe_get_full_fp32_param(parameter)
     with GatheredParameters([parameter], modifier_rank=0):
