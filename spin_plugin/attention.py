@@ -12,19 +12,20 @@ on a CPU, FlexAttention with a block mask on CUDA.
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from spin_plugin.flex import Ranges, block_mask, flex
+
 NAME = "spin_shared_prefix"
-BLOCK = 128  # FlexAttention skips or computes the mask in blocks of this many queries and keys
 
 
 # --- the reference -----------------------------------------------------------------------------
@@ -68,14 +69,6 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sco
 # --- what the layers share ---------------------------------------------------------------------
 
 
-class Ranges(NamedTuple):
-    """The keys each query sees: `prompt_from <= key < prompt_to` or `own_from <= key <= query`; all [T]."""
-
-    prompt_from: Tensor
-    prompt_to: Tensor
-    own_from: Tensor
-
-
 class SharedPrefix:
     """The spans [B, 4] of a row of T tokens and what follows from them, once for all layers and recomputations."""
 
@@ -90,9 +83,9 @@ class SharedPrefix:
 
     def ranges(self, window: int | None) -> Ranges:
         """The mask as ranges of keys. Prompt and real response are one run of own keys."""
-        start, prompt, real, synthetic = self.spans.unbind(1)
+        start, prompt, real, synthetic = self.spans.int().unbind(1)
         pair = torch.repeat_interleave(prompt + real + synthetic, output_size=self.tokens)  # no wait for the device
-        token = torch.arange(self.tokens, device=self.spans.device)
+        token = torch.arange(self.tokens, dtype=torch.int32, device=self.spans.device)
         start, prompt, real = start[pair], prompt[pair], real[pair]
         second = token >= start + prompt + real
         prompt_from, prompt_to = start, torch.where(second, start + prompt, start)
@@ -101,42 +94,13 @@ class SharedPrefix:
             # a key's distance in the sequence: the real response does not count between prompt and synthetic
             prompt_from = prompt_from.maximum(token - real + 1 - window)
             own_from = own_from.maximum(token + 1 - window)
-        return Ranges(prompt_from.int(), prompt_to.int(), own_from.int())
+        return Ranges(prompt_from, prompt_to, own_from)
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """FlexAttention's block mask, straight from the ranges: nothing of size [T, T] is made."""
+        """FlexAttention's block mask, straight from the ranges."""
         if window not in self._block_masks:
-            self._block_masks[window] = _block_mask(self.ranges(window), self.tokens)
+            self._block_masks[window] = block_mask(self.ranges(window), self.tokens)
         return self._block_masks[window]
-
-
-def _block_mask(ranges: Ranges, tokens: int) -> BlockMask:
-    """A block's edge is compared with the ranges of all queries, [T, blocks]."""
-
-    def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        prompt = (key >= ranges.prompt_from[query]) & (key < ranges.prompt_to[query])
-        return prompt | ((key >= ranges.own_from[query]) & (key <= query))
-
-    blocks = -(-tokens // BLOCK)
-    first = torch.arange(blocks, device=ranges.own_from.device) * BLOCK
-    query = torch.arange(tokens, device=first.device)[:, None]
-    prompt_from, prompt_to, own_from = (edge[:, None] for edge in ranges)
-    # does the query see some key of the block, and does it see all of them?
-    some = prompt_from.maximum(first) < prompt_to.minimum(first + BLOCK)
-    some |= (own_from < first + BLOCK) & (query >= first)
-    every = (prompt_from <= first) & (prompt_to >= first + BLOCK)
-    every |= (own_from <= first) & (query >= first + BLOCK - 1)
-    # a last, incomplete block of queries never counts as full
-    some, every = (nn.functional.pad(seen, (0, 0, 0, blocks * BLOCK - tokens)) for seen in (some, every))
-    some, every = some.view(blocks, BLOCK, blocks).any(1), every.view(blocks, BLOCK, blocks).all(1)
-    options: dict[str, Any] = {"BLOCK_SIZE": BLOCK, "mask_mod": sees, "seq_lengths": (tokens, tokens)}
-    return BlockMask.from_kv_blocks(*_ordered(some & ~every), *_ordered(every), **options)
-
-
-def _ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, N] boolean to FlexAttention's counts [1, 1, N] and indices [1, 1, N, N], the chosen ones first."""
-    indices = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True)
-    return chosen.sum(-1, dtype=torch.int32)[None, None], indices.int()[None, None]
 
 
 # --- the attention function --------------------------------------------------------------------
@@ -208,12 +172,6 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor
     )
 
 
-@cache
-def _compiled_flex_attention() -> Any:
-    # dynamic: every micro-batch has another length, and a compilation takes longer than many steps
-    return torch.compile(flex_attention, dynamic=True)
-
-
 def _by_blocks(query: Tensor, key: Tensor, value: Tensor, shared: SharedPrefix, scores: Scores) -> Tensor:
     """[1, H, T, D]: FlexAttention over the blocks that have a seen key."""
     heads = query.shape[1]
@@ -224,10 +182,8 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, shared: SharedPrefix, 
     def capped(score: Tensor, _batch: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
         return _capped(score, scores.softcap)
 
-    kernel: Any = _compiled_flex_attention() if query.is_cuda else flex_attention  # the tests run it on a CPU
     score_mod = None if scores.softcap is None else capped
-    mask, grouped = shared.block_mask(scores.window), key.shape[1] != heads
-    return kernel(query, key, value, score_mod, mask, scale=scores.scaling, enable_gqa=grouped)
+    return flex(query, key, value, shared.block_mask(scores.window), scores.scaling, score_mod)
 
 
 AttentionInterface.register(NAME, attend)

@@ -17,6 +17,7 @@ from spin_plugin.run import write_whole
 
 PARTS = 64  # the file is written so often while the values are computed
 FEW = 512  # pairs that are not worth a write of their own
+SCORING_FACTOR = 4  # without gradients this many times the tokens fit into memory
 
 
 class OpponentStore:
@@ -52,25 +53,44 @@ class OpponentStore:
         write_whole(self.file, save({"logps": values.cpu().contiguous()}, metadata={"key": self.key}))
 
 
-def shares(lengths: Tensor, *, batch: int, world: int) -> Tensor:
-    """[rounds, world, batch] pair indices: what each rank scores in each round, equally many for all.
+def scoring_tokens(lengths: Tensor, *, micro_batch: int) -> int:
+    """Tokens that are scored at a time on one rank, by the training pairs' `lengths` [N].
 
-    Pairs of like length go together, so that little of a batch is padding. The last batches are filled
-    up with pairs from the front, which are then scored twice with the same result.
+    Whatever the order of training, one of its micro-batches holds the longest pair, and one no less than the mean.
+    """
+    largest = max(int(lengths.max()), micro_batch * int(lengths.sum()) // len(lengths))
+    return SCORING_FACTOR * largest
+
+
+def shares(lengths: Tensor, *, tokens: int, world: int) -> list[Tensor]:
+    """Rounds of [world, n] pair indices: what each rank scores in each round, equally many pairs for all.
+
+    The longest pairs go first and pairs of like length together, so that little of a batch is padding. A last round
+    of fewer pairs than ranks takes the next longer ones as well, each alone: they are scored twice.
+
+    Args:
+        lengths: [N] tokens of every pair.
+        tokens: what n pairs hold at most, each counted as the longest of them, as they may be padded to it; one pair
+            alone may hold more.
     """
     order = torch.argsort(lengths, descending=True, stable=True)
-    rounds = -(-len(order) // (batch * world))
-    filled = order[torch.arange(rounds * batch * world) % len(order)]
-    return filled.view(rounds, world, batch)
+    rounds, first = [], 0
+    while first < len(order):
+        size = max(1, min(tokens // int(lengths[order[first]]), (len(order) - first) // world))
+        places = torch.arange(world * size) + min(first, len(order) - world * size)
+        rounds.append(order[places % len(order)].view(world, size))
+        first += world * size
+    return rounds
 
 
 Score = Callable[[Tensor], tuple[Tensor, Tensor]]
 """One round's [world, batch] pair indices to n indices and their [2, n] log-probabilities, those of all ranks."""
 
 
-def missing(rounds: Tensor, values: Tensor) -> Tensor:
+def missing(rounds: list[Tensor], values: Tensor) -> list[Tensor]:
     """The rounds in which a value is still NaN, whole: a pair's value depends a little on the batch it is in."""
-    return rounds[values.isnan().any(0).cpu()[rounds].flatten(1).any(1)]
+    absent = values.isnan().any(0).cpu()
+    return [indices for indices in rounds if absent[indices].any()]
 
 
 def fill(values: Tensor, store: OpponentStore, rounds: Iterable[Tensor], score: Score, *, write: bool) -> None:

@@ -25,12 +25,11 @@ from spin_plugin.head import choose_forms, install, logps
 from spin_plugin.layout import Pair
 from spin_plugin.loss import METRICS, metric_sums, spin_terms
 from spin_plugin.messages import SpinError, console, exit_in_one_line, say
-from spin_plugin.opponent import OpponentStore, fill, missing, shares
+from spin_plugin.opponent import OpponentStore, fill, missing, scoring_tokens, shares
 from spin_plugin.order import BalancedSampler, counted, steps_in_epoch
 from spin_plugin.precision import require_masters, round_masters
 from spin_plugin.run import IterationDir
 
-SCORING_FACTOR = 4  # without gradients this many times the pairs fit into memory
 PREFIX = {"train": "spin/", "eval": "eval_spin/"}  # reporters turn the eval_ prefix into a group of its own
 
 
@@ -124,11 +123,8 @@ class SpinTrainer(AxolotlTrainer):
             index, gathered = state.gather((batch["index"], values.T.contiguous()))
             return index, gathered.T
 
-        rounds = shares(
-            torch.as_tensor(pairs.with_format("numpy")["length"][:]),
-            batch=SCORING_FACTOR * self.args.per_device_eval_batch_size,
-            world=state.num_processes,
-        )
+        tokens = scoring_tokens(token_counts(self.train_dataset), micro_batch=self.args.per_device_train_batch_size)
+        rounds = shares(token_counts(pairs), tokens=tokens, world=state.num_processes)
         left = missing(rounds, self.opponent[split])
         model.eval()
         shown = self._shown(left, f"opponent's log-probabilities ({split})")
@@ -138,7 +134,7 @@ class SpinTrainer(AxolotlTrainer):
             say(f"opponent's log-probabilities of {len(pairs):,} {split} pairs stored")
         state.wait_for_everyone()
 
-    def _shown(self, rounds: Tensor, title: str) -> Iterable[Tensor]:
+    def _shown(self, rounds: list[Tensor], title: str) -> Iterable[Tensor]:
         shown = console.is_terminal and self.accelerator.is_main_process
         return track(rounds, title, total=len(rounds), console=console, transient=True, disable=not shown)
 
@@ -148,7 +144,7 @@ class SpinTrainer(AxolotlTrainer):
         if self.args.curriculum_sampling or self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(pairs)
         return BalancedSampler(
-            torch.as_tensor(pairs.with_format("numpy")["length"][:]),
+            token_counts(pairs),
             micro_batch=self.args.per_device_train_batch_size,
             groups=self.args.gradient_accumulation_steps * self.args.world_size,
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
@@ -251,6 +247,11 @@ class SpinTrainer(AxolotlTrainer):
         ).tolist()
         self._sums[split], self._pairs[split] = None, 0
         return {PREFIX[split] + name: total / pairs for name, total in zip(METRICS, totals, strict=True)}, int(pairs)
+
+
+def token_counts(pairs: Dataset) -> Tensor:
+    """[N] tokens of every pair."""
+    return torch.as_tensor(pairs.with_format("numpy")["length"][:])
 
 
 def mend_times(checkpoints: list[Path]) -> None:

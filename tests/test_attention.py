@@ -1,17 +1,22 @@
 """The fast attention paths and their masks against the dense reference; which models may use them."""
 
 import random
+from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from tiny import SMALL
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from spin_plugin import attention
+from spin_plugin import attention, flex
 from spin_plugin.attention import (
-    BLOCK,
     Scores,
     SharedPrefix,
     attend,
@@ -20,6 +25,7 @@ from spin_plugin.attention import (
     enable,
     unsupported_reason,
 )
+from spin_plugin.flex import BLOCK
 
 WINDOWS = [None, 1, 5, 150]
 
@@ -58,13 +64,23 @@ def test_dense_mask_by_hand() -> None:
     assert dense_mask(spans, 8, window=2).int()[4].tolist() == [0, 1, 0, 0, 1, 0, 0, 0]
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("seed", range(3))
-def test_block_mask_is_the_dense_mask(seed: int, window: int | None) -> None:
+LENGTHS = st.one_of(st.integers(1, 5), st.integers(1, 60), st.integers(120, 140), st.integers(1, 300))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    row=st.lists(st.tuples(LENGTHS, LENGTHS, LENGTHS), min_size=1, max_size=6),
+    window=st.sampled_from([None, 1, 5, 127, 128, 129, 150]),
+)
+@example(row=[(128, 128, 128)], window=None)  # edges of pairs and blocks fall together
+@example(row=[(300, 200, 300), (1, 1, 1)], window=150)
+def test_block_mask_is_the_dense_mask(row: list[tuple[int, int, int]], window: int | None) -> None:
     """Its mask function token by token, and its blocks: partial where some key is seen, full where all are."""
-    spans, tokens = draw_spans(seed, 300, 200, 300)
+    *starts, tokens = accumulate((sum(lengths) for lengths in row), initial=0)
+    spans = torch.tensor([(start, *lengths) for start, lengths in zip(starts, row, strict=True)])
     dense = dense_mask(spans, tokens, window)
     mask = SharedPrefix(spans, tokens).block_mask(window)
+    assert {tensor.dtype for tensor in mask.as_tuple() if isinstance(tensor, Tensor)} == {torch.int32}
     index = torch.arange(tokens)
     assert torch.equal(mask.mask_mod(None, None, index[:, None], index[None]), dense)
     blocks = -(-tokens // BLOCK)
@@ -101,18 +117,68 @@ def test_by_pair_equals_dense(heads: tuple[int, int], window: int | None, softca
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+    """Run what stands for the compiled FlexAttention, on a CPU."""
+
+    def kernel(replacement: Callable[..., Any]) -> None:
+        monkeypatch.setattr(flex, "_compiled", lambda: replacement)
+        monkeypatch.setattr(flex, "_shared_memory", lambda _: None)
+
+    return kernel
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("heads", [(4, 2), (6, 2)])
 @pytest.mark.parametrize("window", [None, 50])
-def test_by_blocks_equals_dense(window: int | None, heads: tuple[int, int], softcap: float | None) -> None:
-    """CUDA's path, run by FlexAttention's eager mode: what differs there is the compiler alone."""
+def test_by_blocks_equals_dense(kernel: Any, window: int | None, heads: tuple[int, int], softcap: float | None) -> None:
+    """CUDA's path, run by FlexAttention's eager mode: what differs there is the compiler alone (test_kernels.py)."""
+    kernel(flex_attention)
     spans, tokens = draw_spans(3, 100, 150, 150)
     states = [state.detach() for state in draw_states(tokens, *heads)]
     scores = Scores(None, window, softcap)
     expected = dense_attention(*states, dense_mask(spans, tokens, window), scores)
     found = attention._by_blocks(*states, SharedPrefix(spans, tokens), scores)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_that_does_not_compile_is_never_run_eagerly(kernel: Any) -> None:
+    """`torch_compile: true` tells the compiler to do that; FlexAttention would hold [H, T, T]."""
+
+    def broken(_graph: Any, _inputs: Any) -> Any:
+        raise RuntimeError("no kernel")
+
+    kernel(torch.compile(flex_attention, dynamic=True, backend=broken))
+    spans, tokens = draw_spans(3, 100, 150, 150)
+    states = [state.detach() for state in draw_states(tokens)]
+    with torch._dynamo.config.patch(suppress_errors=True), pytest.raises(BackendCompilerFailed, match="no kernel"):
+        attention._by_blocks(*states, SharedPrefix(spans, tokens), Scores())
+
+
+def test_a_compiled_model_leaves_the_attention_to_its_own_compiler(kernel: Any) -> None:
+    operators: dict[str, list[str]] = {"model": [], "attention": []}
+
+    def listing(whose: str) -> Callable[..., Any]:
+        def backend(graph: Any, _inputs: Any) -> Any:
+            operators[whose] += [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+            return graph
+
+        return backend
+
+    kernel(torch.compile(flex_attention, dynamic=True, backend=listing("attention")))
+    spans, tokens = draw_spans(3, 100, 150, 150)
+    shared, states = SharedPrefix(spans, tokens), [state.detach() for state in draw_states(tokens)]
+    shared.block_mask(None)
+
+    def layer(*states: Tensor) -> Tensor:
+        return attention._by_blocks(*states, shared, Scores()) + 1
+
+    with torch.no_grad():
+        found = torch.compile(layer, backend=listing("model"))(*states)
+    torch.testing.assert_close(found, dense_attention(*states, dense_mask(spans, tokens), Scores()) + 1)
+    assert "flex_attention" in operators["attention"]
+    assert operators["model"] == ["<built-in function add>"]
 
 
 def test_block_mask_is_made_once_per_window() -> None:

@@ -58,6 +58,33 @@ def test_linear_logps_equals_the_formula(logit_map: LogitMap, bias: bool, kept: 
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kept", [0, 10 * CHUNK_BYTES])
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_of_16_bits_are_not_rounded(bias: bool, kept: int) -> None:
+    """Of the same 16-bit numbers, fp64 gives the same values; gradients are rounded once, when they are handed on."""
+    leaves, targets, direction = draw(bias, torch.bfloat16)
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    exact = [leaf.detach().double().requires_grad_() for leaf in wanted]
+    found = head._LinearLogps.apply(*leaves, targets, LogitMap(scale=8.0), kept)
+    logits = linear(*exact) * 8.0
+    expected = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
+    gradients = torch.autograd.grad((found * direction).sum(), wanted)
+    references = torch.autograd.grad((expected * direction).sum(), exact)
+    for ours, reference in zip(gradients, references, strict=True):
+        torch.testing.assert_close(ours.double(), reference, rtol=0.02, atol=0.02 * reference.abs().max().item())
+
+
+def test_logits_that_are_kept_are_counted_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 logits of 16-bit weights: room for one chunk of them, and not for the two that 16 bits would make."""
+    rows: list[int] = []
+    logits = head._logits
+    monkeypatch.setattr(head, "_logits", lambda states, *weights: rows.append(len(states)) or logits(states, *weights))
+    leaves, targets, _ = draw(bias=False, dtype=torch.bfloat16)
+    head._LinearLogps.apply(*leaves, targets, LogitMap(), 5 * 50 * 4).sum().backward()
+    assert rows == [5, 5, 3, 5, 3]
+
+
 def test_frozen_weight_gets_no_gradient() -> None:
     (hidden, weight, _), targets, _ = draw(bias=False)
     assert hidden is not None

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spin_plugin.messages import SpinError
-from spin_plugin.opponent import FEW, PARTS, OpponentStore, fill, missing, shares
+from spin_plugin.opponent import FEW, PARTS, SCORING_FACTOR, OpponentStore, fill, missing, scoring_tokens, shares
 
 PAIRS = 10 * FEW + 3
 
@@ -45,24 +47,45 @@ def test_nothing_is_stored_at_first(store: OpponentStore) -> None:
     assert store.load().isnan().all()
 
 
-@pytest.mark.parametrize(("batch", "world"), [(1, 1), (16, 1), (7, 3), (4096, 2)])
-def test_every_pair_is_scored_and_stored(store: OpponentStore, batch: int, world: int) -> None:
+@pytest.mark.parametrize(("tokens", "world"), [(1, 1), (16_000, 1), (7_000, 3), (10_000_000, 2)])
+def test_every_pair_is_scored_and_stored(store: OpponentStore, tokens: int, world: int) -> None:
     values = store.load()
-    fill(values, store, missing(shares(LENGTHS, batch=batch, world=world), values), score, write=True)
+    fill(values, store, missing(shares(LENGTHS, tokens=tokens, world=world), values), score, write=True)
     assert torch.equal(store.load(), TRUTH)
     assert torch.equal(load_file(store.file)["logps"], TRUTH)
-    assert not len(missing(shares(LENGTHS, batch=batch, world=world), store.load()))
+    assert not missing(shares(LENGTHS, tokens=tokens, world=world), store.load())
 
 
-def test_ranks_get_equally_many_of_equal_size() -> None:
-    rounds = shares(LENGTHS, batch=7, world=3)
-    assert rounds.shape[1:] == (3, 7)
-    assert set(rounds.flatten().tolist()) == set(range(PAIRS))
+def test_shares_by_hand() -> None:
+    """Two ranks of 12 tokens: 9 and 8 fill one each; 6, 5, 4 and 3 go by twos; 2 is left and takes 3 along."""
+    rounds = shares(torch.tensor([4, 9, 2, 6, 3, 5, 8]), tokens=12, world=2)
+    assert [indices.tolist() for indices in rounds] == [[[1], [6]], [[3, 5], [0, 4]], [[4], [2]]]
+
+
+def test_tokens_that_training_certainly_holds_at_a_time() -> None:
+    """Of 60 tokens, micro-batches of two pairs hold 24 on average, and one of them holds the pair of 40."""
+    lengths = torch.tensor([5, 40, 5, 5, 5])
+    assert scoring_tokens(lengths, micro_batch=2) == SCORING_FACTOR * 40
+    assert scoring_tokens(lengths, micro_batch=4) == SCORING_FACTOR * 48
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=60),
+    tokens=st.integers(1, 200),
+    world=st.integers(1, 5),
+)
+def test_shares_hold_every_pair_within_the_tokens(lengths: list[int], tokens: int, world: int) -> None:
+    rounds = shares(torch.tensor(lengths), tokens=tokens, world=world)
+    assert all(indices.shape[0] == world for indices in rounds)
+    assert {index for indices in rounds for index in indices.flatten().tolist()} == set(range(len(lengths)))
+    assert sum(indices.numel() for indices in rounds) < len(lengths) + world, "fewer than one for each rank twice"
+    for share in (share for indices in rounds for share in indices.tolist()):
+        assert len(share) == 1 or len(share) * max(lengths[index] for index in share) <= tokens
 
 
 @pytest.mark.parametrize("killed", [0, 1, 40, 300])
 def test_killed_in_the_middle_it_goes_on_after_the_last_part(store: OpponentStore, killed: int) -> None:
-    rounds = shares(LENGTHS, batch=16, world=1)
+    rounds = [indices[None] for indices in torch.arange(PAIRS).split(16)]
     with pytest.raises(KeyboardInterrupt):
         fill(store.load(), store, rounds, killed_after(killed), write=True)
     values = store.load()
@@ -81,7 +104,7 @@ def test_little_is_lost_and_the_file_is_not_written_all_the_time(tmp_path: Path)
 
 def test_processes_but_the_first_store_nothing(store: OpponentStore) -> None:
     values = store.load()
-    fill(values, store, shares(LENGTHS, batch=64, world=2), score, write=False)
+    fill(values, store, shares(LENGTHS, tokens=60_000, world=2), score, write=False)
     assert torch.equal(values, TRUTH)
     assert not store.file.exists()
 
@@ -115,7 +138,7 @@ def test_broken_opponent_is_refused_and_nothing_of_it_stored(store: OpponentStor
         return indices.flatten(), torch.full((2, indices.numel()), value)
 
     with pytest.raises(SpinError, match="not finite"):
-        fill(store.load(), store, shares(LENGTHS, batch=64, world=1), broken, write=True)
+        fill(store.load(), store, shares(LENGTHS, tokens=60_000, world=1), broken, write=True)
     assert not store.file.exists()
 
 
