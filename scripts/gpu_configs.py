@@ -1,11 +1,11 @@
-"""Configurations of `gpu_check.sh`: one tiny model, one for each way to train and to draw responses.
+"""Configurations of `gpu_check.sh`: small models, one configuration for each way to train and to draw responses.
 
-python scripts/gpu_configs.py FOLDER      # FOLDER/WAY.yml, and FOLDER/ways with a line `WAY PROCESSES` for each
+python scripts/gpu_configs.py FOLDER      # FOLDER/WAY.yml, and the models and data that they name
 """
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -13,7 +13,26 @@ from tiny import FSDP2, chat_rows, make_model, spin_config, write_config, write_
 
 LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
 QLORA = LORA | {"adapter": "qlora", "load_in_4bit": True}
+KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 BF16, FP16 = {"bf16": True}, {"fp16": True}
+
+# Architecture and changes to the tiny model of the tests.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny": ("llama", {"intermediate_size": 128}),
+    # four query heads a key head, as Llama 3, Mistral and Qwen3 have them
+    "grouped": ("llama", {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}),
+    # of both layers one slides; a cap so low that it bends the products
+    "soft-capped": ("gemma2", {"attn_logit_softcapping": 3.0, "sliding_window": 32}),
+    # Llama 3.2 1B's shape: 14 bytes a parameter with RMSProp, 17 GB
+    "1b": (
+        "llama",
+        {
+            "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
+    ),
+}  # fmt: skip
 
 
 def zero(stage: int) -> dict[str, Any]:
@@ -32,47 +51,111 @@ def drawn(**generation: Any) -> dict[str, Any]:
     return {"spin": {"generation": generation}}
 
 
-# Processes, and changes to the configuration. Without another word one engine for each GPU draws the responses.
-WAYS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one": (1, BF16),
-    "ddp": (2, BF16),
-    "fsdp2": (2, BF16 | FSDP2),
-    "zero2": (2, BF16 | zero(2)),
-    "zero3": (2, BF16 | zero(3)),
-    "lora": (1, BF16 | LORA),
-    "lora-ddp": (2, BF16 | LORA),
-    "lora-fsdp2": (2, BF16 | LORA | FSDP2),
-    "lora-zero3": (2, BF16 | LORA | zero(3)),
-    "lora-merge": (1, BF16 | LORA | {"spin": {"adapter_chain": "merge"}}),
-    "dora": (1, BF16 | LORA | {"peft_use_dora": True}),
-    "qlora": (1, BF16 | QLORA),
-    "8bit": (1, BF16 | LORA | {"load_in_8bit": True}),
-    "fp16": (1, FP16),
-    "compile": (1, BF16 | {"torch_compile": True}),
-    "checkpointing": (2, BF16 | {"gradient_checkpointing": True}),
-    "padded": (1, BF16 | {"spin": {"shared_prefix": "off"}}),
-    "one-engine": (1, BF16 | drawn(engines=1)),
-    "two-engines": (1, BF16 | drawn(engines=2)),
-    "tensor": (1, BF16 | drawn(tensor_parallel_size=2)),
-    "ray": (1, BF16 | drawn(engine="ray", engines=2)),
+class Way(NamedTuple):
+    """One way to train and to draw responses. Without another word one engine for each GPU draws them."""
+
+    gpus: int
+    """How many it needs at least."""
+    changes: dict[str, Any]
+    """Of the configuration of the tests."""
+    processes: int = 1
+    model: str = "tiny"
+    pairs: int = 32
+    """In a step."""
+
+
+# 1,024 tokens a sequence, drawn and trained in full: the random model never stops by itself.
+REAL_SIZE = {"sequence_len": 1024, "gradient_checkpointing": True, "optimizer": "rmsprop", "learning_rate": 5e-7}
+
+WAYS: dict[str, Way] = {
+    "one": Way(1, BF16),
+    "ddp": Way(2, BF16, 2),
+    "fsdp2": Way(2, BF16 | FSDP2, 2),
+    "zero2": Way(2, BF16 | zero(2), 2),
+    "zero3": Way(2, BF16 | zero(3), 2),
+    "lora": Way(1, BF16 | LORA),
+    "lora-kernels": Way(1, BF16 | LORA | dict.fromkeys(KERNELS, True)),
+    "lora-ddp": Way(2, BF16 | LORA, 2),
+    "lora-fsdp2": Way(2, BF16 | LORA | FSDP2, 2),
+    "lora-zero3": Way(2, BF16 | LORA | zero(3), 2),
+    "lora-merge": Way(1, BF16 | LORA | {"spin": {"adapter_chain": "merge"}}),
+    "dora": Way(1, BF16 | LORA | {"peft_use_dora": True}),
+    "qlora": Way(1, BF16 | QLORA),
+    "8bit": Way(1, BF16 | LORA | {"load_in_8bit": True}),
+    "lora-fp16": Way(1, FP16 | LORA),
+    "compile": Way(1, BF16 | {"torch_compile": True}),
+    "checkpointing": Way(1, BF16 | {"gradient_checkpointing": True}),
+    "padded": Way(1, BF16 | {"spin": {"shared_prefix": "off"}}),
+    "beta-5": Way(1, BF16 | {"spin": {"beta": 5.0}}),  # the paper's last iteration, where rounding counts most
+    "grouped": Way(1, BF16, model="grouped"),
+    # SDPA, which the padded form would take, leaves the soft-capping out
+    "soft-capped": Way(1, BF16 | {"attn_implementation": "eager"}, model="soft-capped"),
+    "real-size": Way(1, BF16 | REAL_SIZE, model="1b", pairs=8),
+    # vLLM takes nearly all of the GPU while the process that trains next holds its context there
+    "share": Way(1, BF16 | drawn(gpu_memory_utilization=0.95)),
+    "one-engine": Way(1, BF16 | drawn(engines=1)),
+    "two-engines": Way(2, BF16 | drawn(engines=2)),
+    "tensor": Way(2, BF16 | drawn(tensor_parallel_size=2)),
+    "ray": Way(2, BF16 | drawn(engine="ray", engines=2)),
 }
 ROWS = 600  # three files of requests, so that two engines have work
+LONG_ROWS = 64
+
+
+def long_rows(count: int) -> list[dict[str, Any]]:
+    """Conversations of about 300 and 500 bytes, which are as many tokens."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"tell me of {number} " * 20},
+                {"role": "assistant", "content": f"{number} is a number " * 34},
+            ]
+        }
+        for number in range(count)
+    ]
+
+
+def config_of(folder: Path, way: str) -> dict[str, Any]:
+    """The configuration of a way, whose model and data lie in `folder`."""
+    chosen, large = WAYS[way], WAYS[way].model == "1b"
+    changes, spin = dict(chosen.changes), dict(chosen.changes.get("spin", {}))
+    changes.pop("spin", None)
+    changes |= {
+        "output_dir": str(folder / way),
+        "micro_batch_size": chosen.pairs // chosen.processes,
+    }
+    data = folder / ("long.jsonl" if large else "chat.jsonl")
+    config = spin_config(folder, folder / chosen.model, data, **changes)
+    generation = config["spin"]["generation"]
+    generation.pop("vllm")  # that is for CPUs
+    if large:
+        generation.pop("max_tokens")
+    generation |= spin.pop("generation", {})
+    config["spin"] |= spin
+    return config
+
+
+def make_model_of(folder: Path, way: str) -> None:
+    """Make the model of a way where it is not there yet; the large one takes a minute and 5 GB."""
+    architecture, changes = MODELS[WAYS[way].model]
+    if not (folder / WAYS[way].model).is_dir():
+        make_model(folder / WAYS[way].model, architecture, **changes)
+
+
+def write(folder: Path) -> None:
+    """Every way's configuration and the data; models are made when their way is played."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jsonl(folder / "chat.jsonl", chat_rows(ROWS))
+    write_jsonl(folder / "long.jsonl", long_rows(LONG_ROWS))
+    for way in WAYS:
+        write_config(folder, config_of(folder, way), f"{way}.yml")
 
 
 def main() -> None:
     folder = Path(sys.argv[1]).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    model = make_model(folder / "model", intermediate_size=128)
-    data = write_jsonl(folder / "chat.jsonl", chat_rows(ROWS))
-    for way, (processes, changes) in WAYS.items():
-        own = {"output_dir": str(folder / way), "micro_batch_size": 32 // processes}
-        config = spin_config(folder, model, data, **(own | {key: changes[key] for key in changes if key != "spin"}))
-        config["spin"]["generation"].pop("vllm")  # that is for CPUs
-        changed = changes.get("spin", {})
-        config["spin"]["generation"] |= changed.get("generation", {})
-        config["spin"] |= {key: changed[key] for key in changed if key != "generation"}
-        write_config(folder, config, f"{way}.yml")
-    (folder / "ways").write_text("".join(f"{way} {processes}\n" for way, (processes, _) in WAYS.items()))
+    write(folder)
+    for way in WAYS:
+        make_model_of(folder, way)
 
 
 if __name__ == "__main__":

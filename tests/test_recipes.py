@@ -5,10 +5,8 @@ of the same architecture; those for several GPUs on two processes, ZeRO-3 and FS
 cannot is in `ON_CPU`; what lies below the `axolotl` command is in several_processes.py.
 """
 
-import importlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, Finished
+from conftest import ROOT
 from tiny import byte_tokenizer, chat_rows, make_model, write_config, write_jsonl
 
 from spin_plugin.iteration import open_pairs
@@ -172,30 +170,3 @@ def test_turns_of_the_recipes(played: Path) -> None:
         for name in ("spin-zephyr.yml", "spin-multi-turn.yml")
     }
     assert answers == {"spin-zephyr.yml": {1}, "spin-multi-turn.yml": {1, 3}}
-
-
-def test_ways_of_the_gpu_check_are_valid(registered: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from axolotl.utils.config import validate_config
-    from axolotl.utils.dict import DictDefault
-    from axolotl.utils.schemas.config import AxolotlInputConfig
-
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    monkeypatch.setattr("sys.argv", ["gpu_configs.py", str(tmp_path)])
-    gpu_configs = importlib.import_module("gpu_configs")
-    gpu_configs.main()
-    listed = dict(line.split() for line in (tmp_path / "ways").read_text().splitlines())
-    assert len(listed) == len(gpu_configs.WAYS) > 20
-    for way in listed:
-        cfg = DictDefault(yaml.safe_load((tmp_path / f"{way}.yml").read_text()))
-        lower(cfg, AxolotlInputConfig.model_fields)
-        validate_config(cfg, capabilities=GPU, env_capabilities={"torch_version": "2.13.0"})
-
-
-def test_gpu_check_needs_gpus(command: Callable[..., Finished], tmp_path: Path) -> None:
-    """An nvidia-smi that shows none, as without a driver, is found first."""
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    done = command(ROOT / "scripts/gpu_check.sh", folder=ROOT, environment={"PATH": path})
-    assert done.code == 1
-    assert done.output == "gpu_check: this needs a machine with two or more NVIDIA GPUs, and nvidia-smi shows 0\n"

@@ -1,9 +1,11 @@
 """Our generation, with its shards written while vLLM works, against one bare `LLM.generate`.
 
-    python scripts/bench/generate.py [--rounds 3] [--prompts 1024] [--json FILE]
+    python scripts/bench/generate.py [--rounds 3] [--prompts 1024] [--unseeded] [--model FOLDER] [--json FILE]
 
 Both sides run the same engine arguments, prompts, budgets and seeds in vLLM's own interpreter; time counts from the
-moment the engine is ready. Rounds alternate; medians are printed.
+moment the engine is ready. Rounds alternate; medians are printed. `--unseeded` adds the bare side without a seed for
+each request: what the seeds cost. On a GPU the model computes in bf16, on a CPU in fp32; the one that is made here is
+too small to tell much about a GPU, so name a larger one there.
 """
 
 import argparse
@@ -63,6 +65,16 @@ def make_requests(count: int) -> list[Request]:
     ]
 
 
+def engine_arguments(model: Path) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for both sides."""
+    engine = {"model": str(model), "skip_tokenizer_init": True, "generation_config": "vllm"}
+    engine |= {"max_model_len": 512, "seed": 0}
+    if torch.cuda.is_available():
+        return engine | {"dtype": "bfloat16"}
+    cpu = {"dtype": "float32", "enforce_eager": True}
+    return engine | cpu | {"kv_cache_memory_bytes": 512 << 20, "enable_chunked_prefill": False}
+
+
 def ours(folder: Path, job: Job, requests: list[Request]) -> float:
     """Tokens/s of the launcher and its worker."""
     shards = Shards(folder / "synthetic")
@@ -72,11 +84,11 @@ def ours(folder: Path, job: Job, requests: list[Request]) -> float:
     return drawn["tokens"] / drawn["seconds"]
 
 
-def bare(folder: Path, job: Job, requests: list[Request]) -> float:
+def bare(folder: Path, job: Job, requests: list[Request], *, seeded: bool = True) -> float:
     """Tokens/s of one `LLM.generate`."""
     script, content, result = folder / "bare.py", folder / "job.json", folder / "bare.json"
     script.write_text(BARE)
-    rows = [request._asdict() for request in requests]
+    rows = [request._asdict() | ({} if seeded else {"seed": None}) for request in requests]
     content.write_text(json.dumps({"engine": job.engine, "sampling": job.sampling, "requests": rows}))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     command = [str(vllm_python(None)), str(script), str(content), device, str(result)]
@@ -92,29 +104,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=1024)
+    parser.add_argument("--unseeded", action="store_true", help="measure the bare side without seeds, too")
+    parser.add_argument("--model", type=Path, help="a model with 8,000 tokens or more in its vocabulary")
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()
     requests = make_requests(options.prompts)
-    rates: dict[str, list[float]] = {"ours": [], "bare": []}
+    rates: dict[str, list[float]] = {side: [] for side in ("ours", "bare", "unseeded")[: 2 + options.unseeded]}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_model(folder / "model")
-        engine: dict[str, Any] = {
-            "model": str(folder / "model"),
-            "skip_tokenizer_init": True,
-            "generation_config": "vllm",
-        }
-        engine |= {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "seed": 0}
-        if not torch.cuda.is_available():
-            engine |= {"kv_cache_memory_bytes": 512 << 20, "enable_chunked_prefill": False}
+        if options.model is None:
+            make_model(folder / "model")
+        engine = engine_arguments(options.model or folder / "model")
         sampling = {"temperature": 1.0, "top_p": 1.0, "stop_token_ids": [1]}
         job = Job(0, engine, None, "bench", sampling, len(requests), "bench")
         for number in range(options.rounds):
             rates["bare"].append(bare(folder, job, requests))
             rates["ours"].append(ours(folder, job, requests))
-            sys.stdout.write(f"round {number}: bare {rates['bare'][-1]:,.0f}, ours {rates['ours'][-1]:,.0f} tokens/s\n")
+            if options.unseeded:
+                rates["unseeded"].append(bare(folder, job, requests, seeded=False))
+            shown = ", ".join(f"{side} {values[-1]:,.0f}" for side, values in rates.items())
+            sys.stdout.write(f"round {number}: {shown} tokens/s\n")
     medians = {side: statistics.median(values) for side, values in rates.items()}
-    summary = {"vs_bare": medians["ours"] / medians["bare"], "tokens_per_second": medians, "rounds": rates}
+    ratios = {f"{side}_vs_bare": value / medians["bare"] for side, value in medians.items() if side != "bare"}
+    summary = {"vs_bare": ratios.pop("ours_vs_bare"), **ratios, "tokens_per_second": medians, "rounds": rates}
     sys.stdout.write(f"medians: {medians}, ours / bare {summary['vs_bare']:.3f}\n")
     if options.json:
         options.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

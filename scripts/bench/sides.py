@@ -7,6 +7,7 @@ import random
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ BETA = 0.1
 Step = list[tuple[float, Callable[[], None]]]
 """Parts of a step, each with the share of its time that counts."""
 Batches = list[list[Pair]]
+Side = Callable[[Any, Batches, argparse.Namespace], list[Step]]
+"""For every batch a step on it, of a policy."""
 
 
 # --- the same pairs and weights for every side -----------------------------------------------------
@@ -67,43 +70,58 @@ def make_model(options: argparse.Namespace) -> LlamaForCausalLM:
         attn_implementation="sdpa",
     )
     with torch.device(options.device):
-        return LlamaForCausalLM(config).to(getattr(torch, options.dtype)).train()
+        model = LlamaForCausalLM(config).train()
+    if options.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def computing(options: argparse.Namespace) -> torch.autocast:
+    """As training runs: weights in fp32, products in `dtype`."""
+    return torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "bfloat16")
+
+
+def frozen_copy(model: nn.Module, options: argparse.Namespace) -> nn.Module:
+    """A reference model, which needs no fp32."""
+    return copy.deepcopy(model).to(getattr(torch, options.dtype)).eval().requires_grad_(False)
 
 
 def moved(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-# --- the sides: for every batch a step ---------------------------------------------------------------
+# --- the sides ----------------------------------------------------------------------------------
 
 
-def our_step(model: nn.Module, batch: dict[str, Tensor]) -> Step:
+def our_step(model: nn.Module, batch: dict[str, Tensor], options: argparse.Namespace) -> Step:
     opponent: list[Tensor] = []
 
     def score() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), computing(options):
             opponent[:] = [logps(model.eval(), batch)]
 
     def train() -> None:
-        policy = logps(model.train(), batch)
-        spin_terms(policy, opponent[0], beta=BETA, loss="logistic").loss.mean().backward()
+        with computing(options):
+            policy = logps(model.train(), batch)
+            loss = spin_terms(policy, opponent[0], beta=BETA, loss="logistic").loss.mean()
+        loss.backward()
 
     return [(0.5, score), (1.0, train)]
 
 
-def ours(model: nn.Module, batches: Batches, device: str) -> list[Step]:
+def ours(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list[Step]:
     install(model)
     enable(model)
-    return [our_step(model, moved(flat_batch(pairs), device)) for pairs in batches]
+    return [our_step(model, moved(flat_batch(pairs), options.device), options) for pairs in batches]
 
 
-def padded(model: nn.Module, batches: Batches, device: str) -> list[Step]:
+def padded(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list[Step]:
     install(model)
-    return [our_step(model, moved(padded_batch(pairs, PAD), device)) for pairs in batches]
+    return [our_step(model, moved(padded_batch(pairs, PAD), options.device), options) for pairs in batches]
 
 
-def official(model: nn.Module, batches: Batches, device: str) -> list[Step]:
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
+def official(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list[Step]:
+    reference = frozen_copy(model, options)
 
     def sequence_logps(side: nn.Module, batch: dict[str, Tensor], mask: Tensor) -> Tensor:
         logits = side(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
@@ -111,14 +129,15 @@ def official(model: nn.Module, batches: Batches, device: str) -> list[Step]:
         return (chosen * mask[:, 1:]).sum(-1).view(2, -1)
 
     def train(batch: dict[str, Tensor], mask: Tensor) -> None:
-        policy = sequence_logps(model, batch, mask)
-        with torch.no_grad():
-            opponent = sequence_logps(reference, batch, mask)
+        with computing(options):
+            policy = sequence_logps(model, batch, mask)
+            with torch.no_grad():
+                opponent = sequence_logps(reference, batch, mask)
         real, synthetic = policy - opponent
         (-logsigmoid(BETA * (real - synthetic))).mean().backward()
 
     def step(pairs: list[Pair]) -> Step:
-        batch = moved(padded_batch(pairs, PAD), device)
+        batch = moved(padded_batch(pairs, PAD), options.device)
         mask = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
         mask.view(-1)[batch["keep"] + 1] = True
         return [(1.0, partial(train, batch, mask))]
@@ -135,7 +154,7 @@ def word_tokenizer(words: list[str]) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>")
 
 
-def trl(model: nn.Module, batches: Batches, device: str) -> list[Step]:
+def trl(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list[Step]:
     """The real trainer, from its dataset to its training step."""
     from datasets import Dataset, disable_progress_bars
     from trl import DPOConfig, DPOTrainer
@@ -145,11 +164,14 @@ def trl(model: nn.Module, batches: Batches, device: str) -> list[Step]:
     texts = [[" ".join(words[token] for token in part) for part in pair] for pairs in batches for pair in pairs]
     rows = [{"prompt": f"{prompt} ", "chosen": real, "rejected": synthetic} for prompt, real, synthetic in texts]
     config = DPOConfig(
-        output_dir=tempfile.mkdtemp(), use_cpu=device == "cpu", bf16=model.dtype == torch.bfloat16, report_to=[]
+        output_dir=tempfile.mkdtemp(),
+        use_cpu=options.device == "cpu",
+        bf16=options.dtype == "bfloat16",
+        report_to=[],
     )
     trainer = DPOTrainer(
         model,
-        copy.deepcopy(model),
+        frozen_copy(model, options),
         config,
         train_dataset=Dataset.from_list(rows),
         processing_class=word_tokenizer(words),
@@ -162,14 +184,14 @@ def trl(model: nn.Module, batches: Batches, device: str) -> list[Step]:
     def train(batch: dict[str, Any]) -> None:
         trainer.training_step(trainer.model_wrapped, dict(batch))
 
-    def step(number: int, pairs: list[Pair]) -> Step:
-        first = number * len(pairs)
+    def step(first: int, pairs: list[Pair]) -> Step:
         batch = trainer.data_collator([trainer.train_dataset[row] for row in range(first, first + len(pairs))])
         ours = padded_batch(pairs, PAD)
         assert torch.equal(batch["input_ids"], ours["input_ids"]), "trl does not work on the same tokens"
         return [(1.0, partial(train, batch))]
 
-    return [step(number, pairs) for number, pairs in enumerate(batches)]
+    firsts = accumulate(map(len, batches), initial=0)
+    return [step(first, pairs) for first, pairs in zip(firsts, batches, strict=False)]
 
 
 def attend_within_pairs(
@@ -181,17 +203,19 @@ def attend_within_pairs(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def floor(model: nn.Module, batches: Batches, device: str) -> list[Step]:
+def floor(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list[Step]:
     AttentionInterface.register("bench_within_pairs", attend_within_pairs)
     model.set_attn_implementation("bench_within_pairs")
 
     def train(inputs: dict[str, Any]) -> None:
-        model(**inputs, use_cache=False).loss.backward()
+        with computing(options):
+            loss = model(**inputs, use_cache=False).loss
+        loss.backward()
 
     def step(pairs: list[Pair]) -> Step:
         sizes = [sum(map(len, pair)) for pair in pairs]
-        tokens = torch.tensor([[token for pair in pairs for part in pair for token in part]], device=device)
-        positions = torch.cat([torch.arange(size) for size in sizes])[None].to(device)
+        tokens = torch.tensor([[token for pair in pairs for part in pair for token in part]], device=options.device)
+        positions = torch.cat([torch.arange(size) for size in sizes])[None].to(options.device)
         return [
             (1.0, partial(train, {"input_ids": tokens, "position_ids": positions, "labels": tokens, "sizes": sizes}))
         ]
@@ -199,4 +223,4 @@ def floor(model: nn.Module, batches: Batches, device: str) -> list[Step]:
     return [step(pairs) for pairs in batches]
 
 
-SIDES = {"ours": ours, "padded": padded, "trl": trl, "official": official, "floor": floor}
+SIDES: dict[str, Side] = {"ours": ours, "padded": padded, "trl": trl, "official": official, "floor": floor}

@@ -1,11 +1,13 @@
 """Our training step against TRL's, the official formulation, and the bare work on the same tokens.
 
     python scripts/bench/step.py [--pairs 8] [--rounds 5] [--threads 2] [--json FILE]
-    python scripts/bench/step.py --preset 1b --pairs 32 --json FILE        (one GPU)
+    python scripts/bench/step.py --preset 1b --pairs 8 32 --json FILE      (one GPU)
 
-Needs torch and transformers; where trl is not installed its side is skipped. All sides work on the same pairs and on
-equal random weights. Lengths are log-normal (median prompt 120, real 245, synthetic 200 tokens, sigma 0.6) and cut as
-the paper's recipe does it, prompts at 512 tokens and sequences at 1024; every round has pairs of its own, seeded.
+Needs torch and transformers (and PYTHONPATH=. where spin-plugin is not installed); where trl is not installed its side
+is skipped. `--dtype bfloat16`, which `--preset 1b` has, is what training runs: weights in fp32, products in bf16. All
+sides work on the same pairs and on equal random weights. Lengths are log-normal (median prompt 120, real 245, synthetic
+200 tokens, sigma 0.6) and cut as the paper's recipe does it, prompts at 512 tokens and sequences at 1024; every round
+has pairs of its own, seeded.
 
     ours      the flat row and the chunked head, plus half a forward for the opponent (once for two epochs)
     padded    the same with the padded form
@@ -13,12 +15,15 @@ the paper's recipe does it, prompts at 512 tokens and sequences at 1024; every r
     official  re-written from its description: padded to the longest, two forwards, full fp32 log-softmax
     floor     forward and backward of the causal LM loss over the same unique tokens as one row, pairs kept apart
 
-A step is forward and backward; optimizer and collator are in no side. Ratios are medians over interleaved rounds.
-Memory is what the first round's step takes on top of the models, in a process of its own; the reference models of
-TRL's and the official side come on top of it and are printed beside it.
+A step is forward and backward; optimizer and collator are in no side. Ratios are medians over rounds, which are
+interleaved on a CPU. Memory is what the first round's step takes on top of the models, in a process of its own; the
+reference models of TRL's and the official side come on top of it and are printed beside it. A side whose step does not
+fit the GPU's memory works in micro-batches half as large, as often as it takes. MFU is the share of the GPU's peak
+that the work on unique tokens would need alone, whatever a side computes beside it.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -26,9 +31,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +50,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {"layers": 6, "hidden": 512, "vocab": 32_000, "dtype": "float32"},
     "1b": {"layers": 16, "hidden": 2048, "vocab": 128_256, "dtype": "bfloat16"},  # Llama 3.2 1B's shape
 }
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16
+# Dense bf16 with fp32 sums, by a part of the GPU's name, from the vendor's data sheets. The first that fits is meant.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
 
 
 # --- measuring ---------------------------------------------------------------------------------------
@@ -65,15 +77,26 @@ def timed(step: Step, device: str) -> float:
     return total
 
 
-def measure_times(sides: list[str], options: argparse.Namespace, batches: Batches) -> dict[str, list[float]]:
-    """Seconds of the step of every side on every batch but the first, which warms up; rounds interleaved."""
-    models = {side: make_model(options) for side in sides}
-    steps = {side: SIDES[side](models[side], batches, options.device) for side in sides}
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
+def steps_of(side: str, model: Any, batches: Batches, options: argparse.Namespace, micro_batch: int) -> list[Step]:
+    """For every batch the step of a side, in micro-batches of so many pairs."""
+    parts = [pairs[first : first + micro_batch] for pairs in batches for first in range(0, len(pairs), micro_batch)]
+    steps, each = SIDES[side](model, parts, options), len(parts) // len(batches)
+    return [list(chain(*steps[first : first + each])) for first in range(0, len(steps), each)]
+
+
+def measure_times(sizes: dict[str, int], options: argparse.Namespace, batches: Batches) -> dict[str, list[float]]:
+    """Seconds of the step of every side on every batch but the first, which warms up; rounds interleaved.
+
+    Args:
+        sizes: the sides, each with the pairs of its micro-batches.
+    """
+    models = {side: make_model(options) for side in sizes}
+    steps = {side: steps_of(side, models[side], batches, options, size) for side, size in sizes.items()}
+    seconds: dict[str, list[float]] = {side: [] for side in sizes}
     for number in range(len(batches)):
-        for side in sides:
-            models[side].zero_grad()
+        for side in sizes:
             seconds[side].append(timed(steps[side][number], options.device))
+            models[side].zero_grad()
         shown = ", ".join(f"{side} {values[-1]:.2f} s" for side, values in seconds.items())
         sys.stdout.write(f"{f'round {number}' if number else 'warm-up'}: {shown}\n")
         sys.stdout.flush()
@@ -86,12 +109,12 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
-def measure_memory(side: str, options: argparse.Namespace, batches: Batches) -> dict[str, int]:
+def measure_memory(side: str, options: argparse.Namespace, batches: Batches, micro_batch: int) -> dict[str, int]:
     """Bytes of the first step on top of the models, and of the models on top of the policy; in a fresh process."""
     cuda = options.device == "cuda"
     model = make_model(options)
     policy = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
-    step, *_ = SIDES[side](model, batches, options.device)
+    step, *_ = steps_of(side, model, batches, options, micro_batch)
     models = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -100,19 +123,30 @@ def measure_memory(side: str, options: argparse.Namespace, batches: Batches) -> 
     for _, part in step:
         part()
     peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
-    return {"step": peak - models, "reference": models - policy}
+    return {"step": peak - models, "reference": models - policy, "micro_batch": micro_batch}
 
 
-def memory_in_own_process(side: str, arguments: list[str]) -> dict[str, int]:
-    command = [sys.executable, __file__, *arguments, "--memory-of", side]
+def with_what_fits(measure: Callable[[int], dict[str, int]], micro_batch: int) -> dict[str, int]:
+    """Measure with micro-batches of so many pairs, or half as many until the step fits the GPU."""
+    while micro_batch > 1:
+        with suppress(torch.OutOfMemoryError):
+            return measure(micro_batch)
+        gc.collect()  # the models of the attempt
+        torch.cuda.empty_cache()
+        micro_batch //= 2
+    return measure(1)
+
+
+def memory_in_own_process(side: str, pairs: int, arguments: list[str]) -> dict[str, int]:
+    command = [sys.executable, __file__, *arguments, "--pairs", str(pairs), "--memory-of", side]
     # one arena: with several, how much freed memory lies about would depend on which thread asked for it
     environment = os.environ | {"MALLOC_ARENA_MAX": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def training_flops(options: argparse.Namespace, pairs: list[Pair]) -> float:
-    """Model FLOPs of our step: unique tokens, the head at response tokens alone, half a forward for the opponent."""
+def training_flops(options: argparse.Namespace, pairs: list[Pair], passes: float) -> float:
+    """Model FLOPs of so many passes over unique tokens, the head at response tokens alone."""
     tokens, kept, seen = 0, 0, 0
     for prompt, real, synthetic in (map(len, pair) for pair in pairs):
         tokens, kept = tokens + prompt + real + synthetic, kept + real + synthetic
@@ -120,17 +154,23 @@ def training_flops(options: argparse.Namespace, pairs: list[Pair]) -> float:
     model = make_model(argparse.Namespace(**(vars(options) | {"device": "meta"})))
     body = sum(parameter.numel() for layer in model.model.layers for parameter in layer.parameters())
     products = body * tokens + options.vocab * options.hidden * kept + 2 * options.hidden * seen * options.layers
-    return 3.5 * 2 * products
+    return passes * 2 * products
 
 
-def utilisation(seconds: list[float], options: argparse.Namespace, batches: Batches) -> float | None:
+def peak_flops(name: str) -> float | None:
+    """The dense bf16 peak of a GPU by its name, where it is known."""
+    return next((flops for device, flops in PEAK_FLOPS.items() if device in name), None)
+
+
+def utilisation(side: str, seconds: list[float], options: argparse.Namespace, batches: Batches) -> float | None:
     """The median share of the device's peak, where that is known."""
-    name = torch.cuda.get_device_name() if options.device == "cuda" else ""
-    peak = next((flops for device, flops in PEAK_FLOPS.items() if device in name), None)
+    peak = peak_flops(torch.cuda.get_device_name()) if options.device == "cuda" else None
     if peak is None:
         return None
+    passes = 3.0 if side == "floor" else 3.5  # half a forward for the opponent
     return statistics.median(
-        training_flops(options, pairs) / second / peak for second, pairs in zip(seconds, batches[1:], strict=True)
+        training_flops(options, pairs, passes) / second / peak
+        for second, pairs in zip(seconds, batches[1:], strict=True)
     )
 
 
@@ -164,7 +204,7 @@ def summary(
         "time_vs_floor": time_ratio("ours", "floor"),
         "memory_vs_trl": memory_ratio("ours", "trl"),
         "memory_vs_official": memory_ratio("ours", "official"),
-        "mfu": utilisation(seconds["ours"], options, batches) if "ours" in seconds else None,
+        "mfu": {side: utilisation(side, values, options, batches) for side, values in seconds.items()},
         "machine": machine(options),
         "options": {name: value for name, value in vars(options).items() if name not in ("json", "memory_of")},
         "unique_tokens": [sum(sum(map(len, pair)) for pair in pairs) for pairs in batches[1:]],
@@ -177,23 +217,26 @@ def summary(
 def report(result: dict[str, Any], pairs: int) -> Iterator[str]:
     yield result["machine"]
     yield f"unique tokens {result['unique_tokens']}, padded {result['padded_tokens']}"
-    yield f"{'side':<10}{'s/step':>9}{'pairs/s':>9}{'GiB/step':>10}{'GiB more models':>17}"
+    sizes, speeds = f"{'side':<10}{'pairs':>6}{'of':>4}", f"{'s/step':>9}{'pairs/s':>9}{'MFU':>6}"
+    yield f"{sizes}{speeds}{'GiB/step':>10}{'GiB more models':>17}"
     for side, values in result["seconds"].items():
-        seconds, used = statistics.median(values), result["bytes"][side]
-        gib = (used["step"] / 2**30, used["reference"] / 2**30)
-        yield f"{side:<10}{seconds:>9.3f}{pairs / seconds:>9.2f}{gib[0]:>10.2f}{gib[1]:>17.2f}"
-    yield "  ".join(f"{name} {value}" for name, value in result.items() if "_vs_" in name or name == "mfu")
+        seconds, used, mfu = statistics.median(values), result["bytes"][side], result["mfu"][side]
+        gib, share = (used["step"] / 2**30, used["reference"] / 2**30), "-" if mfu is None else f"{mfu:.0%}"
+        sizes = f"{side:<10}{used['micro_batch']:>6}{pairs:>4}"
+        yield f"{sizes}{seconds:>9.3f}{pairs / seconds:>9.2f}{share:>6}{gib[0]:>10.2f}{gib[1]:>17.2f}"
+    yield "  ".join(f"{name} {value}" for name, value in result.items() if "_vs_" in name)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--pairs", type=int, nargs="+", default=[8], help="pairs of a step; one table for each number")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--preset", choices=PRESETS, default="small")
     for name in ("layers", "hidden", "vocab"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, for all sides")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--json", type=Path)
@@ -207,23 +250,41 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def run(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    """Measure and print all sides with `options.pairs` pairs."""
+    batches = [draw_pairs(options.pairs, options.vocab, seed) for seed in range(1 + options.rounds)]
+    memory = {side: memory_in_own_process(side, options.pairs, arguments) for side in options.sides}
+    sizes = {side: used["micro_batch"] for side, used in memory.items()}
+    # One after the other where all models at once would not leave the room that each was measured with.
+    groups = [{side: size} for side, size in sizes.items()] if options.device == "cuda" else [sizes]
+    seconds: dict[str, list[float]] = {}
+    for group in groups:
+        seconds |= measure_times(group, options, batches)
+    result = summary(seconds, memory, options, batches)
+    sys.stdout.write("\n".join(report(result, options.pairs)) + "\n")
+    return result
+
+
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
-    batches = [draw_pairs(options.pairs, options.vocab, seed) for seed in range(1 + options.rounds)]
+    each = [argparse.Namespace(**(vars(options) | {"pairs": pairs})) for pairs in options.pairs]
     if options.memory_of:
-        sys.stdout.write(json.dumps(measure_memory(options.memory_of, options, batches[:1])) + "\n")
+        batches = [draw_pairs(each[0].pairs, options.vocab, 0)]
+        measure = partial(measure_memory, options.memory_of, each[0], batches)
+        sys.stdout.write(json.dumps(with_what_fits(measure, each[0].pairs)) + "\n")
         return
     sides = [side for side in options.sides if side != "trl" or find_spec("trl")]
     if len(sides) < len(options.sides):
         sys.stdout.write("trl is not installed: its side is skipped\n")
-    memory = {side: memory_in_own_process(side, arguments) for side in sides}
-    seconds = measure_times(sides, options, batches)
-    result = summary(seconds, memory, options, batches)
-    sys.stdout.write("\n".join(report(result, options.pairs)) + "\n")
+    results = []
+    for one in each:
+        one.sides = sides
+        results.append(run(one, arguments))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        content = results[0] if len(results) == 1 else {"runs": results}
+        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,161 @@
+"""First light's checks of the two functions of our own: the attention of a flat row, and the chunked head."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from cases import DTYPES, Case, Found, Setting, drawn, in_bf16, llama, moved, relative
+from sides import PAD
+from torch import Tensor
+from torch.nn.functional import linear
+
+from spin_plugin.attention import Scores, SharedPrefix, attend, dense_attention, dense_mask
+from spin_plugin.head import logps
+from spin_plugin.layout import padded_batch
+
+KEY_HEADS = 2
+SOFTCAP = 2.0  # products have size 1: it bends them
+WINDOW = 48
+# What is allowed beside twice the error of the dense attention in the same precision, as a share of the largest number:
+# a few roundings of bf16; in fp32 the exponential of a kernel, which is not that of the C library.
+SLACK = {"bf16": 2**-6, "fp32": 1e-5}
+
+
+class Layer(NamedTuple):
+    """What FlexAttention compiles a kernel for."""
+
+    dtype: str = "bf16"
+    head_size: int = 128
+    groups: int = 4
+    softcap: float | None = None
+
+    def __str__(self) -> str:
+        capped = "" if self.softcap is None else " soft-capped"
+        return f"{self.dtype} head {self.head_size} groups {self.groups}{capped}"
+
+
+def layers(quick: bool) -> Iterator[tuple[Layer, tuple[int, ...]]]:
+    """Layers, each with the lengths of its rows. Every compilation costs seconds, so one thing varies at a time."""
+    short, usual, long = (84, 200, 400) if quick else (84, 300, 8192)
+    for dtype in DTYPES:
+        yield Layer(dtype), (short, usual, long)
+        for head_size in (64, 80, 96, 256):
+            yield Layer(dtype, head_size), (short, usual)
+    for groups in (1, 8):
+        yield Layer(groups=groups), (short, usual)
+    yield Layer(softcap=SOFTCAP), (short, usual, long)
+    yield Layer("fp32", softcap=SOFTCAP), (usual,)
+
+
+def spans_of(tokens: int) -> list[list[int]]:
+    """[B, 4] of pairs that fill a row: one up to 100 tokens, else of uneven lengths, the last one long."""
+    spans, start = [], 0
+    while tokens - start > 100 and len(spans) < 12:
+        size = min(100 + 37 * len(spans), (tokens - start) // 2)
+        spans.append([start, size // 4, size // 2, size - size // 4 - size // 2])
+        start += size
+    left = tokens - start
+    return [*spans, [start, left // 2, left // 4, left - left // 2 - left // 4]]
+
+
+def values_and_gradients(attention: Callable[..., Tensor], states: list[Tensor], force: Tensor) -> list[Tensor]:
+    """The output, and the gradients of query, key and value under a force on it."""
+    leaves = [tensor.detach().requires_grad_() for tensor in states]
+    output = attention(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves, force)]
+
+
+def dense(states: list[Tensor], force: Tensor, mask: Tensor, scores: Scores, dtype: torch.dtype) -> list[Tensor]:
+    """The same by `dense_attention` in another precision, a key head at a time: it holds [H, T, T]."""
+    groups = states[0].shape[1] // KEY_HEADS
+    attention = partial(dense_attention, mask=mask, scores=scores)
+    parts = []
+    for head in range(KEY_HEADS):
+        queries, keys = slice(head * groups, (head + 1) * groups), slice(head, head + 1)
+        part = [tensor[:, chosen].to(dtype) for tensor, chosen in zip(states, (queries, keys, keys), strict=True)]
+        parts.append(values_and_gradients(attention, part, force[:, queries].to(dtype)))
+    return [torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)]
+
+
+def compare(layer: Layer, tokens: int, window: int | None, setting: Setting) -> list[tuple[float, float]]:
+    """Largest error of the output and of each gradient, each with what is allowed."""
+    generator = torch.Generator().manual_seed(tokens)
+    dtype, spans = DTYPES[layer.dtype], torch.tensor(spans_of(tokens))
+    many, few = (1, KEY_HEADS * layer.groups, tokens, layer.head_size), (1, KEY_HEADS, tokens, layer.head_size)
+    query, key, value, force = (
+        torch.randn(shape, generator=generator).to(setting.device, dtype) for shape in (many, few, few, many)
+    )
+    shared = SharedPrefix(spans.to(setting.device), tokens)
+
+    def ours(*states: Tensor) -> Tensor:
+        own = {"spans": shared, "sliding_window": window, "softcap": layer.softcap}
+        return attend(torch.nn.Module(), *states, None, **own)[0].transpose(1, 2)
+
+    states, scores = [query, key, value], Scores(None, window, layer.softcap)
+    mask = dense_mask(spans, tokens, window).to(setting.device)
+    exact = dense(states, force, mask, scores, torch.float64)
+    naive = dense(states, force, mask, scores, dtype)
+    found = values_and_gradients(ours, states, force)
+    return [
+        (_apart(one, right), 2 * _apart(plain, right) + SLACK[layer.dtype] * right.abs().max().item())
+        for one, plain, right in zip(found, naive, exact, strict=True)
+    ]
+
+
+def _apart(found: Tensor, exact: Tensor) -> float:
+    return (found.double() - exact).abs().max().item()
+
+
+def attention_row(layer: Layer, tokens: int, setting: Setting) -> Found:
+    errors = [pair for window in (None, WINDOW) for pair in compare(layer, tokens, window, setting)]
+    numbers = {
+        "values": max(error for error, _ in errors[::4]),
+        "gradients": max(error for number, (error, _) in enumerate(errors) if number % 4),
+        "of what is allowed": max(error / allowed for error, allowed in errors),
+    }
+    return Found(all(error <= allowed for error, allowed in errors), numbers)
+
+
+def attention(setting: Setting) -> Iterator[Case]:
+    """`attend` against `dense_attention` in fp64: values and gradients, with and without a window."""
+    for layer, lengths in layers(setting.quick):
+        torch.compiler.reset()  # a run has layers of one kind, and Dynamo compiles a function for eight kinds only
+        for tokens in lengths:
+            yield f"{layer} T={tokens}", partial(attention_row, layer, tokens, setting)
+
+
+def head_row(setting: Setting) -> Found:
+    """The head under bf16 autocast against fp64 on the same rounded operands, beside plain bf16 logits."""
+    hidden, vocab = (64, 500) if setting.quick else (2048, 128_256)
+    model = llama(setting, hidden=hidden, layers=0, heads=hidden // 64, groups=1, vocab=vocab)
+    batch = moved(padded_batch(drawn(setting, 4, vocab), PAD), setting)
+    with torch.no_grad(), in_bf16(setting):
+        states = model.model(input_ids=batch["input_ids"])[0].flatten(0, 1)[batch["keep"]].bfloat16()
+    weight = model.lm_head.weight.detach().bfloat16()
+    force = torch.randn(batch["lengths"].numel(), generator=torch.Generator().manual_seed(0)).to(setting.device)
+
+    def written_out(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[R] log-probabilities and the gradient of the weight, from logits in `dtype`."""
+        leaf = weight.to(dtype).requires_grad_()
+        logits = linear(states.to(dtype), leaf)
+        logits = logits if dtype == torch.float64 else logits.float()
+        chosen = logits.log_softmax(-1).gather(-1, batch["targets"][:, None])[:, 0]
+        values = torch.zeros(len(force), dtype=chosen.dtype, device=chosen.device).index_add(
+            0, batch["segments"], chosen
+        )
+        return values.detach(), torch.autograd.grad(values, leaf, force.to(values.dtype))[0]
+
+    exact, naive = written_out(torch.float64), written_out(torch.bfloat16)
+    with in_bf16(setting):
+        found = logps(model, batch).flatten()
+    (found * force).sum().backward()
+    values, gradient = (found.detach() - exact[0]).abs().max().item(), relative(model.lm_head.weight.grad, exact[1])
+    plain, plain_gradient = (naive[0] - exact[0]).abs().max().item(), relative(naive[1], exact[1])
+    numbers = {"nats a response": values, "plain bf16": plain, "gradient": gradient, "plain gradient": plain_gradient}
+    return Found(values <= 2 * plain + 1e-3 and gradient <= 2 * plain_gradient, numbers)
+
+
+def head(setting: Setting) -> Iterator[Case]:
+    """The chunked head in bf16 against fp64."""
+    yield "bf16 against fp64", partial(head_row, setting)

@@ -1,0 +1,158 @@
+"""Play gpu_check.sh's ways, as many as the GPUs allow, and print a table of what came of each.
+
+    python scripts/gpu/play.py --gpus N [FOLDER] [--only WAY ...]        # gpu_check.sh counts the GPUs
+
+A way is WRONG when its command failed, when the first loss of its last iteration is further from ln 2 than the rounding
+of 16 bits explains, or when vLLM and the policy were not compared. `apart` is the largest of the run's own lines on how
+far those two are apart, in nats a token. At the end our generation is measured against one bare `LLM.generate`.
+"""
+
+import argparse
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from gpu_configs import WAYS, Way, config_of, make_model_of, write  # noqa: E402
+
+ITERATIONS = 2
+MARGIN_NOISE = 0.5  # nats; what 16 bits are expected to do to the difference of two responses, see docs/gpu.md
+LEAST_OF_BARE = 0.95
+COLUMNS = "{:<16}{:<10}{:>5} {:>9} {:>8} {:>8} {:>9}  {}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of a way."""
+
+    way: str
+    code: int
+    losses: list[float]
+    """Of the last iteration."""
+    apart: float | None
+    wrong: str | None
+
+    def __str__(self) -> str:
+        first, last = (f"{self.losses[end]:.4f}" if self.losses else "-" for end in (0, -1))
+        apart = "-" if self.apart is None else f"{self.apart:.1g}"
+        verdict = "WRONG" if self.wrong else "ok"
+        return COLUMNS.format(
+            self.way, verdict, self.code, WAYS[self.way].processes, first, last, apart, self.wrong or ""
+        )
+
+
+def first_loss_tolerance(beta: float, pairs: int) -> float:
+    """How far the mean loss of so many pairs may lie from ln 2, where each margin is off by `MARGIN_NOISE` nats.
+
+    log(1 + e^-z) = ln 2 - z/2 + z^2/8 - ..., with z of size beta * noise: three standard deviations of the mean of z/2,
+    and the mean of z^2/8.
+    """
+    size = beta * MARGIN_NOISE
+    return 3 * size / 2 / math.sqrt(pairs) + size**2 / 8
+
+
+def apart_in(log: str) -> float | None:
+    """The largest distance of vLLM and the policy that a run reports, in nats a token."""
+    return max((float(found) for found in re.findall(r"(\d[\d.e+-]*|nan) nats a token", log)), default=None)
+
+
+def judged(way: str, code: int, log: str, losses: list[float], beta: float) -> Row:
+    """The row of a way.
+
+    Args:
+        code: of its command.
+        log: what the command wrote.
+        losses: `spin/loss` of the last iteration's steps.
+        beta: that of the way.
+    """
+    apart, wrong = apart_in(log), None
+    if code:
+        errors = re.findall(r"^spin: error: (.*)$", log, re.MULTILINE)
+        wrong = errors[-1] if errors else f"see {way}.log"
+    elif not losses:
+        wrong = "no loss was logged"
+    elif not abs(losses[0] - math.log(2)) <= first_loss_tolerance(beta, WAYS[way].pairs):
+        wrong = "the first loss is not ln 2"
+    elif apart is None:
+        wrong = "vLLM and the policy were not compared"
+    return Row(way, code, losses, apart, wrong)
+
+
+def left_out(gpus: int) -> dict[str, Way]:
+    return {name: way for name, way in WAYS.items() if way.gpus > gpus}
+
+
+def play(way: str, folder: Path) -> Row:
+    """Play two iterations; what is finished is left alone."""
+    make_model_of(folder, way)
+    log, metrics = folder / f"{way}.log", folder / way / f"iteration-{ITERATIONS - 1}" / "metrics.jsonl"
+    command = [ROOT / "scripts/iterate.sh", folder / f"{way}.yml", str(ITERATIONS)]
+    with open(log, "w", encoding="utf-8") as out:
+        arguments = ["--", "--num_processes", str(WAYS[way].processes)]
+        done = subprocess.run([*command, *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=False)
+    entries = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    losses = [entry["spin/loss"] for entry in entries if "spin/loss" in entry]
+    beta = config_of(folder, way)["spin"].get("beta", 0.1)
+    return judged(way, done.returncode, log.read_text(encoding="utf-8", errors="replace"), losses, beta)
+
+
+def generation(folder: Path) -> tuple[str, bool]:
+    """A line on our generation against one bare `LLM.generate` at 1,024 sequences, and whether it is as fast."""
+    make_model_of(folder, "real-size")
+    result, log = folder / "generation.json", folder / "generation.log"
+    program = [sys.executable, ROOT / "scripts/bench/generate.py", "--unseeded", "--model", folder / "1b"]
+    with open(log, "w", encoding="utf-8") as out:
+        done = subprocess.run([*program, "--json", result], stdout=out, stderr=out, check=False)
+    if done.returncode:
+        return f"generation WRONG: see {log}", False
+    return judged_speed(json.loads(result.read_text()))
+
+
+def judged_speed(found: dict[str, Any]) -> tuple[str, bool]:
+    """Of what generate.py measured."""
+    fast = found["vs_bare"] >= LEAST_OF_BARE
+    line = f"ours / bare {found['vs_bare']:.3f}, bare without seeds / bare {found['unseeded_vs_bare']:.3f}"
+    return f"generation {'ok' if fast else f'WRONG (below {LEAST_OF_BARE})'}: {line}", fast
+
+
+def table(options: argparse.Namespace) -> Iterator[tuple[str, bool]]:
+    """Lines as they are known, each with whether it is right."""
+    missing = left_out(options.gpus)
+    yield COLUMNS.format("way", "", "exit", "processes", "first", "last", "apart", ""), True
+    for way in options.only:
+        if way in missing:
+            continue
+        row = play(way, options.folder)
+        yield str(row), row.wrong is None
+    if set(options.only) == set(WAYS):
+        yield generation(options.folder)
+    if absent := [f"{way} ({missing[way].gpus} GPUs)" for way in options.only if way in missing]:
+        yield f"left out, as this machine has {options.gpus} GPU(s): {', '.join(absent)}", True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "outputs/gpu-check")
+    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
+    options = parser.parse_args()
+    options.folder = options.folder.resolve()
+    write(options.folder)
+    right = True
+    for line, fine in table(options):
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+        right &= fine
+    raise SystemExit(not right)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The program for the first minutes on a GPU: it runs on a CPU with torch and transformers alone, and can say WRONG."""
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, Finished
+
+GPU = ROOT / "scripts/gpu"
+# Python as it is where these are not installed.
+WITHOUT = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+absent = {"axolotl", "datasets", "accelerate", "peft", "trl", "vllm", "deepspeed", "torchao", "bitsandbytes", "dill"}
+def find_spec(name, *args):
+    return None if name.partition(".")[0] in absent else find(name, *args)
+PathFinder.find_spec = staticmethod(find_spec)
+"""
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> Any:
+    for folder in (GPU, ROOT / "scripts/bench"):
+        monkeypatch.syspath_prepend(folder)
+    return importlib.import_module("first_light")
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> dict[str, str]:
+    """An environment with torch and transformers alone."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
+    return {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+
+def test_everything_is_right_with_torch_and_transformers_alone(
+    command: Callable[..., Finished], alone: dict[str, str], tmp_path: Path
+) -> None:
+    missing = command(sys.executable, "-c", "import accelerate", folder=tmp_path, environment=alone)
+    assert "No module named 'accelerate'" in missing.output
+    rows = tmp_path / "rows.json"
+    options = ("--device", "cpu", "--quick", "--json", rows)
+    done = command(sys.executable, GPU / "first_light.py", *options, folder=tmp_path, environment=alone)
+    assert done.code == 0, done.output[-3000:]
+    verdicts = {(row["check"], row["case"]): row["verdict"] for row in json.loads(rows.read_text())}
+    assert {check for check, _ in verdicts} == {
+        "machine", "attention", "head", "checkpointing", "compilations", "waits", "shapes", "weights", "kernels",
+        "steps",
+    }  # fmt: skip
+    assert len(verdicts) == 50
+    assert verdicts.pop(("waits", "forward, loss, metrics, backward")) == "left out"
+    assert set(verdicts.values()) == {"ok"}
+
+
+def attention_verdict(light: Any, layer: Any, tokens: int) -> str:
+    case, run = f"{layer}", lambda: light.core.attention_row(layer, tokens, light.Setting("cpu", quick=True))
+    light.CHECKS["one"] = lambda _setting: iter([(case, run)])
+    (row,) = light.decide("one", light.Setting("cpu", quick=True))
+    return row.verdict
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("fault", ["window", "neighbour", "scaling"])
+def test_broken_attention_is_wrong(light: Any, monkeypatch: pytest.MonkeyPatch, dtype: str, fault: str) -> None:
+    """A window of one key more, a synthetic response that sees a token of the real one, a scale a little off."""
+    attend, layer = light.core.attend, light.core.Layer(dtype, 64)
+    assert attention_verdict(light, layer, 84) == "ok"
+
+    def broken(*states: Any, spans: Any, sliding_window: int | None, softcap: float | None) -> Any:
+        if fault == "window" and sliding_window:
+            sliding_window += 1
+        if fault == "neighbour":
+            wrong = spans.spans + torch.tensor([0, 1, -1, 0])  # the prompt ends a token late
+            spans = light.core.SharedPrefix(wrong, spans.tokens)
+        scaling = 0.14 if fault == "scaling" else None
+        return attend(*states, spans=spans, sliding_window=sliding_window, softcap=softcap, scaling=scaling)
+
+    monkeypatch.setattr(light.core, "attend", broken)
+    assert attention_verdict(light, layer, 84) == "WRONG"
+
+
+def test_case_that_raises_is_wrong_and_the_next_one_has_its_turn(light: Any) -> None:
+    def raises() -> Any:
+        raise RuntimeError("no kernel\nand much more")
+
+    light.CHECKS["two"] = lambda _setting: iter([("first", raises), ("second", lambda: light.Found(True, {}))])
+    first, second = light.decide("two", light.Setting("cpu", quick=True))
+    assert (first.verdict, first.numbers) == ("WRONG", {"error": "RuntimeError: no kernel"})
+    assert second.verdict == "ok"
+
+
+def test_check_whose_process_dies_is_wrong(light: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a segmentation fault: what came before it stays in the table."""
+    fork = light.multiprocessing.get_context("fork")  # which need not import everything
+    monkeypatch.setattr(light.multiprocessing, "get_context", lambda _method: fork)
+    monkeypatch.setattr(light, "send_rows", send_one_and_die)
+    first, last = light.rows_of("head", light.Setting("cpu", quick=True))
+    assert (first, last.verdict) == ("a row", "WRONG")
+    assert last.numbers == {"error": "its process ended with exit code 9"}
+
+
+def send_one_and_die(_check: str, _setting: Any, sender: Any) -> None:
+    sender.send("a row")
+    os._exit(9)
+
+
+def test_compilations_are_counted(light: Any) -> None:
+    before = light.training.graphs()
+    double = torch.compile(lambda tensor: tensor * 2, backend="eager", dynamic=False)
+    for size in (3, 4, 3):
+        double(torch.ones(size))
+    assert light.training.graphs() - before == 2
+    torch.compiler.reset()
+
+
+def test_side_that_does_not_fit_works_in_smaller_micro_batches(light: Any) -> None:
+    tried = []
+
+    def measure(micro_batch: int) -> dict[str, int]:
+        tried.append(micro_batch)
+        if micro_batch > 8:
+            raise torch.OutOfMemoryError
+        return {"micro_batch": micro_batch}
+
+    assert light.speed.bench.with_what_fits(measure, 32) == {"micro_batch": 8}
+    assert tried == [32, 16, 8]
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA T4", None)],
+)
+def test_peak_of_a_gpu_by_its_name(light: Any, name: str, tera: int | None) -> None:
+    found = light.speed.bench.peak_flops(name)
+    assert found == (tera and tera * 1e12)
+
+
+def test_without_a_gpu_it_says_so(
+    light: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["first_light.py"])
+    with pytest.raises(SystemExit) as ended:
+        light.main()
+    assert ended.value.code == 2
+    assert "torch sees no GPU; `--device cpu --quick` tries the program without one" in capsys.readouterr().err

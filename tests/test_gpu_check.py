@@ -1,0 +1,157 @@
+"""gpu_check.sh: its configurations are valid, it says what it needs and leaves out, and judges what a run left."""
+
+import importlib
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, Finished
+from torch.nn.functional import softplus
+
+from spin_plugin.agreement import require_agreement
+from spin_plugin.lowering import lower
+
+# What such a GPU machine has; the validators ask for it.
+GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
+
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch) -> Any:
+    for folder in (ROOT / "scripts", ROOT / "scripts/gpu"):
+        monkeypatch.syspath_prepend(folder)
+    return importlib.import_module("play")
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    from axolotl.integrations.base import PluginManager
+
+    PluginManager._instance = None
+    PluginManager.get_instance().register("spin_plugin.SpinPlugin")
+    yield
+    PluginManager._instance = None
+
+
+def test_every_configuration_is_valid(
+    play: Any, registered: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every model but the large one, whose directory is all that is looked at before it is made."""
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    gpu_configs = importlib.import_module("gpu_configs")
+    monkeypatch.setitem(gpu_configs.MODELS, "1b", gpu_configs.MODELS["tiny"])
+    monkeypatch.setattr("sys.argv", ["gpu_configs.py", str(tmp_path)])
+    gpu_configs.main()
+    assert {path.stem for path in tmp_path.glob("*.yml")} == set(gpu_configs.WAYS)
+    assert len(gpu_configs.WAYS) > 25
+    for way in gpu_configs.WAYS:
+        cfg = DictDefault(yaml.safe_load((tmp_path / f"{way}.yml").read_text()))
+        lower(cfg, AxolotlInputConfig.model_fields)
+        validate_config(cfg, capabilities=GPU, env_capabilities={"torch_version": "2.13.0"})
+
+
+def test_what_a_way_changes_reaches_its_configuration(play: Any, tmp_path: Path) -> None:
+    configs = {way: play.config_of(tmp_path, way) for way in play.WAYS}
+    assert configs["beta-5"]["spin"]["beta"] == 5.0
+    assert configs["tensor"]["spin"]["generation"] == {"max_tokens": 12, "tensor_parallel_size": 2}
+    assert configs["share"]["spin"]["generation"]["gpu_memory_utilization"] == 0.95
+    assert configs["ddp"]["micro_batch_size"] == 16
+    assert configs["soft-capped"]["base_model"] == str(tmp_path / "soft-capped")
+    real = configs["real-size"]
+    assert (real["sequence_len"], real["micro_batch_size"], real["gradient_checkpointing"]) == (1024, 8, True)
+    assert real["spin"]["generation"] == {}  # all the room that a prompt leaves
+    assert {configs[way].get("lora_mlp_kernel") for way in ("lora", "lora-kernels", "lora-no-kernels")} == {
+        None, True, False,
+    }  # fmt: skip
+
+
+def test_conversations_of_the_real_size_fit(play: Any) -> None:
+    rows = importlib.import_module("gpu_configs").long_rows(64)
+    sizes = [sum(len(message["content"]) for message in row["messages"]) for row in rows]
+    assert 700 < min(sizes) <= max(sizes) < 1024 - 40  # what chatml adds
+
+
+def test_without_a_gpu_it_says_in_one_line_what_it_needs(command: Callable[..., Finished], tmp_path: Path) -> None:
+    """An nvidia-smi that shows none, as without a driver, is found first."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = command(ROOT / "scripts/gpu_check.sh", folder=ROOT, environment={"PATH": path})
+    assert done.code == 1
+    assert done.output == (
+        "gpu_check: this needs a machine with an NVIDIA GPU (two or more for all of it), and nvidia-smi shows none\n"
+    )
+
+
+def test_one_gpu_plays_what_it_can_and_says_what_is_left_out(play: Any) -> None:
+    assert not play.left_out(2)
+    left_out = play.left_out(1)
+    assert {"ddp", "fsdp2", "zero3", "two-engines", "tensor", "ray"} <= set(left_out)
+    assert all(way.processes == 1 for name, way in play.WAYS.items() if name not in left_out)
+    assert {"one", "qlora", "grouped", "soft-capped", "real-size"} <= set(play.WAYS) - set(left_out)
+
+
+def test_nothing_but_left_out_is_said_where_nothing_can_be_played(play: Any, tmp_path: Path) -> None:
+    options = play.argparse.Namespace(gpus=1, only=["ddp", "ray"], folder=tmp_path)
+    heading, (line, right) = play.table(options)
+    assert heading[1]
+    assert right
+    assert line == "left out, as this machine has 1 GPU(s): ddp (2 GPUs), ray (2 GPUs)"
+
+
+@pytest.mark.parametrize(("beta", "pairs"), [(0.1, 32), (0.1, 8), (5.0, 32), (5.0, 8)])
+def test_tolerance_is_what_rounding_does_to_the_loss(play: Any, beta: float, pairs: int) -> None:
+    """Against many draws of the noise: nearly all are allowed, and the bound is not far above the largest of them."""
+    generator = torch.Generator().manual_seed(0)
+    margins = beta * play.MARGIN_NOISE * torch.randn(4000, pairs, generator=generator)
+    off = (softplus(-margins).mean(1) - math.log(2)).abs()
+    allowed = play.first_loss_tolerance(beta, pairs)
+    assert (off <= allowed).float().mean() > 0.99
+    assert allowed < 2 * off.quantile(0.99)
+
+
+def test_distance_is_read_from_the_runs_own_lines(play: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for iteration, difference in enumerate((3e-7, 0.02)):
+        require_agreement(difference, iteration, exact=False, quantised=False)
+    assert play.apart_in(f"something\n{capsys.readouterr().out}") == 0.02
+    assert play.apart_in("no word of it") is None
+    assert math.isnan(play.apart_in("vLLM and the policy are nan nats a token apart"))
+
+
+AGREED = "spin: iteration 1: vLLM and the policy are 0.002 nats a token apart in the responses\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "losses", "beta", "wrong"),
+    [
+        (0, AGREED, [0.6931, 0.5], 0.1, None),
+        (0, AGREED, [0.700, 0.5], 0.1, None),
+        (0, AGREED, [0.715, 0.5], 0.1, "the first loss is not ln 2"),
+        (0, AGREED, [float("nan")], 0.1, "the first loss is not ln 2"),
+        (0, AGREED, [1.5, 0.5], 5.0, None),
+        (0, AGREED, [2.5, 0.5], 5.0, "the first loss is not ln 2"),
+        (0, AGREED, [], 0.1, "no loss was logged"),
+        (0, "", [0.6931], 0.1, "vLLM and the policy were not compared"),
+        (1, "…\nspin: error: no room\n", [], 0.1, "no room"),
+        (1, "Traceback", [0.6931], 0.1, "see one.log"),
+    ],
+)
+def test_judgement(play: Any, code: int, log: str, losses: list[float], beta: float, wrong: str | None) -> None:
+    row = play.judged("one", code, log, losses, beta)
+    assert row.wrong == wrong
+    assert re.search(r"\bWRONG\b" if wrong else r"\bok\b", str(row))
+
+
+@pytest.mark.parametrize(("rate", "right"), [(0.96, True), (0.94, False)])
+def test_generation_slower_than_bare_is_wrong(play: Any, rate: float, right: bool) -> None:
+    line, fine = play.judged_speed({"vs_bare": rate, "unseeded_vs_bare": 1.02})
+    assert fine is right
+    assert line.endswith(f": ours / bare {rate:.3f}, bare without seeds / bare 1.020")
