@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One game of two iterations through `axolotl train` for each of 28 ways to train and to draw responses, most with a tiny
+# One game of two iterations through `axolotl train` for each of 27 ways to train and to draw responses, most with a tiny
 # model, one with a random 1B model, as many as the GPUs of this machine allow; then our generation against vLLM's own.
 # Prints one table and what was left out: see scripts/gpu/play.py for its columns.
 #
