@@ -159,12 +159,12 @@ class IterationDir:
         Returns:
             where it lies now; None where there is none.
         """
-        *older, newest = self.checkpoints() or [None]
-        if newest is None:
+        checkpoints = self.checkpoints()
+        if not checkpoints:
             return None
-        for replaced in (*older, *self.path.glob(f"{REPLACED}checkpoint-*")):
+        for replaced in (*checkpoints[:-1], *self.path.glob(f"{REPLACED}checkpoint-*")):
             remove_whole(replaced)
-        return set_aside(newest)
+        return set_aside(checkpoints[-1])
 
     def last_metrics(self) -> dict[str, float]:
         """The newest value of everything that training logged, that of `spin/…` as its mean over the last epoch.
