@@ -126,8 +126,6 @@ def _compiler() -> Any:
     )
 
 
-# disable: where the model is compiled as a whole, the attention is still compiled by itself, and under these settings
-@torch.compiler.disable
 def flex(
     query: Tensor,
     key: Tensor,
@@ -144,6 +142,7 @@ def flex(
     """
     options = kernel_options(query.shape[-1], query.dtype, _shared_memory(query.device))
     grouped = key.shape[1] != query.shape[1]
+    # In a model that is compiled as a whole the settings are where its graph breaks off: this is compiled by itself.
     with _compiler():
         return _compiled()(
             query, key, value, score_mod, mask, scale=scaling, enable_gqa=grouped, kernel_options=options

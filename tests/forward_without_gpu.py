@@ -1,0 +1,172 @@
+"""What a forward on a GPU would stumble on, looked at without one: tensors of two devices, and waits for the device.
+
+    python tests/forward_without_gpu.py
+
+The tensors are fake: they have a device and a shape, and no values, so an `.item()` or a `nonzero` raises. Backward on
+fake CUDA tensors kills the interpreter of a CPU build of torch; there they lie on `meta`, which has no values either.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, ClassVar
+from unittest import mock
+
+import torch
+from tiny import SMALL
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from spin_plugin import attention, flex
+from spin_plugin.attention import enable
+from spin_plugin.head import install, logps
+from spin_plugin.layout import PairCollator
+from spin_plugin.loss import metric_sums, spin_terms
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 20},
+    "gemma2": {"sliding_window": 20, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+}
+ROWS = [
+    {"prompt": [5] * prompt, "real": [6] * real, "synthetic": [7] * synthetic, "index": index}
+    for index, (prompt, real, synthetic) in enumerate([(40, 50, 60), (3, 200, 1), (30, 5, 5)])
+]
+
+
+def collated(form: str) -> dict[str, Tensor]:
+    collator = PairCollator(SimpleNamespace(pad_token_id=0, eos_token_id=1))
+    collator.shared_prefix = form == "flat"
+    return collator(ROWS)
+
+
+def make(architecture: str, form: str, device: str) -> Any:
+    config = AutoConfig.for_model(architecture, **(SMALL | MODELS[architecture]))
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    install(model)
+    if form == "flat":
+        enable(model)
+    return model
+
+
+def indexed(tensor: Tensor, index: Any) -> Tensor:
+    parts = index if isinstance(index, tuple) else (index,)
+    consuming = sum(part is not None and part is not Ellipsis for part in parts)
+    gathered: list[Tensor | None] = []
+    for part in parts:
+        place = len(gathered)
+        if part is Ellipsis:
+            gathered += [None] * (tensor.dim() - place - consuming)
+            continue
+        if isinstance(part, int):
+            tensor = tensor.select(place, part)
+        else:
+            if part is None:
+                tensor = tensor.unsqueeze(place)
+            elif isinstance(part, slice):
+                tensor = torch.ops.aten.slice(tensor, place, part.start, part.stop, part.step or 1)
+            gathered.append(part if isinstance(part, Tensor) else None)
+        consuming -= part is not None
+    return torch.ops.aten.index(tensor, gathered) if any(part is not None for part in gathered) else tensor
+
+
+def put(tensor: Tensor, index: tuple[Tensor, ...], value: Tensor) -> None:
+    torch.ops.aten.index_put_(tensor, list(index), value)
+
+
+class Dispatched(TorchFunctionMode):
+    """A few methods dispatched like all others; Python's own way asks a CPU build for CUDA's guard."""
+
+    operators: ClassVar[dict[Any, Any]] = {
+        Tensor.__getitem__: indexed,
+        Tensor.__setitem__: put,
+        Tensor.__invert__: torch.bitwise_not,
+        Tensor.contiguous: torch.ops.aten.contiguous,
+    }
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.operators.get(function, function)(*args, **(kwargs or {}))
+
+
+def on_gpu(model: torch.nn.Module) -> torch.nn.Module:
+    """The model of `meta` with parameters and buffers on a fake GPU; `Module.to` does not take fake tensors."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda:0")
+
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(moved(parameter)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, moved(buffer))
+    return model
+
+
+def step(model: Any, batch: dict[str, Tensor], opponent: Tensor) -> Tensor:
+    """What the trainer does with a micro-batch: the loss, after the sums for the log are made."""
+    policy = logps(model, batch)
+    terms = spin_terms(policy, opponent[:, batch["index"]], beta=0.1, loss="logistic")
+    sums = metric_sums(terms, policy, batch["lengths"], loss="logistic")
+    assert sums.device == policy.device == opponent.device
+    return terms.loss.sum()
+
+
+@contextlib.contextmanager
+def kernel(replacement: Callable[..., Tensor]) -> Iterator[None]:
+    with mock.patch.multiple(flex, _compiled=lambda: replacement, _shared_memory=lambda _: 99 * 1024):
+        yield
+
+
+def looked_over(query: Tensor, key: Tensor, value: Tensor, score_mod: Any, mask: BlockMask, **_: Any) -> Tensor:
+    """In place of the kernel, for which test_kernels.py has other means: is all it reads on one device?"""
+    index = torch.zeros((), dtype=torch.int32, device=query.device)
+    read = [key, value, mask.mask_mod(index, index, index, index)]
+    read += [part for part in mask.as_tuple() if isinstance(part, Tensor)]
+    if score_mod is not None:
+        read.append(score_mod(index.float(), index, index, index, index))
+    assert {tensor.device for tensor in read} == {query.device}
+    return torch.empty_like(query)
+
+
+def forward(architecture: str, form: str) -> None:
+    real, model = collated(form), make(architecture, form, "meta")
+    with FakeTensorMode() as fake, Dispatched(), torch.no_grad(), kernel(looked_over):
+        batch = {name: fake.from_tensor(tensor).to("cuda:0") for name, tensor in real.items()}
+        step(on_gpu(model), batch, torch.empty(2, len(ROWS), device="cuda:0"))
+
+
+def backward(architecture: str, form: str) -> None:
+    def some(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+    model = make(architecture, form, "meta")
+    batch = {name: tensor.to("meta") for name, tensor in collated(form).items()}
+    nothing = {"is_autocast_enabled": lambda *_: False, "autocast": lambda *_, **__: contextlib.nullcontext()}
+    with (
+        kernel(some),
+        mock.patch.object(attention, "_by_pair", attention._by_blocks),
+        mock.patch.multiple(torch, **nothing),  # `meta` has no autocast
+    ):
+        step(model, batch, torch.empty(2, len(ROWS), device="meta")).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+PLAYS: dict[str, Callable[[str, str], None]] = {"forward": forward, "backward": backward}
+
+
+def main() -> None:
+    for architecture in MODELS:
+        # transformers itself waits once in a padded forward, to see whether a mask is needed; not on fake tensors
+        for play, form in (("forward", "flat"), ("forward", "padded"), ("backward", "flat")):
+            PLAYS[play](architecture, form)
+            print(json.dumps({"play": play, "model": architecture, "form": form}), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
