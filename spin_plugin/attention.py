@@ -10,13 +10,13 @@ on a CPU, FlexAttention with a block mask on CUDA.
 """
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
@@ -212,28 +212,27 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def family(inner: nn.Module) -> type:
+    """The class that a model had before FSDP put one of its own in front."""
+    return next(kind for kind in type(inner).__mro__ if not issubclass(kind, FSDPModule))
+
+
 def enable(model: nn.Module) -> None:
     """Make the model attend by `attend`; for good, as gradient checkpointing runs layers outside of the forward."""
     causal_lm(model).set_attn_implementation(NAME)
 
 
-def unsupported_reason(model: nn.Module, longest: int | None = None) -> str | None:
-    """Why a model must use the padded form, in one line, or None. What is unknown must.
-
-    Args:
-        model: a causal LM, wrapped or not.
-        longest: tokens of the longest prompt and response together; a window that is no shorter is none.
-    """
+def unsupported_reason(model: nn.Module) -> str | None:
+    """Why a causal LM, wrapped or not, must use the padded form, in one line, or None. What is unknown must."""
     if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
         return "prompt tuning puts tokens of its own before the row"
     inner = causal_lm(model)
-    return next((f"{type(inner).__name__} {fault}" for found, fault in _faults(inner, longest) if found), None)
+    return next((f"{family(inner).__name__} {fault}" for found, fault in _faults(inner) if found), None)
 
 
-def _faults(inner: Any, longest: int | None) -> Iterator[tuple[bool, str]]:
+def _faults(inner: Any) -> Iterator[tuple[bool, str]]:
     """What may be wrong, in an order in which what was not found lets the next be read."""
-    module = type(inner).__module__
-    known = isinstance(inner, PreTrainedModel) and module.startswith("transformers.models.")
+    known = isinstance(inner, PreTrainedModel) and family(inner).__module__.startswith("transformers.models.")
     yield not known, "is not one of transformers' own models"
     config: Any = inner.config
     yield config.is_encoder_decoder, "is an encoder-decoder"
@@ -250,7 +249,3 @@ def _faults(inner: Any, longest: int | None) -> Iterator[tuple[bool, str]]:
     takes = inspect.signature(inner.get_decoder().forward).parameters
     yield "position_ids" not in takes, "takes no position_ids"
     yield "kwargs" not in takes, "hands no keywords down to its attention"
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    silent = window is not None and "sliding_window=" not in inspect.getsource(sys.modules[module])
-    reached = window is None or longest is None or longest > window
-    yield silent and reached, f"keeps its sliding window of {window} tokens to itself"

@@ -4,12 +4,12 @@
 decoder, takes the K hidden states that predict a response token, and applies the LM head to `CHUNK` of
 them at a time, so that memory does not grow with vocabulary x tokens. Because this happens inside the
 model's own forward, whatever wraps the model (DDP, FSDP, DeepSpeed, autocast) works as ever; without the
-keyword nothing changes. `logps` is the call, and `choose_forms` compares the forms on a few real tokens
-once, so that a model we do not understand falls back to its own logits and to the padded form.
+keyword nothing changes. `logps` is the call; `spin_plugin.select` finds out whose head we do not understand,
+so that such a model falls back to its own logits.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from types import MethodType
 from typing import Any, NamedTuple
@@ -20,8 +20,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
-from spin_plugin.attention import causal_lm, enable, flat_inputs, unsupported_reason
-from spin_plugin.layout import Pair, flat_batch, padded_batch
+from spin_plugin.attention import causal_lm, flat_inputs
 from spin_plugin.loss import response_logps
 
 CHUNK = 1024
@@ -155,6 +154,7 @@ def _is_sharded(head: nn.Module) -> bool:
     return partitioned or any(type(part).__name__.startswith(("FSDP", "FullySharded")) for part in head.modules())
 
 
+@torch.compiler.disable  # its loop over the chunks would be compiled anew for each number of them
 def _head_logps(head: nn.Module, hidden: Tensor, batch: dict[str, Tensor], logit_map: LogitMap) -> Tensor:
     """[R] log-probabilities of the R responses from the K hidden states [K, H] that predict them."""
     targets, segments, responses = batch["targets"], batch["segments"], batch["lengths"].numel()
@@ -208,10 +208,10 @@ def _forward(
     if isinstance(kwargs.get("spans"), Tensor):
         kwargs |= flat_inputs(kwargs["spans"], kwargs["input_ids"].shape[1])
     if self.spin_own_logits if own_logits is None else own_logits:
-        return _own_logps(original, batch, kwargs).view(2, -1)
+        return _own_logps(original, batch, kwargs)
     hidden = self.get_decoder()(**kwargs)[0].flatten(0, 1)[batch["keep"]]
     logit_map = LogitMap.of(self.config.get_text_config())
-    return _head_logps(self.get_output_embeddings(), hidden, batch, logit_map).view(2, -1)
+    return _head_logps(self.get_output_embeddings(), hidden, batch, logit_map)
 
 
 def _own_logps(original: Callable[..., Any], batch: dict[str, Tensor], inputs: dict[str, Any]) -> Tensor:
@@ -219,7 +219,7 @@ def _own_logps(original: Callable[..., Any], batch: dict[str, Tensor], inputs: d
     takes = inspect.signature(original).parameters
     if "output_router_logits" in takes:  # for an auxiliary loss that SPIN has not, and with a mask that a row has not
         inputs = inputs | {"output_router_logits": False}
-    if "spans" in inputs and "logits_to_keep" in takes:
+    if len(inputs["input_ids"]) == 1 and "logits_to_keep" in takes:
         logits = original(**inputs, logits_to_keep=batch["keep"]).logits[0]
     else:
         logits = original(**inputs).logits.flatten(0, 1)[batch["keep"]]
@@ -227,94 +227,15 @@ def _own_logps(original: Callable[..., Any], batch: dict[str, Tensor], inputs: d
 
 
 def logps(model: nn.Module, batch: dict[str, Tensor], *, own_logits: bool | None = None) -> Tensor:
-    """[2, B] summed log-probabilities of the real and synthetic responses, fp32.
+    """[2, B] summed log-probabilities of the real and synthetic responses, fp32; [1] of a sequence alone.
 
     Args:
         model: as it is trained, wrapped by whatever; `install` has been called.
-        batch: of `layout.padded_batch` or `layout.flat_batch`.
+        batch: of `layout.padded_batch`, `layout.flat_batch` or `layout.single_batch`.
         own_logits: whether to use the model's own logits instead of the chunked head; None is what was
-            found out by `choose_forms`.
+            found out by `select.choose_forms`.
     """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "spans") if name in batch}
     named = {name: batch[name] for name in ("keep", "targets", "segments", "lengths")}
-    return model(**inputs, use_cache=False, spin_batch=named, own_logits=own_logits)
-
-
-# --- which forms a model takes -------------------------------------------------------------------
-
-
-class Forms(NamedTuple):
-    """What `choose_forms` found."""
-
-    shared_prefix: bool
-    no_shared_prefix_because: str | None
-    """None when it was not wanted, too."""
-    own_logits: bool
-    """The chunked head disagrees with the model's own logits, which are used instead."""
-
-
-def choose_forms(
-    model: nn.Module,
-    pairs: Sequence[Pair],
-    *,
-    wanted: bool,
-    pad_token_id: int,
-    longest: int | None = None,
-    device: torch.device | None = None,
-) -> Forms:
-    """Decide how a model is run, by what is known of it and by a comparison on the beginnings of a few pairs.
-
-    Every rank must call it, with the same pairs. Turns the flat row's attention on where it is chosen.
-
-    Args:
-        model: as it is trained; `install` has been called.
-        pairs: some pairs; more than a few are not looked at.
-        wanted: is the shared prefix wanted?
-        pad_token_id: for the padded form.
-        longest: tokens of the longest prompt and response together, if known.
-        device: where the model computes; None is where its parameters lie, which FSDP may have moved away.
-    """
-    few = [Pair(pair.prompt[-12:], pair.real[:8], pair.synthetic[:8]) for pair in pairs[:3]]
-    device = device or next(causal_lm(model).parameters()).device
-    padded, flat = (
-        {name: tensor.to(device) for name, tensor in batch.items()}
-        for batch in (padded_batch(few, pad_token_id), flat_batch(few))
-    )
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return _compare(model, padded, flat, wanted, longest)
-    finally:
-        model.train(training)
-
-
-def _compare(
-    model: nn.Module, padded: dict[str, Tensor], flat: dict[str, Tensor], wanted: bool, longest: int | None
-) -> Forms:
-    inner = causal_lm(model)
-    own = logps(model, padded, own_logits=True)
-    tolerance = _tolerance(inner)
-    if not inner.spin_own_logits:
-        inner.spin_own_logits = _difference(logps(model, padded, own_logits=False), own, padded) > tolerance
-    reason = unsupported_reason(model, longest) if wanted else None
-    if wanted and reason is None:
-        before = inner.config._attn_implementation
-        enable(model)
-        difference = _difference(logps(model, flat), own, padded)
-        if difference > tolerance:
-            inner.set_attn_implementation(before)
-            reason = f"{type(inner).__name__} differs between the forms by {difference:.2g} a token"
-    return Forms(wanted and reason is None, reason, inner.spin_own_logits)
-
-
-def _difference(found: Tensor, expected: Tensor, batch: dict[str, Tensor]) -> float:
-    """The largest difference of a response's log-probability, a token."""
-    return ((found - expected).abs() / batch["lengths"]).max().item()
-
-
-def _tolerance(inner: nn.Module) -> float:
-    """What rounding explains, a token: tokens that see what they should not differ by more."""
-    parameter = next(inner.parameters())
-    exact = parameter.dtype == torch.float32 and not torch.is_autocast_enabled(parameter.device.type)
-    return 1e-4 if exact else 0.1
+    found: Tensor = model(**inputs, use_cache=False, spin_batch=named, own_logits=own_logits)
+    return found.view(batch["lengths"].shape)

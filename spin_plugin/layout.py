@@ -32,6 +32,23 @@ def padded_batch(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, Tensor]:
         flattened [2B * L]; lengths: [2, B] response lengths.
     """
     sequences = [(pair.prompt, pair.real) for pair in pairs] + [(pair.prompt, pair.synthetic) for pair in pairs]
+    batch = _sequences(sequences, pad_token_id)
+    return batch | {"lengths": batch["lengths"].view(2, -1)}
+
+
+def single_batch(prompt: Sequence[int], response: Sequence[int]) -> dict[str, Tensor]:
+    """One sequence alone, without padding: what a response's log-probability is by definition.
+
+    Returns:
+        As `padded_batch` with one row [1, L] and one response, lengths [1], and no attention_mask.
+    """
+    batch = _sequences([(prompt, response)], 0)
+    del batch["attention_mask"]
+    return batch
+
+
+def _sequences(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int) -> dict[str, Tensor]:
+    """Prompts and responses as rows, padded on the right; lengths are those of the responses, one a row."""
     width = max(len(prompt) + len(response) for prompt, response in sequences)
     input_ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros((len(sequences), width), dtype=torch.long)
@@ -50,7 +67,7 @@ def padded_batch(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, Tensor]:
         "keep": torch.cat(keep),
         "targets": torch.cat(targets),
         "segments": torch.cat(segments),
-        "lengths": torch.tensor([len(response) for _, response in sequences]).view(2, -1),
+        "lengths": torch.tensor([len(response) for _, response in sequences]),
     }
 
 

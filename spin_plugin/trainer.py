@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from axolotl.core.trainers import AxolotlTrainer
 from datasets import Dataset
 from rich.progress import track
@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import EvalLoopOutput
 
 from spin_plugin.args import SpinArgs
-from spin_plugin.head import choose_forms, install, logps
+from spin_plugin.head import install, logps
 from spin_plugin.layout import Pair
 from spin_plugin.loss import METRICS, metric_sums, spin_terms
 from spin_plugin.messages import SpinError, console, exit_in_one_line, say
@@ -29,6 +29,7 @@ from spin_plugin.opponent import OpponentStore, fill, missing, scoring_tokens, s
 from spin_plugin.order import BalancedSampler, counted, steps_in_epoch
 from spin_plugin.precision import require_masters, round_masters
 from spin_plugin.run import IterationDir
+from spin_plugin.select import choose_forms, probe
 
 PREFIX = {"train": "spin/", "eval": "eval_spin/"}  # reporters turn the eval_ prefix into a group of its own
 
@@ -54,8 +55,9 @@ class SpinTrainer(AxolotlTrainer):
         # compute_loss divides by the pairs of the global batch itself; transformers must not divide
         # again by the accumulation steps, which would weigh pairs by how micro-batches fell.
         self.model_accepts_loss_kwargs = True
-        for module in self.model.modules():
-            silence_dropout(module)
+        dropout = max(silence_dropout(module) for module in self.model.modules())
+        if dropout and self.is_world_process_zero():
+            say(f"dropout of {dropout:g} is switched off: before its first step the policy has to equal the opponent")
         install(self.model)  # before anything wraps the model
         self.opponent: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor | None] = dict.fromkeys(PREFIX)
@@ -67,16 +69,20 @@ class SpinTrainer(AxolotlTrainer):
 
     def choose_form(self, model: nn.Module) -> None:
         """Settle whether pairs are flat rows or padded sequences, before the first of them is scored."""
-        rows = self.train_dataset.select(range(min(3, len(self.train_dataset))))
-        few = [Pair(row["prompt"], row["real"], row["synthetic"]) for row in rows]
+
+        def pair(index: int) -> Pair:
+            row = self.train_dataset[index]
+            return Pair(row["prompt"], row["real"], row["synthetic"])
+
+        lengths = torch.as_tensor(self.train_dataset.with_format("numpy")["length"][:])
         with self.compute_loss_context_manager():
             forms = choose_forms(
                 model,
-                few,
+                probe(lengths, pair, self.args.max_seq_length),
                 wanted=self.spin.shared_prefix != "off",
                 pad_token_id=self.train_data_collator.pad_token_id,
-                longest=self.args.max_seq_length,
                 device=self.args.device,
+                everyone=lambda found: gather_object([found]),
             )
         if forms.no_shared_prefix_because and self.spin.shared_prefix == "on":
             raise SpinError(f"spin.shared_prefix: on is not possible: {forms.no_shared_prefix_because}; use auto")
@@ -281,16 +287,17 @@ def naming_the_disk(folder: str) -> Iterator[None]:
         ) from None
 
 
-def silence_dropout(module: nn.Module) -> None:
-    """Noise would make the policy differ from the opponent before any step.
+def silence_dropout(module: nn.Module) -> float:
+    """Noise would make the policy differ from the opponent before any step; returns the largest rate there was.
 
     Some models hold the rate as a plain number (`attention_dropout`) and hand it to the attention function.
     """
-    if isinstance(module, nn.Dropout):
-        module.p = 0.0
-    for name, value in vars(module).items():
-        if name.endswith("dropout") and isinstance(value, float):
-            setattr(module, name, 0.0)
+    plain = [name for name, value in vars(module).items() if name.endswith("dropout") and isinstance(value, float)]
+    names = [*plain, "p"] if isinstance(module, nn.Dropout) else plain
+    largest = max((getattr(module, name) for name in names), default=0.0)
+    for name in names:
+        setattr(module, name, 0.0)
+    return float(largest)
 
 
 class _OpponentBeforeFirstStep(TrainerCallback):

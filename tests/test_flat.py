@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spin_plugin.attention import enable
-from spin_plugin.head import choose_forms, install, logps
+from spin_plugin.head import install, logps
 from spin_plugin.layout import Pair, PairCollator, flat_batch, padded_batch
 from spin_plugin.loss import response_logps, spin_terms
+from spin_plugin.select import choose_forms
 
 PAD = 0
 
@@ -149,7 +150,7 @@ def test_flat_equals_padded(architecture: str) -> None:
     """And both equal the model's own logits in the padded form, which nothing of ours touches."""
     model = make(architecture)
     expected, gradients = step(model, padded_batch(PAIRS, PAD), own_logits=True)
-    forms = choose_forms(model, PAIRS, wanted=True, pad_token_id=PAD)
+    forms = choose_forms(model, [PAIRS], wanted=True, pad_token_id=PAD)
     assert forms == (True, None, False)
     for batch in (flat_batch(PAIRS), padded_batch(PAIRS, PAD)):
         if architecture == "gemma2" and "spans" not in batch:
@@ -190,7 +191,7 @@ def test_lora(targets: list[str], tied: bool) -> None:
     model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     install(model)
     expected, gradients = step(model, padded_batch(PAIRS, PAD), own_logits=True)
-    assert choose_forms(model, PAIRS, wanted=True, pad_token_id=PAD) == (True, None, False)
+    assert choose_forms(model, [PAIRS], wanted=True, pad_token_id=PAD) == (True, None, False)
     found, found_gradients = step(model, flat_batch(PAIRS))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert distance(found_gradients, gradients) < 1e-5

@@ -9,13 +9,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import SMALL
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from spin_plugin import head
-from spin_plugin.head import LogitMap, choose_forms, install, logps
+from spin_plugin.head import LogitMap, install, logps
 from spin_plugin.layout import Pair, flat_batch, padded_batch
 from spin_plugin.loss import response_logps
+from spin_plugin.select import choose_forms
 
 PAIRS = [Pair([5, 6, 7], [8, 9, 1], [10, 1]), Pair([11], [1], [12, 13, 14, 15, 16, 1]), Pair([3] * 5, [4] * 7, [9] * 3)]
 PAD = 0
@@ -213,6 +215,21 @@ def test_lora_on_the_head_is_chunked_unless_sharded(sharded: bool) -> None:
         torch.testing.assert_close(found, logps(model, padded_batch(PAIRS, PAD), own_logits=True))
 
 
+def test_no_number_of_chunks_is_compiled_anew() -> None:
+    """Under `torch_compile` the loop over the chunks would be unrolled for each number of them, here 2 to 11."""
+    model, counter, graphs = make(), CompileCounter(), []
+    install(model)
+    compiled = torch.compile(model, backend=counter)
+    for kept in (3, 5, 9, 14, 19, 25):
+        pair = Pair([5] * (40 - kept), [8] * kept, [9] * kept)
+        with torch.no_grad():
+            expected = logps(model, padded_batch([pair], PAD))
+            torch.testing.assert_close(logps(compiled, padded_batch([pair], PAD)), expected)
+        graphs.append(counter.frame_count)
+    assert graphs[1] >= 1
+    assert len(set(graphs[1:])) == 1, graphs
+
+
 # --- falling back ----------------------------------------------------------------------------------
 
 
@@ -233,7 +250,7 @@ def strange() -> Strange:
 def test_unknown_head_falls_back_to_the_models_own_logits() -> None:
     model = strange()
     install(model)
-    forms = choose_forms(model, PAIRS, wanted=True, pad_token_id=PAD)
+    forms = choose_forms(model, [PAIRS], wanted=True, pad_token_id=PAD)
     assert forms == (False, "Strange is not one of transformers' own models", True)
     batch = padded_batch(PAIRS, PAD)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten(0, 1)
@@ -247,7 +264,7 @@ def test_model_without_an_output_layer_of_its_own() -> None:
     model = make("llama4_text", **changes)
     install(model)
     assert model.spin_own_logits
-    assert choose_forms(model, PAIRS, wanted=True, pad_token_id=PAD).own_logits
+    assert choose_forms(model, [PAIRS], wanted=True, pad_token_id=PAD).own_logits
 
 
 def test_forms_that_differ_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,16 +272,16 @@ def test_forms_that_differ_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> Non
     model = make()
     install(model)
     monkeypatch.setattr(head, "flat_inputs", lambda spans, tokens: {"spans": None})
-    forms = choose_forms(model, PAIRS, wanted=True, pad_token_id=PAD)
+    forms = choose_forms(model, [PAIRS], wanted=True, pad_token_id=PAD)
     assert not forms.shared_prefix
-    assert "LlamaForCausalLM differs between the forms by" in str(forms.no_shared_prefix_because)
+    assert "a row of LlamaForCausalLM differs from one sequence at a time by" in str(forms.no_shared_prefix_because)
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_shared_prefix_that_is_not_wanted() -> None:
     model = make().train()
     install(model)
-    assert choose_forms(model, PAIRS, wanted=False, pad_token_id=PAD) == (False, None, False)
+    assert choose_forms(model, [PAIRS], wanted=False, pad_token_id=PAD) == (False, None, False)
     assert model.config._attn_implementation == "sdpa"
     assert model.training
 
@@ -272,5 +289,5 @@ def test_shared_prefix_that_is_not_wanted() -> None:
 def test_flat_and_padded_agree_across_chunks() -> None:
     model = make()
     install(model)
-    assert choose_forms(model, PAIRS, wanted=True, pad_token_id=PAD).shared_prefix
+    assert choose_forms(model, [PAIRS], wanted=True, pad_token_id=PAD).shared_prefix
     torch.testing.assert_close(logps(model, flat_batch(PAIRS)), logps(model, padded_batch(PAIRS, PAD)))

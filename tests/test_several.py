@@ -151,11 +151,12 @@ def test_dropout_is_silenced_in_modules_and_in_plain_numbers() -> None:
     from spin_plugin.trainer import silence_dropout
 
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, attention_dropout=0.5, **small)).train()
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, attention_dropout=0.25, **small)).train()
     model.add_module("extra", nn.Dropout(0.5))
     tokens = torch.arange(16)[None]
     assert not torch.equal(model(tokens).logits, model(tokens).logits)
-    for module in model.modules():
-        silence_dropout(module)
+    rates = [silence_dropout(module) for module in model.modules()]
+    assert max(rates) == 0.5
+    assert min(rates) == 0.0
     assert torch.equal(model(tokens).logits, model(tokens).logits)
     assert model.extra.p == 0.0

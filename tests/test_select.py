@@ -1,0 +1,285 @@
+"""Which form is chosen: every kind of family against one sequence at a time, and what must not slip through."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from families import PAD, SHOWN, build, judge
+from torch import Tensor, nn
+
+from spin_plugin import attention, select
+from spin_plugin.head import install
+from spin_plugin.layout import Pair
+from spin_plugin.messages import SpinError
+from spin_plugin.select import ROW, Forms, choose_forms, probe
+
+# --- the pairs that are compared -----------------------------------------------------------------
+
+
+def pair_of(length: int) -> Pair:
+    """So many tokens, a fifth of them the prompt's."""
+    prompt = length // 5 or 1
+    real = (length - prompt) // 2
+    return Pair([1] * prompt, [2] * real, [3] * (length - prompt - real))
+
+
+def probed(lengths: list[int], longest: int | None = None) -> list[list[int]]:
+    """The tokens of the pairs in each row of the probe."""
+    rows = probe(torch.tensor(lengths, dtype=torch.int32), lambda index: pair_of(lengths[index]), longest)
+    return [[sum(len(part) for part in pair) for pair in row] for row in rows]
+
+
+def test_probe_of_long_pairs() -> None:
+    """The shortest of several blocks, the shortest, the longest with both responses in one sequence, and the first."""
+    lengths = [500, 900, 20, 310, 4000]
+    assert probed(lengths)[:2] == [[310], [20]]
+    assert probed(lengths)[3:] == [[500, 900, 20]]
+    longest = probe(torch.tensor(lengths), lambda index: pair_of(lengths[index]))[2][0]
+    assert len(longest.prompt) + len(longest.real) == 4000
+    assert len(longest.synthetic) == 1600
+    shorter = probe(torch.tensor(lengths), lambda index: pair_of(lengths[index]), 2500)[2][0]
+    assert len(shorter.prompt) + len(shorter.real) == 2500
+
+
+def test_probe_of_short_pairs_makes_a_row_of_several_blocks() -> None:
+    rows = probed([40] * 100)
+    assert rows[0] == [40] * 8
+    assert sum(rows[0]) >= ROW
+    assert len(probed([3] * 100)[0]) == select.SHORT_ROW
+    assert [len(row) for row in probed([30])] == [1, 1, 1]
+
+
+# --- families ------------------------------------------------------------------------------------
+
+CAPPED = {"attn_implementation": "eager", "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}
+FAMILIES: list[tuple[str, dict[str, Any], str, str]] = [
+    ("llama", {}, "shared", ""),
+    ("mistral", {}, "shared", ""),
+    ("gemma2", CAPPED, "shared", ""),
+    ("olmoe", {}, "shared", ""),
+    ("olmoe", {"sliding_window": 24}, "padded", "differs from one sequence at a time by 0.* nats a token"),
+    ("phimoe", {"sliding_window": 24}, "padded", "differs from one sequence at a time by 0.* nats a token"),
+    ("camembert", {}, "padded", "differs from one sequence at a time by 0.* nats a token"),
+    ("bloom", {}, "padded", "does not use transformers' AttentionInterface"),
+    ("mamba", {}, "padded", "state-space|does not use"),
+    ("deepseek_v32", {}, "padded", ""),
+    ("deepseek_v32", {"index_topk": 16}, "refused", "another log-probability in a batch than alone"),
+    ("doge", {}, "refused", "DogeForCausalLM gives a response another log-probability in a batch than alone"),
+    ("cpmant", {}, "refused", "CpmAntForCausalLM .*; use another base_model"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "chosen", "reason"), FAMILIES)
+def test_family(family: str, changes: dict[str, Any], chosen: str, reason: str) -> None:
+    verdict = judge(family, **changes)
+    assert verdict.chosen == chosen
+    assert verdict.right, verdict
+    assert re.search(reason, verdict.reason or ""), verdict
+
+
+def choose(model: nn.Module, *, wanted: bool = True, **options: Any) -> Forms:
+    return choose_forms(model, SHOWN, wanted=wanted, pad_token_id=PAD, **options)
+
+
+@pytest.fixture
+def llama_model() -> Any:
+    model = build("llama")
+    install(model)
+    return model
+
+
+def test_wrong_in_both_forms_is_refused_where_no_row_is_wanted_too() -> None:
+    model = build("doge")
+    install(model)
+    with pytest.raises(SpinError, match="use another base_model"):
+        choose(model, wanted=False)
+
+
+def test_a_window_is_found_in_16_bits_too() -> None:
+    """Where rounding alone puts a token 0.05 nats off."""
+    for window, shared in ((None, True), (24, False)):
+        model = build("olmoe", sliding_window=window).bfloat16()
+        install(model)
+        assert choose(model).shared_prefix is shared
+
+
+# --- what must not slip through ------------------------------------------------------------------
+
+
+def test_values_that_are_right_with_wrong_gradients(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_pair = attention._by_pair
+    monkeypatch.setattr(attention, "_by_pair", lambda query, key, *rest: by_pair(query, key.detach() + 0 * key, *rest))
+    forms = choose(llama_model)
+    assert not forms.shared_prefix
+    assert "the gradients of a row of LlamaForCausalLM differ" in str(forms.no_shared_prefix_because)
+
+
+def test_no_number_is_no_agreement(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_pair = attention._by_pair
+    monkeypatch.setattr(attention, "_by_pair", lambda *states: by_pair(*states) * torch.nan)
+    assert "differs from one sequence at a time by inf" in str(choose(llama_model).no_shared_prefix_because)
+
+
+def fail(*_states: Any) -> Tensor:
+    raise LookupError("no kernel for this card\nand a hundred lines more")
+
+
+def test_a_kernel_that_fails_is_a_line(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_by_pair", fail)
+    reason = "the attention of a row fails for LlamaForCausalLM: LookupError: no kernel for this card"
+    assert choose(llama_model) == (False, reason, False)
+    assert llama_model.config._attn_implementation == "sdpa"
+
+
+def test_a_kernel_whose_backward_fails(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, states: Tensor) -> Tensor:
+            return states.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return fail()
+
+    by_pair = attention._by_pair
+    monkeypatch.setattr(attention, "_by_pair", lambda *states: Fails.apply(by_pair(*states)))
+    monkeypatch.setattr(select, "_takes_gradients", lambda _model: False)  # DeepSpeed: the model is run forward alone
+    assert "LookupError" in str(choose(llama_model).no_shared_prefix_because)
+
+
+def test_too_little_memory_is_no_kernel_that_fails(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_states: Any) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(attention, "_by_pair", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        choose(llama_model)
+
+
+def test_a_compilation_may_not_fail_in_silence(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Axolotl lets every graph that does not compile run eagerly under `torch_compile`."""
+    by_pair, seen = attention._by_pair, set()
+
+    def watched(*states: Any) -> Tensor:
+        seen.add(torch._dynamo.config.suppress_errors)
+        return by_pair(*states)
+
+    monkeypatch.setattr(attention, "_by_pair", watched)
+    with torch._dynamo.config.patch(suppress_errors=True):
+        choose(llama_model)
+        assert torch._dynamo.config.suppress_errors
+    assert seen == {False}
+
+
+# --- the model is as before ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_is_left_behind(llama_model: Any, training: bool) -> None:
+    llama_model.train(training)
+    before, state = {n: p.clone() for n, p in llama_model.named_parameters()}, torch.get_rng_state()
+    assert choose(llama_model) == (True, None, False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert llama_model.training is training
+    for name, parameter in llama_model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+    assert not any(part._forward_hooks for part in llama_model.modules())
+
+
+def test_an_optimizer_that_steps_in_backward_does_not(llama_model: Any) -> None:
+    """Layer-wise optimizers: their hook would take a step with what is compared."""
+    steps: list[Tensor] = []
+    llama_model.lm_head.weight.register_post_accumulate_grad_hook(steps.append)
+    assert choose(llama_model).shared_prefix
+    assert not steps
+
+
+def test_noise_in_training_is_no_fault_of_the_row(llama_model: Any) -> None:
+    """As some routers have it. The values are compared without."""
+
+    def noise(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return output + torch.randn_like(output) if module.training else output
+
+    llama_model.model.embed_tokens.register_forward_hook(noise)
+    assert choose(llama_model) == (True, None, False)
+
+
+def test_compiled_model_is_compared_uncompiled(llama_model: Any) -> None:
+    counter = torch._dynamo.testing.CompileCounter()
+    assert choose(torch.compile(llama_model, backend=counter)).shared_prefix
+    assert counter.frame_count == 0
+
+
+# --- ranks ---------------------------------------------------------------------------------------
+
+RANKS = """
+import os, sys
+from datetime import timedelta
+import torch
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from families import PAD, SHOWN, build
+from spin_plugin import attention
+from spin_plugin.head import install
+from spin_plugin.select import choose_forms
+
+def fail(*_states):
+    raise LookupError("no kernel for this card")
+
+def everyone(found):
+    gathered = [None, None]
+    distributed.all_gather_object(gathered, found)
+    return gathered
+
+def play(rank, failing):
+    store = f"file://{sys.argv[1]}/store-{failing}"
+    distributed.init_process_group("gloo", store, timedelta(seconds=120), rank=rank, world_size=2)
+    if failing == rank:
+        attention._by_pair = fail
+    model = build("llama")
+    install(model)
+    mesh = distributed.init_device_mesh("cpu", (2,))
+    for layer in [*model.model.layers, model]:
+        fully_shard(layer, mesh=mesh)
+    forms = choose_forms(model, SHOWN, wanted=True, pad_token_id=PAD, device=torch.device("cpu"), everyone=everyone)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    print(failing, rank, tuple(forms), flush=True)
+
+for failing in (None, 1):
+    ranks = []
+    for rank in range(2):
+        ranks.append(os.fork())
+        if not ranks[-1]:
+            code = 1
+            try:
+                play(rank, failing)
+                code = 0
+            finally:
+                sys.stdout.flush()
+                sys.excepthook(*sys.exc_info()) if code else None
+                os._exit(code)
+    for rank in ranks:
+        os.waitpid(rank, 0)
+"""
+
+
+def test_a_kernel_that_fails_on_one_rank_alone(tmp_path: Path) -> None:
+    """Two processes share a model by FSDP2: they decide alike, and none waits for the other for ever."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    paths = f"{ROOT}:{ROOT / 'tests'}"
+    environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith(("None", "1 ")))
+    reason = "the attention of a row fails for LlamaForCausalLM: LookupError: no kernel for this card"
+    assert lines == [
+        *(f"1 {rank} {(False, reason, False)}" for rank in range(2)),
+        *(f"None {rank} {(True, None, False)}" for rank in range(2)),
+    ], done.stderr[-3000:]
