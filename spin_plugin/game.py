@@ -3,13 +3,14 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
 
 from spin_plugin import __version__
-from spin_plugin.agreement import disagreement, require_agreement
+from spin_plugin.agreement import comparable, distance, require_agreement
 from spin_plugin.checkpoint import check_model_dir, why_incomplete
 from spin_plugin.generation.shards import Shards
 from spin_plugin.iteration import PairsOnDisk, open_pairs, prepare_iteration
@@ -143,17 +144,24 @@ class Game:
         if self.first:
             self._warn_of_warmup(trainer.args.get_warmup_steps(self.steps))
 
-    def _judge_opponent(self, logps: Tensor) -> None:
-        """Compare the policy before its first step, [2, N] of the training pairs, with what vLLM said."""
+    def _judge_opponent(self, policy: Callable[[list[dict[str, Any]]], list[Tensor]]) -> None:
+        """Compare what the policy says of the tokens of some responses, before its first step, with what vLLM said.
+
+        All processes call it, and `policy` in it for the same pairs.
+        """
         number, shards = self.lowered.iteration, Shards(self.folder.synthetic)
+        pairs, drawn = comparable(shards.responses(), self.pairs.train, number)
+        logps = policy(pairs)
         precision = {(shards.manifest() or {}).get("engine", {}).get("dtype"), str(self.cfg.torch_dtype)}
-        require_agreement(
-            disagreement(shards.responses(), self.pairs.train, logps, number),
-            number,
-            # on a GPU fp32 may be TF32, here or in vLLM
-            exact={name.removeprefix("torch.") for name in precision if name} == {"float32"} and not logps.is_cuda,
-            quantised=bool(self.cfg.load_in_4bit or self.cfg.load_in_8bit or self.cfg.fp8),
-        )
+        if self.first:
+            require_agreement(
+                distance(drawn, logps),
+                number,
+                # on a GPU fp32 may be TF32, here or in vLLM
+                exact={name.removeprefix("torch.") for name in precision if name} == {"float32"}
+                and not any(values.is_cuda for values in logps),
+                quantised=bool(self.cfg.load_in_4bit or self.cfg.load_in_8bit or self.cfg.fp8),
+            )
 
     def _warn_of_warmup(self, warmup: int) -> None:
         """transformers' schedules begin at 0, so a short iteration may be over before anything was learned."""
