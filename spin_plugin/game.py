@@ -18,16 +18,7 @@ from spin_plugin.lowering import Lowered
 from spin_plugin.merge import merge
 from spin_plugin.messages import SpinError, say, warn
 from spin_plugin.order import steps_in_epoch
-from spin_plugin.processes import (
-    answer_questions,
-    clear_questions,
-    end_with_launcher,
-    others,
-    rank,
-    tell_saved,
-    wait_until_prepared,
-    wait_until_saved,
-)
+from spin_plugin.processes import Ranks, end_with_launcher, name_of_start, rank
 from spin_plugin.run import IterationDir, RunState, differing_keys, flush, remove_whole, write_whole
 from spin_plugin.weights import require_finite
 
@@ -40,6 +31,7 @@ class Game:
         self.spin = lowered.spin.at(lowered.iteration)
         self.folder: IterationDir = lowered.run.iteration(lowered.iteration)
         self.pairs: PairsOnDisk
+        self.ranks: Ranks
         self.held = ExitStack()
 
     # --- before training ---------------------------------------------------------------------
@@ -52,17 +44,18 @@ class Game:
         """
         run, number = self.lowered.run, self.lowered.iteration
         end_with_launcher()
+        self.ranks = Ranks(run, name_of_start())
+        self.ranks.join()
         if self.first:
             self.held.enter_context(run.locked())
             self._claim()
-            clear_questions(run)
+            self.ranks.forget_earlier_starts()
             self.pairs = prepare_iteration(self.cfg, run, self.spin, number)
             if for_training:
                 self._remove_incomplete_checkpoints()  # before the other processes look for one
-            if others():
-                answer_questions(run)
+            self.ranks.tell_prepared()
         else:
-            wait_until_prepared(run)
+            self.ranks.wait_until_prepared()
             self.pairs = open_pairs(self.folder)
         self.cfg.output_dir = str(self.folder.path)
         if self.pairs.eval is None:
@@ -70,6 +63,7 @@ class Game:
         if for_training:
             self._resume()
         else:
+            self.ranks.leave()
             self.held.close()
 
     def _claim(self) -> None:
@@ -177,8 +171,10 @@ class Game:
         """Check what was saved, then mark the iteration as finished: the marker is written last."""
         run, number = self.lowered.run, self.lowered.iteration
         if not self.first:
-            return tell_saved(run)
-        wait_until_saved(run)
+            self.ranks.tell_saved()
+            return self.ranks.leave()
+        self.ranks.wait_until_saved()
+        self.ranks.leave()
         self._require_no_watchdog()
         require_finite(check_model_dir(self.folder.path, adapter=bool(self.cfg.adapter)))
         flush(self.folder.path.iterdir())
