@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spin_plugin import __version__
-from spin_plugin.agreement import disagreement, require_agreement
+from spin_plugin.agreement import comparable, distance, require_agreement
 from spin_plugin.checkpoint import check_model_dir, why_incomplete
 from spin_plugin.generation.shards import Shards
 from spin_plugin.hub import pin
@@ -20,16 +21,7 @@ from spin_plugin.merge import merge
 from spin_plugin.messages import SpinError, say, warn
 from spin_plugin.order import steps_in_epoch
 from spin_plugin.precision import HALF, require_moving_weights, store_in_16_bits
-from spin_plugin.processes import (
-    answer_questions,
-    clear_questions,
-    end_with_launcher,
-    others,
-    rank,
-    tell_saved,
-    wait_until_prepared,
-    wait_until_saved,
-)
+from spin_plugin.processes import Ranks, end_with_launcher, name_of_start, rank
 from spin_plugin.run import IterationDir, RunState, differing_keys, flush, remove_whole, write_whole
 from spin_plugin.weights import require_finite
 
@@ -42,6 +34,7 @@ class Game:
         self.spin = lowered.spin.at(lowered.iteration)
         self.folder: IterationDir = lowered.run.iteration(lowered.iteration)
         self.pairs: PairsOnDisk
+        self.ranks: Ranks
         self.held = ExitStack()
         self.kept: list[str] = []
         """Tensors that the architecture wants in 32 bits, whatever the format of the model."""
@@ -57,17 +50,18 @@ class Game:
         run, number = self.lowered.run, self.lowered.iteration
         require_moving_weights(self.cfg)
         end_with_launcher()
+        self.ranks = Ranks(run, name_of_start())
+        self.ranks.join()
         if self.first:
             self.held.enter_context(run.locked())
             self._claim()
-            clear_questions(run)
+            self.ranks.forget_earlier_starts()
             self.pairs = prepare_iteration(self.cfg, run, self.spin, number)
             if for_training:
                 self._remove_incomplete_checkpoints()  # before the other processes look for one
-            if others():
-                answer_questions(run)
+            self.ranks.tell_prepared()
         else:
-            wait_until_prepared(run)
+            self.ranks.wait_until_prepared()
             self.pairs = open_pairs(self.folder)
             pin(self.cfg, self.pairs.revision)
         self.cfg.output_dir = str(self.folder.path)
@@ -76,6 +70,7 @@ class Game:
         if for_training:
             self._resume()
         else:
+            self.ranks.leave()
             self.held.close()
 
     def _claim(self) -> None:
@@ -157,17 +152,24 @@ class Game:
         if self.first:
             self._warn_of_warmup(trainer.args.get_warmup_steps(self.steps))
 
-    def _judge_opponent(self, logps: Tensor) -> None:
-        """Compare the policy before its first step, [2, N] of the training pairs, with what vLLM said."""
+    def _judge_opponent(self, policy: Callable[[list[dict[str, Any]]], list[Tensor]]) -> None:
+        """Compare what the policy says of the tokens of some responses, before its first step, with what vLLM said.
+
+        All processes call it, and `policy` in it for the same pairs.
+        """
         number, shards = self.lowered.iteration, Shards(self.folder.synthetic)
+        pairs, drawn = comparable(shards.responses(), self.pairs.train, number)
+        logps = policy(pairs)
         precision = {(shards.manifest() or {}).get("engine", {}).get("dtype"), str(self.cfg.torch_dtype)}
-        require_agreement(
-            disagreement(shards.responses(), self.pairs.train, logps, number),
-            number,
-            # on a GPU fp32 may be TF32, here or in vLLM
-            exact={name.removeprefix("torch.") for name in precision if name} == {"float32"} and not logps.is_cuda,
-            quantised=bool(self.cfg.load_in_4bit or self.cfg.load_in_8bit or self.cfg.fp8),
-        )
+        if self.first:
+            require_agreement(
+                distance(drawn, logps),
+                number,
+                # on a GPU fp32 may be TF32, here or in vLLM
+                exact={name.removeprefix("torch.") for name in precision if name} == {"float32"}
+                and not any(values.is_cuda for values in logps),
+                quantised=bool(self.cfg.load_in_4bit or self.cfg.load_in_8bit or self.cfg.fp8),
+            )
 
     def _warn_of_warmup(self, warmup: int) -> None:
         """transformers' schedules begin at 0, so a short iteration may be over before anything was learned."""
@@ -183,8 +185,10 @@ class Game:
         """Check what was saved, then mark the iteration as finished: the marker is written last."""
         run, number = self.lowered.run, self.lowered.iteration
         if not self.first:
-            return tell_saved(run)
-        wait_until_saved(run)
+            self.ranks.tell_saved()
+            return self.ranks.leave()
+        self.ranks.wait_until_saved()
+        self.ranks.leave()
         self._require_no_watchdog()
         files = check_model_dir(self.folder.path, adapter=bool(self.cfg.adapter))
         if self.cfg.torch_dtype in HALF and not self.cfg.adapter:

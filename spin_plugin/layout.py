@@ -104,6 +104,16 @@ def flat_batch(pairs: Sequence[Pair]) -> dict[str, Tensor]:
     }
 
 
+def by_token(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same batch with each of its K response tokens as a response of its own.
+
+    Whatever gives [2, B] log-probabilities of responses then gives [2, K], the tokens' in the first row.
+    """
+    (tokens,) = batch["targets"].shape
+    ones = torch.ones(2, tokens, dtype=torch.long, device=batch["targets"].device)
+    return batch | {"segments": torch.arange(tokens, device=ones.device), "lengths": ones}
+
+
 class PairCollator:
     """Rows of the pairs dataset to a micro-batch; Axolotl constructs it with its tokenizer.
 

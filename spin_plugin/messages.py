@@ -47,6 +47,11 @@ def warn(message: str) -> None:
     _print("spin: warning: ", "bold yellow", message)
 
 
+def report_error(message: str) -> None:
+    """Print one line about why this process ends."""
+    _print("spin: error: ", "bold red", message)
+
+
 def _print(start: str, style: str, message: str) -> None:
     """Data, logs and model output may hold anything: what a terminal would obey is shown, not sent."""
     shown = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in " ".join(message.split()))
@@ -69,7 +74,7 @@ def exit_in_one_line(hook: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt:
             say("interrupted; run the same command again to go on")
             raise SystemExit(INTERRUPTED) from None
-        _print("spin: error: ", "bold red", reason)
+        report_error(reason)
         raise SystemExit(1)
 
     return wrapper

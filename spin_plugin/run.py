@@ -19,7 +19,6 @@ import math
 import os
 import shutil
 import socket
-import threading
 import time
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,7 +35,6 @@ from spin_plugin.messages import SpinError
 FORMAT = 1
 TRASH = ".removed-"
 REPLACED = ".replaced-"
-SECONDS_BETWEEN_SIGNS = 10.0
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -220,8 +218,8 @@ class RunDir:
         return self.root / "run.lock.json"
 
     @property
-    def questions(self) -> Path:
-        """Where the other processes of a distributed run ask whether the iteration is prepared."""
+    def waiting(self) -> Path:
+        """Where the processes of a distributed run wait for each other (processes.py)."""
         return self.root / ".waiting"
 
     def iteration(self, number: int) -> IterationDir:
@@ -295,24 +293,15 @@ class RunDir:
                 f"output_dir {self.root} is in use by {_holder(holder)}; wait for it or stop it (where it is gone for "
                 f"good and the file system cannot know, delete {lock.lock_file})"
             ) from None
-        gone = threading.Event()
         try:
             write_whole(holder, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-            threading.Thread(target=_give_signs_of_life, args=(holder, gone), daemon=True).start()
             for left in (".prepared-*", f"{TRASH}*", f"iteration-*/{TRASH}*"):
                 for trash in self.root.glob(left):
                     shutil.rmtree(trash, ignore_errors=True)
             yield
         finally:
-            gone.set()
             holder.unlink(missing_ok=True)
             lock.release()
-
-    def sign_of_life(self) -> int | None:
-        """What changes as long as somebody works here, None where nobody does. A time, but of whose clock?"""
-        with suppress(OSError):  # it may just be replaced
-            return self.holder.stat().st_mtime_ns
-        return None
 
     def started(self) -> list[int]:
         """Numbers of the iterations that have a folder, ascending."""
@@ -359,13 +348,6 @@ def _is_model_file(name: str) -> bool:
     if name in ("config.yml", "metrics.jsonl", "training_args.bin", "README.md", "trainer_state.json"):
         return False
     return name.endswith((".json", ".safetensors", ".model", ".txt", ".jinja"))
-
-
-def _give_signs_of_life(holder: Path, gone: threading.Event) -> None:
-    """Other nodes cannot see whether a process lives: it says so now and then."""
-    while not gone.wait(SECONDS_BETWEEN_SIGNS):
-        with suppress(OSError):
-            os.utime(holder)
 
 
 def _holder(file: Path) -> str:

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from spin_plugin.args import SpinArgs
 from spin_plugin.head import install, logps
-from spin_plugin.layout import Pair
+from spin_plugin.layout import Pair, by_token
 from spin_plugin.loss import METRICS, metric_sums, spin_terms
 from spin_plugin.messages import SpinError, console, exit_in_one_line, say
 from spin_plugin.opponent import OpponentStore, fill, missing, scoring_tokens, shares
@@ -44,7 +45,7 @@ class SpinTrainer(AxolotlTrainer):
     spin: SpinArgs
     opponent_files: dict[str, Path]
     opponent_key: Callable[[str], str]
-    judge_opponent: Callable[[Tensor], None]
+    judge_opponent: Callable[[Callable[[list[dict[str, Any]]], list[Tensor]]], None]
     metrics_file: Path
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -101,8 +102,24 @@ class SpinTrainer(AxolotlTrainer):
                 self.opponent[split] = self._stored(store)
                 if self.opponent[split].isnan().any():
                     self._score(model, pairs, split, store)
-        if self.accelerator.is_main_process:
-            self.judge_opponent(self.opponent["train"])
+        if not self.state.global_step:  # after that the policy has moved on
+            self.judge_opponent(partial(self._token_logps, model))
+
+    @torch.no_grad()
+    def _token_logps(self, model: nn.Module, pairs: list[dict[str, Any]]) -> list[Tensor]:
+        """Log-probabilities of the tokens of each pair's synthetic response; all ranks score all, for a model may be
+        shared."""
+        found, training = [], model.training
+        size = SCORING_FACTOR * self.args.per_device_eval_batch_size
+        model.eval()
+        for start in range(0, len(pairs), size):
+            batch = self._prepare_inputs(self.train_data_collator(pairs[start : start + size]))
+            with self.compute_loss_context_manager():
+                tokens = logps(model, by_token(batch))[0]
+            responses = tokens.split(batch["lengths"].flatten().tolist())
+            found += responses[len(responses) // 2 :]
+        model.train(training)
+        return found
 
     def _stored(self, store: OpponentStore) -> Tensor:
         """What the first process reads, on every rank: they have to agree on what is left to compute."""

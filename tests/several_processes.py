@@ -5,7 +5,8 @@
 Each job plays `axolotl.cli.train.do_cli(config)`, what `axolotl train` and its launchers call in each process. All jobs
 share one import of Axolotl: every rank is a fork of this process with the variables that torchrun sets. Where one
 rank fails the others of its job are ended, as torchrun does, and nothing that comes after it is played with the same
-config. A rank's output is added to `rank-N.log` beside the config.
+config. A rank's output is added to `rank-N.log` beside the config. A job with `"kill": N` kills that rank when training
+has logged its first step, and no launcher ends the others.
 
 Axolotl 0.19 and accelerate take several processes for several GPUs. What differs from the command is `use_cpus`.
 """
@@ -16,7 +17,7 @@ import pickle
 import signal
 import socket
 import sys
-import traceback
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,13 @@ def use_cpus(*, sharded: bool) -> None:
         placed(self)
 
     ModelLoader._set_device_map_config = on_cpu
+    # accelerate counts CPUs ("cpu:1"), and torch reads no optimizer's state for such a device
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     if not sharded:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate's own way to DDP on CPUs
         return
     # accelerate knows FSDP and DeepSpeed on accelerators only: the process group is gloo's, the device the CPU
     PartialState._prepare_backend = lambda *_args: ("gloo", DistributedType.MULTI_GPU)
-    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     # Axolotl asks for a mesh of "cuda" devices by name
     build = ParallelismConfig.build_device_mesh
     ParallelismConfig.build_device_mesh = lambda self, _kind: build(self, "cpu")
@@ -112,7 +114,7 @@ def start(config: Path, processes: int) -> list[int]:
             code = int(stop.code or 0)
         finally:
             if sys.exc_info()[1]:
-                traceback.print_exc()
+                sys.excepthook(*sys.exc_info())  # as the interpreter does
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -132,8 +134,22 @@ def wait(ranks: list[int]) -> bool:
     return good
 
 
-def main() -> None:
-    # what every rank needs, once
+def kill_in_training(config: Path, ranks: list[int], killed: int) -> bool:
+    """Kill one rank alone after a step that no start before has logged. Whether all end, and none well."""
+    metrics = Path(yaml.safe_load(config.read_text())["output_dir"]) / "iteration-0/metrics.jsonl"
+
+    def steps() -> int:
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    before = steps()
+    while steps() <= before:
+        time.sleep(0.01)
+    os.kill(ranks[killed], signal.SIGKILL)
+    return all(os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks)
+
+
+def import_axolotl() -> None:
+    """What every rank needs, once."""
     import axolotl.cli.config
     import axolotl.cli.train
     import axolotl.core.builders
@@ -143,10 +159,17 @@ def main() -> None:
     import spin_plugin.game
     import spin_plugin.trainer  # noqa: F401
 
+
+def main() -> None:
+    import_axolotl()
     failed: set[str] = set()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         config = job["config"]
-        if config not in failed and not wait(start(Path(config), job["processes"])):
+        if config in failed:
+            continue
+        ranks = start(Path(config), job["processes"])
+        good = kill_in_training(Path(config), ranks, job["kill"]) if "kill" in job else wait(ranks)
+        if not good:
             failed.add(config)
     sys.exit(len(failed))
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from test_pipeline import logged
 from tiny import LORA, make_model, spin_config, write_config
 from transformers import AutoModelForCausalLM
 
-from spin_plugin.agreement import EXACT, disagreement, require_agreement
+from spin_plugin.agreement import EXACT, comparable, distance, require_agreement
 from spin_plugin.generation.job import Job, Request
 from spin_plugin.generation.launcher import generate
 from spin_plugin.generation.shards import Shards
@@ -170,7 +171,7 @@ def test_the_opponent_is_the_model_of_the_iteration_before(chains: Path, tmp_pat
     whole = before.path if name == "full" else before.merged
     if not (merges or name == "full"):
         whole = merged(model, before.path, tmp_path / "whole")
-    expected, wrong = logp(whole, pairs.train[0]), logp(model, pairs.train[0])
+    expected, wrong = (token_logps(each, pairs.train[0], "real").sum().item() for each in (whole, model))
     quantised = name.startswith(("4bit", "8bit"))
     assert stored == pytest.approx(expected, abs=abs(wrong - expected) / 4 if quantised else 1e-3)
     assert abs(stored - wrong) > 0.1, "a wrong opponent would be seen"
@@ -179,22 +180,21 @@ def test_the_opponent_is_the_model_of_the_iteration_before(chains: Path, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
 def test_vllm_drew_from_the_opponent(chains: Path, name: str) -> None:
-    """What vLLM says of its own responses is what the policy says of them; the run's first model says otherwise."""
+    """What vLLM says of its own responses is what the policy says of them, as every iteration tells; the run's first
+    model says otherwise."""
     _, iterations, _ = CHAINS[name]
-    folder, model = RunDir(chains / name / "run").iteration(iterations - 1), chains / name / "model"
-    pairs, quantised = open_pairs(folder), "bit" in name
-    drawn = list(Shards(folder.synthetic).responses())
-    stored = load_file(pairs.opponent_files["train"])["logps"]
-    agreed = disagreement(drawn, pairs.train, stored, iterations - 1)
-    assert agreed is not None
-    assert agreed < (EXACT if not quantised else 0.5)
-    few = pairs.train.select(range(8))
-    wrong = torch.tensor([[0.0] * 8, [logp(model, pair, "synthetic") for pair in few]])
-    found = disagreement(drawn, few, wrong, iterations - 1)
-    assert found is not None
-    assert found > 10 * EXACT
+    last, quantised = iterations - 1, "bit" in name
+    folder, model = RunDir(chains / name / "run").iteration(last), chains / name / "model"
+    told = re.findall(r"iteration (\d): vLLM and the policy are (\S+) nats", (chains / name / "rank-0.log").read_text())
+    assert [int(number) for number, _ in told] == list(range(iterations))
+    assert all(float(apart) < (EXACT if not quantised else 0.5) for _, apart in told)
+    pairs, drawn = comparable(Shards(folder.synthetic).responses(), open_pairs(folder).train, last)
+    assert len(pairs) == 24
+    wrong = distance(drawn[:8], [token_logps(model, pair, "synthetic") for pair in pairs[:8]])
+    assert wrong is not None
+    assert wrong.mean > 10 * EXACT
     with pytest.raises(SpinError, match="drawn from another model"):
-        require_agreement(found, iterations - 1, exact=True, quantised=False)
+        require_agreement(wrong, last, exact=True, quantised=False)
 
 
 @pytest.mark.slow
@@ -210,10 +210,10 @@ def test_merge_lora_takes_the_last_iteration(chains: Path, tmp_path: Path, comma
         torch.testing.assert_close(found[key], tensor)
 
 
-def logp(model: Path, pair: dict[str, Any], side: str = "real") -> float:
-    """A response's log-probability by the model alone."""
+def token_logps(model: Path, pair: dict[str, Any], side: str) -> torch.Tensor:
+    """Log-probabilities of a response's tokens by the model alone."""
     tokens = torch.tensor([pair["prompt"] + pair[side]])
     asked = range(len(pair["prompt"]) - 1, tokens.shape[1] - 1)
     with torch.no_grad():
         logps = AutoModelForCausalLM.from_pretrained(model)(tokens).logits.log_softmax(-1)[0]
-    return sum(logps[place, tokens[0, place + 1]].item() for place in asked)
+    return torch.stack([logps[place, tokens[0, place + 1]] for place in asked])

@@ -30,7 +30,7 @@ Event = Callable[[], None]
 
 def answers(shards: Shards) -> list[dict[str, Any]]:
     """The responses; their log-probabilities depend in the last bits on what else an engine works on."""
-    return [{key: value for key, value in answer.items() if key != "logp"} for answer in shards.responses()]
+    return [{key: value for key, value in answer.items() if key != "logps"} for answer in shards.responses()]
 
 
 @pytest.fixture

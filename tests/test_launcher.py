@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from spin_plugin.generation import engine, launcher
 from spin_plugin.generation.cause import cause_of_death
-from spin_plugin.generation.job import SCORED, SHARD, Job, Request
+from spin_plugin.generation.job import SCORED, SHARD, Job, Request, scored
 from spin_plugin.generation.launcher import generate
 from spin_plugin.generation.shards import Shards
 from spin_plugin.messages import SpinError
@@ -186,6 +186,27 @@ def test_worker_is_told_everything_it_needs(use: Use, shards: Shards, tmp_path: 
         {"number": r.number, "prompt": r.prompt, "max_tokens": r.max_tokens, "seed": r.seed, "score": r.number < SCORED}
         for r in REQUESTS
     ]
+
+
+def test_what_is_scored_can_become_pairs_to_train_on() -> None:
+    """Held-out requests may come first, and a run that goes on asks for what the first start had asked for."""
+    held_out = [r._replace(split="eval") for r in REQUESTS[:100]]
+    asked = list(scored([*held_out, *REQUESTS[100:]]))
+    assert [r.number for r, _ in asked] == list(range(TOTAL))
+    assert [r.number for r, score in asked if score] == list(range(100, 100 + SCORED))
+
+
+def test_what_vllm_says_of_the_tokens_is_stored(use: Use, shards: Shards) -> None:
+    """As far as it says anything."""
+    use(
+        ANSWER_ALL.replace("serve()", "")
+        + "for r in requests:\n"
+        + "    logps = [-0.5, -0.25] if r['score'] and r['number'] else None\n"
+        + "    send(number=r['number'], tokens=[1, 2], finish='stop', stop=2, logps=logps)\n"
+    )
+    draw(shards)
+    stored = [response.get("logps") for response in shards.responses()]
+    assert stored == [None] + (SCORED - 1) * [[-0.5, -0.25]] + (TOTAL - SCORED) * [None]
 
 
 def test_progress_is_a_line_at_each_end_of_a_log_file(

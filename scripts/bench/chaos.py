@@ -1,10 +1,13 @@
 """Kill a real run at random, run the same command again until it is finished, compare with a run left alone.
 
-    python scripts/bench/chaos.py [--runs 25] [--seed 0] [--json FILE]
+    python scripts/bench/chaos.py [--runs 25] [--seed 0] [--one-rank] [--json FILE]
 
 `--runs` counts the kills. Several of them hit one run directory, phase by phase, and the run that comes out has to hold
 the same synthetic token ids, pairs, opponent values, optimizer steps and weights as the undisturbed one, no pair twice,
 and no process of ours may outlive a kill. A tiny random model, `axolotl train` and vLLM as users run them.
+
+With `--one-rank` two processes train together, and one of them is killed alone: within a minute the other one has to
+end in one line. They are started below the `axolotl` command (one_rank.py).
 """
 
 import argparse
@@ -29,11 +32,13 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import one_rank  # noqa: E402
 from tiny import chat_rows, make_model, spin_config, write_config, write_jsonl  # noqa: E402
 
 SAMPLES = 40  # a prompt; 24 prompts make four shards
 PHASES = ("data", "generation", "pairs", "opponent pass", "training", "checkpoint", "final save")
 METHODS = ("SIGKILL to the tree", "SIGTERM to the parent", "SIGINT to all", "SIGKILL to vLLM")
+ONE_RANK = ("SIGKILL to rank 0", "SIGKILL to rank 1")
 LONGEST = 300.0  # seconds a command or its end may take
 console = Console(soft_wrap=True)
 
@@ -49,6 +54,8 @@ class Kill:
     done: bool = False
     """Whether it hit a living process; else the phase went by too fast."""
     code: int | None = None
+    seconds: float | None = None
+    """Until the other process had ended, where one alone was killed."""
     left_behind: list[str] = field(default_factory=list)
 
 
@@ -58,6 +65,7 @@ class Play:
 
     folder: Path
     kills: list[Kill]
+    two_ranks: bool
     failures: list[str] = field(default_factory=list)
     starts: int = 0
 
@@ -73,15 +81,23 @@ class Play:
     def log(self) -> Path:
         return self.folder / f"log-{self.starts}.txt"
 
+    @property
+    def printed(self) -> str:
+        """By the command that was started last."""
+        logs = self.folder.glob("rank-*.log") if self.two_ranks else [self.log]
+        return "".join(log.read_text(errors="replace") for log in sorted(logs))
+
 
 # --- where a run stands ------------------------------------------------------------------------
 
 
 def reached(play: Play, phase: str) -> bool:
-    """Whether the command that writes `play.log` is in a phase."""
-    log, started = play.log.read_text(errors="replace"), (play.folder / "started").stat().st_mtime
+    """Whether the command that was started last is in a phase."""
+    log, started = play.printed, (play.folder / "started").stat().st_mtime
+    # two processes meet before a plugin is asked for anything
+    met = sum(_newer([alive], started) for alive in play.run.glob(".waiting/*/*.alive")) == 2
     return {
-        "data": lambda: "AXOLOTL" in log.upper(),
+        "data": lambda: met if play.two_ranks else "AXOLOTL" in log.upper(),
         "generation": lambda: _newer(play.iteration.glob("synthetic/shard-*"), started),
         "pairs": lambda: _newer([play.iteration / ".pairs.tmp", play.iteration / "pairs"], started),
         "opponent pass": lambda: "Starting trainer" in log,
@@ -106,9 +122,11 @@ def _newer(paths: Iterable[Path], time_stamp: float, size: int = 0) -> bool:
 # --- one command -------------------------------------------------------------------------------
 
 
-def start(play: Play) -> psutil.Popen:
+def start(play: Play) -> psutil.Popen | one_rank.TwoRanks:
     play.starts += 1
     (play.folder / "started").touch()
+    if play.two_ranks:
+        return one_rank.TwoRanks(play.folder)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with open(play.log, "w") as log:
         return psutil.Popen(
@@ -130,6 +148,14 @@ def wait_for(condition: Callable[[], bool], seconds: float, pause: float = 0.003
     return False
 
 
+def strike_one(process: one_rank.TwoRanks, kill: Kill, play: Play) -> None:
+    """Kill one process alone; the other one has to end in one line, and nothing that they started may live on."""
+    wrong, alive = process.strike(ONE_RANK.index(kill.method))
+    kill.done, kill.code, kill.seconds = True, process.poll(), round(process.seconds, 1)
+    play.failures += wrong
+    _bury(alive, kill)
+
+
 def strike(process: psutil.Popen, kill: Kill) -> None:
     """Kill by the method; a run without vLLM dies by SIGKILL instead. Nothing that we started may live on."""
     family = [process, *process.children(recursive=True)]
@@ -148,6 +174,10 @@ def strike(process: psutil.Popen, kill: Kill) -> None:
         wait_for(lambda: process.poll() is not None, LONGEST)  # tried again, or given up with a clear line
     _, alive = psutil.wait_procs(family, timeout=60)
     kill.code = process.poll()
+    _bury(alive, kill)
+
+
+def _bury(alive: list[psutil.Process], kill: Kill) -> None:
     kill.left_behind = [" ".join(_command(member))[:120] for member in alive]
     for member in alive:
         _quietly(member.kill)
@@ -175,15 +205,19 @@ def survive(play: Play) -> None:
         wait_for(lambda p=process, k=kill: p.poll() is not None or reached(play, k.phase), LONGEST)
         wait_for(lambda p=process: p.poll() is not None, kill.delay)
         if process.poll() is None:
-            strike(process, kill)
+            if isinstance(process, one_rank.TwoRanks):
+                strike_one(process, kill, play)
+            else:
+                strike(process, kill)
         elif process.returncode:
-            play.failures.append(f"{play.log} failed by itself: {play.log.read_text()[-500:]}")
+            play.failures.append(f"{play.log} failed by itself: {play.printed[-500:]}")
         late = "" if kill.done else " (came too late)"
-        console.print(f"  {kill.phase}: {kill.method}{late}, exit {kill.code} {kill.left_behind or ''}")
+        after = f" after {kill.seconds} s" if kill.seconds is not None else ""
+        console.print(f"  {kill.phase}: {kill.method}{late}, exit {kill.code}{after} {kill.left_behind or ''}")
     process = start(play)
     process.wait(LONGEST)
     if process.returncode:
-        play.failures.append(f"{play.log} failed: {play.log.read_text()[-500:]}")
+        play.failures.append(f"{play.log} failed: {play.printed[-500:]}")
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -227,7 +261,7 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> tuple[list[str], 
 # --- all of it ---------------------------------------------------------------------------------
 
 
-def prepare(folder: Path) -> Path:
+def prepare(folder: Path, *, two_ranks: bool) -> Path:
     folder.mkdir()
     data, model = folder.parent / "chat.jsonl", folder.parent / "model"
     if not data.exists():
@@ -236,17 +270,20 @@ def prepare(folder: Path) -> Path:
     generation = {"samples_per_prompt": SAMPLES, "max_tokens": 60}
     generation["vllm"] = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
     spin = {"iterations": 1, "generation": generation}
-    write_config(folder, spin_config(folder, model, data, spin=spin, save_steps=7, micro_batch_size=16))
+    micro_batch = 8 if two_ranks else 16
+    write_config(folder, spin_config(folder, model, data, spin=spin, save_steps=7, micro_batch_size=micro_batch))
     return folder
 
 
-def draw(count: int, seed: int) -> list[list[Kill]]:
+def draw(count: int, seed: int, *, one_alone: bool) -> list[list[Kill]]:
     """Kills, at most one a phase and in the order of the phases for each run directory."""
     rng = random.Random(seed)
     groups: list[list[Kill]] = []
     while (left := count - sum(map(len, groups))) > 0:
         phases = sorted(rng.sample(PHASES, min(left, len(PHASES) - 1)), key=PHASES.index)
         methods = [rng.choice(METHODS if phase == "generation" else METHODS[:3]) for phase in phases]
+        if one_alone:
+            methods = [rng.choice(ONE_RANK) for _ in phases]
         short = {"checkpoint": 0.1, "final save": 0.3, "pairs": 0.5}
         delays = [rng.uniform(0, short.get(phase, 2.0)) for phase in phases]
         groups.append([Kill(*drawn) for drawn in zip(phases, methods, delays, strict=True)])
@@ -257,11 +294,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=25, help="kills")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--one-rank", action="store_true", help="two processes, of which one is killed alone")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="spin-chaos-"))
     console.print(f"in {folder}")
-    calm = Play(prepare(folder / "undisturbed"), [])
+    one_alone = options.one_rank
+    if one_alone:
+        one_rank.set_up()
+    calm = Play(prepare(folder / "undisturbed", two_ranks=one_alone), [], one_alone)
     survive(calm)
     if calm.failures:
         raise SystemExit(calm.failures[0])
@@ -269,7 +310,8 @@ def main() -> None:
     if len(set(range(24))) * SAMPLES != len(expected["responses"]):
         raise SystemExit("the undisturbed run does not hold every response")
     plays = [
-        Play(prepare(folder / str(number)), kills) for number, kills in enumerate(draw(options.runs, options.seed))
+        Play(prepare(folder / str(number), two_ranks=one_alone), kills, one_alone)
+        for number, kills in enumerate(draw(options.runs, options.seed, one_alone=one_alone))
     ]
     content: dict[str, Any] = {"runs": 0, "survived": 0, "identical": 0, "largest_difference": 0.0, "kills": []}
     for play in plays:
@@ -286,9 +328,10 @@ def main() -> None:
         console.print(f"  {play.failures or 'survived'}; differs in: {', '.join(differs) or 'nothing'} ({apart:.1e})")
         if options.json:
             options.json.write_text(json.dumps(content, indent=2) + "\n")
-    table = Table("phase", *METHODS, title=f"{content['survived']} of {content['runs']} kills survived")
+    methods = ONE_RANK if one_alone else METHODS
+    table = Table("phase", *methods, title=f"{content['survived']} of {content['runs']} kills survived")
     for phase in PHASES:
-        counts = [sum(k["phase"] == phase and k["method"] == method for k in content["kills"]) for method in METHODS]
+        counts = [sum(k["phase"] == phase and k["method"] == method for k in content["kills"]) for method in methods]
         table.add_row(phase, *map(str, counts))
     console.print(table)
     raise SystemExit(content["survived"] != content["runs"])

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,9 @@ import numpy as np
 from spin_plugin.run import without_secrets
 
 SHARD = 256  # requests in a shard: what can be lost at most when a run is killed
-SCORED = 64  # vLLM says of so many responses how likely they are (agreement.py); of all it would cost 17 to 34%
+# vLLM says of so many responses how likely their tokens are (agreement.py). Where one of a batch is scored all of it
+# is, which costs 17 to 34%: so they are the first ones and not spread over the job.
+SCORED = 256
 
 
 # What responses depend on, and how it is called before the user.
@@ -117,6 +119,15 @@ def requests_for(
                     drawn = request_seed(seed, iteration, split, example, sample)
                     yield Request(number, split, example, prompt, budget, drawn)
                     number += 1
+
+
+def scored(requests: Iterable[Request]) -> Iterator[tuple[Request, bool]]:
+    """Each request, and whether its response is scored: the first ones that can become pairs to train on."""
+    left = SCORED
+    for request in requests:
+        train = request.split == "train"
+        yield request, train and left > 0
+        left -= train
 
 
 def fingerprint_requests(requests: Iterator[Request]) -> tuple[int, str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from spin_plugin.generation.devices import Place, places
 from spin_plugin.generation.engine import Engine, Inbox
-from spin_plugin.generation.job import SCORED, SHARD, Job, Request
+from spin_plugin.generation.job import SHARD, Job, Request, scored
 from spin_plugin.generation.progress import Progress
 from spin_plugin.generation.shards import Shards
 from spin_plugin.messages import SpinError, warn
@@ -68,7 +68,7 @@ def generate(
     cluster = {"ray_address": ray_address, "actors": engines} if ray else None
     for log in shards.logs():  # the error of an earlier attempt is not this one's
         log.unlink()
-    wanted = (request for request in requests() if request.number // SHARD in missing)
+    wanted = (asked for asked in scored(requests()) if asked[0].number // SHARD in missing)
     title = f"iteration {job.iteration}: drawing responses"
     with _request_files(shards, wanted) as origins, Progress(len(origins), title) as progress:
         draw = _Draw(shards, origins, progress)
@@ -88,18 +88,18 @@ def generate(
 
 
 @contextmanager
-def _request_files(shards: Shards, requests: Iterable[Request]) -> Iterator[Origins]:
-    """The wanted requests as one file for each shard, until the shard is written."""
+def _request_files(shards: Shards, requests: Iterable[tuple[Request, bool]]) -> Iterator[Origins]:
+    """The wanted requests, and which are scored, as one file for each shard, until the shard is written."""
     origins: Origins = {}
     try:
         shutil.rmtree(shards.requests, ignore_errors=True)
         shards.requests.mkdir()
-        for shard, group in groupby(requests, lambda request: request.number // SHARD):
+        for shard, group in groupby(requests, lambda asked: asked[0].number // SHARD):
             with open(shards.request_file(shard), "w", encoding="utf-8") as file:
-                for r in group:
+                for r, score in group:
                     origins[r.number] = (r.split, r.example)
                     line = {"number": r.number, "prompt": r.prompt, "max_tokens": r.max_tokens, "seed": r.seed}
-                    file.write(json.dumps(line | {"score": r.number < SCORED}) + "\n")
+                    file.write(json.dumps(line | {"score": score}) + "\n")
         yield origins
     finally:
         shutil.rmtree(shards.requests, ignore_errors=True)
@@ -201,8 +201,8 @@ class _Draw:
         drawn[number] = {"split": split, "example": example} | {
             key: answer[key] for key in ("tokens", "finish", "stop")
         }
-        if answer.get("logp") is not None:
-            drawn[number]["logp"] = answer["logp"]
+        if answer.get("logps") is not None:
+            drawn[number]["logps"] = answer["logps"]
         self.progress.advance(len(answer["tokens"]))
         if len(drawn) == self.sizes[shard]:
             self.shards.write(shard, (drawn[key] for key in sorted(drawn)))

@@ -9,9 +9,9 @@ JOB_FILE is a JSON object: `engine` (arguments of `vllm.LLM`), `sampling` (argum
 
 Answers go to the file descriptor ANSWERS_FD, one JSON object a line: first `{"vllm": version}`, then
 `{"ready": true, "seats": requests answered at a time}`, then for each request `{"number", "tokens", "finish", "stop",
-"logp"}` as soon as it is finished, and `{"alive": true}` now and then in between. `logp` is the log-probability of the
-tokens, null where no `score` was asked for. Everything vLLM prints goes to stdout and stderr, which the launcher sends
-to a log file.
+"logps"}` as soon as it is finished, and `{"alive": true}` now and then in between. `logps` are the log-probabilities of
+the tokens, null where no `score` was asked for. Everything vLLM prints goes to stdout and stderr, which the launcher
+sends to a log file.
 
 The worker lives in a session of its own and works until it is killed. When its standard input closes, the launcher
 is gone, and the worker ends itself with everything it started.
@@ -148,6 +148,14 @@ def read_requests(path: str, job: dict[str, Any]) -> Iterator[tuple[str, Any, An
             yield str(request["number"]), vllm.TokensPrompt(prompt_token_ids=request["prompt"]), parameters
 
 
+def chosen_logps(completion: Any) -> list[float] | None:
+    """The log-probability of each token that was drawn, where vLLM was asked for them."""
+    if completion.logprobs is None:
+        return None
+    chosen = zip(completion.token_ids, completion.logprobs, strict=True)
+    return [at_token[token].logprob for token, at_token in chosen]
+
+
 def answers(job: dict[str, Any], orders: "SimpleQueue[str]") -> Iterator[dict[str, Any]]:
     """Yield every request's answer as soon as vLLM has finished it; never ends."""
     import vllm
@@ -171,7 +179,7 @@ def answers(job: dict[str, Any], orders: "SimpleQueue[str]") -> Iterator[dict[st
                     "tokens": list(completion.token_ids),
                     "finish": completion.finish_reason,
                     "stop": completion.stop_reason,
-                    "logp": completion.cumulative_logprob,
+                    "logps": chosen_logps(completion),
                 }
         if time.monotonic() - signed > SECONDS_BETWEEN_SIGNS:
             signed = time.monotonic()
