@@ -31,6 +31,7 @@ class TwoRanks:
     """Both processes of a start; `poll`, `wait` and `returncode` as of a single one."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.logs = [folder / f"rank-{rank}.log" for rank in range(2)]
         for log in self.logs:
             log.unlink(missing_ok=True)
@@ -59,9 +60,11 @@ class TwoRanks:
         printed = self.logs[1 - rank].read_text(errors="replace")
         errors = [line for line in printed.splitlines() if line.startswith("spin: error: ")]
         wrong = []
-        if code_of(other) != 1:
+        if code_of(other) == 0 and any(self.folder.glob(f"run/.waiting/*/{1 - rank}.saved")):
+            self.seconds = 0.0  # it had done its part and needed nobody any longer
+        elif code_of(other) != 1:
             wrong.append(f"exit code {code_of(other)} of the other process")
-        if len(errors) != 1 or f"process {rank} is gone" not in errors[0] or "Traceback" in printed:
+        elif len(errors) != 1 or f"process {rank} is gone" not in errors[0] or "Traceback" in printed:
             wrong.append(f"it says {errors or printed[-500:]}")
         return wrong, psutil.wait_procs([*self.ranks, *family], timeout=PROMISED)[1]
 
