@@ -75,7 +75,7 @@ class SpinTrainer(AxolotlTrainer):
             row = self.train_dataset[index]
             return Pair(row["prompt"], row["real"], row["synthetic"])
 
-        lengths = torch.as_tensor(self.train_dataset.with_format("numpy")["length"][:])
+        lengths = token_counts(self.train_dataset)
         with self.compute_loss_context_manager():
             forms = choose_forms(
                 model,
@@ -110,7 +110,7 @@ class SpinTrainer(AxolotlTrainer):
         """Log-probabilities of the tokens of each pair's synthetic response; all ranks score all, for a model may be
         shared."""
         found, training = [], model.training
-        size = SCORING_FACTOR * self.args.per_device_eval_batch_size
+        size = self.args.per_device_train_batch_size
         model.eval()
         for start in range(0, len(pairs), size):
             batch = self._prepare_inputs(self.train_data_collator(pairs[start : start + size]))
