@@ -190,13 +190,16 @@ class Ranks:
 
     def _who_is_gone(self) -> str | None:
         try:
-            names = os.listdir(self.folder)
+            gone = [file for file in os.scandir(self.folder) if file.name.endswith(".gone")]
+            # the others end because of the first one, and may have done so before this one has looked
+            first = min(gone, key=lambda file: file.stat().st_ctime_ns, default=None)
         except FileNotFoundError:
             return f"another start works in {self.run.root}; wait for it or stop it"
         except OSError:  # the file system may be away for a while
             return None
-        gone = [name.removesuffix(".gone") for name in names if name.endswith(".gone")]
-        return f"process {gone[0]} is gone (killed, unless its output says why); {GO_ON}" if gone else None
+        if first is None:
+            return None
+        return f"process {first.name.removesuffix('.gone')} is gone (killed, unless its output says why); {GO_ON}"
 
     def _who_is_silent(self) -> str | None:
         """The first process looks at all others; they look at it alone, and hear from it of each other."""

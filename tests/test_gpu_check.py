@@ -14,7 +14,7 @@ import yaml
 from conftest import ROOT, Finished
 from torch.nn.functional import softplus
 
-from spin_plugin.agreement import require_agreement
+from spin_plugin.agreement import Distance, require_agreement
 from spin_plugin.lowering import lower
 
 # What such a GPU machine has; the validators ask for it.
@@ -118,8 +118,9 @@ def test_tolerance_is_what_rounding_does_to_the_loss(play: Any, beta: float, pai
 
 
 def test_distance_is_read_from_the_runs_own_lines(play: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    for iteration, difference in enumerate((3e-7, 0.02)):
-        require_agreement(difference, iteration, exact=False, quantised=False)
+    for iteration, mean in enumerate((3e-7, 0.02)):
+        found = Distance(mean=mean, largest=0.3, kl=1e-4, tokens=900, responses=60)
+        require_agreement(found, iteration, exact=False, quantised=False)
     assert play.apart_in(f"something\n{capsys.readouterr().out}") == 0.02
     assert play.apart_in("no word of it") is None
     assert math.isnan(play.apart_in("vLLM and the policy are nan nats a token apart"))

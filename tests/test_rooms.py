@@ -12,15 +12,16 @@ from conftest import ROOT
 PACKAGE = ROOT / "spin_plugin"
 
 FLOORS = {
-    "args": 0, "run": 0, "checkpoint": 0, "witness": 0,
+    "args": 0, "run": 0, "checkpoint": 0, "witness": 0, "flex": 0,
     "space": 1, "processes": 1, "weights": 1, "hub": 1, "precision": 1,
     "merge": 1, "agreement": 3, "loss": 1, "pairs": 1, "layout": 1, "order": 1, "attention": 1,
     "generation.progress": 2, "generation.job": 2, "generation.shards": 2, "generation.interpreter": 2,
     "generation.cause": 2, "generation.devices": 2, "generation.engine": 2, "generation.launcher": 2, "head": 2,
-    "generation.vllm_worker": 2, "generation.ray_worker": 2, "opponent": 2, "real": 2,
-    "iteration": 3, "lowering": 3, "trainer": 3,
-    "game": 4,
-    "plugin": 5, "cli": 5,
+    "generation.vllm_worker": 2, "generation.ray_worker": 2, "opponent": 2, "real": 2, "watch": 2,
+    "iteration": 3, "lowering": 3, "select": 3,
+    "trainer": 4,
+    "game": 5,
+    "plugin": 6, "cli": 6,
 }  # fmt: skip
 # Everybody may speak to the user.
 EVERYWHERE = {"messages"}
