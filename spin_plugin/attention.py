@@ -172,9 +172,16 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor
     )
 
 
+def computes_in(states: Tensor) -> torch.dtype:
+    """The format in which attention computes: autocast's, where queries and keys are still in that of the positions."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
 def _by_blocks(query: Tensor, key: Tensor, value: Tensor, shared: SharedPrefix, scores: Scores) -> Tensor:
     """[1, H, T, D]: FlexAttention over the blocks that have a seen key."""
-    heads = query.shape[1]
+    heads, dtype = query.shape[1], computes_in(query)
+    query, key, value = (states.to(dtype) for states in (query, key, value))  # the kernel's options depend on it
     if heads & (heads - 1):
         # transformers' own FlexAttention does not trust grouped heads that are no power of 2 either
         key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))

@@ -20,7 +20,7 @@ from spin_plugin.lowering import Lowered
 from spin_plugin.merge import merge
 from spin_plugin.messages import SpinError, say, warn
 from spin_plugin.order import steps_in_epoch
-from spin_plugin.precision import HALF, require_moving_weights, store_in_16_bits
+from spin_plugin.precision import HALF, is_lean, require_moving_weights, store_in_16_bits
 from spin_plugin.processes import Ranks, end_with_launcher, name_of_start, rank
 from spin_plugin.run import IterationDir, RunState, differing_keys, flush, remove_whole, write_whole
 from spin_plugin.weights import require_finite
@@ -139,7 +139,7 @@ class Game:
 
     def equip(self, trainer: Any) -> None:
         """Hand the trainer its block and files."""
-        from spin_plugin.trainer import RoundAtTheEnd, SpinTrainer
+        from spin_plugin.trainer import RoundAtTheEnd, SameNoise, SpinTrainer
 
         assert isinstance(trainer, SpinTrainer)  # other plugins' were refused
         trainer.spin = self.spin
@@ -149,6 +149,8 @@ class Game:
         trainer.metrics_file = self.folder.metrics
         if self.cfg.torch_dtype == torch.bfloat16 and not self.cfg.adapter:
             trainer.add_callback(RoundAtTheEnd(self.kept))
+        if is_lean(self.cfg):
+            trainer.add_callback(SameNoise())
         if self.first:
             self._warn_of_warmup(trainer.args.get_warmup_steps(self.steps))
 

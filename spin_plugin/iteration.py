@@ -251,6 +251,8 @@ def _bytes_needed(cfg: Any, spin: SpinArgs, responses: int, *, merges: bool) -> 
     Args:
         merges: the opponent is written before vLLM draws from it.
     """
+    from axolotl.loaders.utils import load_model_config
+
     base = Path(str(cfg.base_model))
     writes_model = merges or not cfg.adapter or spin.adapter_chain == "merge"
     model = 0
@@ -261,11 +263,12 @@ def _bytes_needed(cfg: Any, spin: SpinArgs, responses: int, *, merges: bool) -> 
     tokens = responses * min(cfg.sequence_len, spin.generation.max_tokens or cfg.sequence_len)
     pairs = responses * (1 + spin.history) * 2 * cfg.sequence_len
     masters = cfg.torch_dtype in HALF and not (cfg.adapter or is_lean(cfg))
-    trained = 2 * model if masters else model
+    grows = masters and str(load_model_config(cfg).dtype).removeprefix("torch.") in ("bfloat16", "float16")
+    trained = 2 * model if grows else model
     optimizer = 0 if cfg.save_only_model else 2 * trained  # Adam's two moments
     checkpoints = 0 if cfg.save_strategy == "no" else 1 + (cfg.save_total_limit or 4)  # 4 is Axolotl's own
     # masters are saved at the end, too, and then rewritten in 16 bits; DeepSpeed's are not
-    sure = model + trained if masters and not cfg.deepspeed else model
+    sure = trained + model if grows and not cfg.deepspeed else model
     return Space(sure=sure, likely=sure + 8 * tokens + 4 * pairs + checkpoints * (trained + optimizer))
 
 

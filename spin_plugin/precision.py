@@ -9,14 +9,19 @@ Optimizers that do not lose small updates (`LEAN`) may work on 16-bit weights, f
 """
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
+from spin_plugin.checkpoint import check_safetensors
 from spin_plugin.messages import SpinError
 from spin_plugin.run import write_whole
 
@@ -34,6 +39,10 @@ WAYS_OUT = (
     "use `bf16: true` (32-bit masters), or for less memory also `optimizer: adamw_torch_8bit` with "
     f"`optim_args: {{{ROUNDS_STOCHASTICALLY}: true}}`"
 )
+
+
+# What activation checkpointing and torch.compile add to the names of parameters.
+WRAPPERS = re.compile(r"_checkpoint_wrapped_module\.|_orig_mod\.|_fsdp_wrapped_module\.")
 
 
 # --- before vLLM starts --------------------------------------------------------------------------
@@ -110,11 +119,23 @@ def keep_masters(cfg: Any, model: nn.Module) -> None:
     DeepSpeed keeps masters itself, LEAN optimizers need none. FSDP2 wants one format in all parameters it shards
     together, so with it the frozen ones are brought along, and an adapter stays as PEFT made it.
     """
+    sharded = cfg.fsdp_config or {}
+    # transformers has left these empty: the first process's are sent to them, and until then they take no memory
+    empty = sharded.get("cpu_ram_efficient_loading") and int(os.environ.get("LOCAL_RANK", "0")) > 0
     if cfg.deepspeed or (is_lean(cfg) and not cfg.adapter) or (cfg.fsdp_config and cfg.adapter):
         return
     for parameter in model.parameters():
         if parameter.dtype in HALF and (parameter.requires_grad or cfg.fsdp_config):
-            parameter.data = parameter.data.float()
+            whole = parameter.data
+            parameter.data = torch.empty_like(whole, dtype=torch.float32) if empty else whole.float()
+
+
+def keep_results_in_32_bits(accelerator: Any) -> None:
+    """FSDP2 under accelerate brings what a model gives to bf16: log-probabilities of 500 to steps of 2."""
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if isinstance(policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
 
 def require_masters(cfg: Any, groups: Iterable[Mapping[str, Any]]) -> None:
@@ -148,7 +169,9 @@ def rounded_stochastically(values: Tensor, generator: torch.Generator) -> Tensor
 
 
 @torch.no_grad()
-def round_masters(model: nn.Module, *, kept: Iterable[str], seed: int) -> None:
+def round_masters(
+    model: nn.Module, *, kept: Iterable[str], seed: int, states: Mapping[nn.Parameter, Mapping[str, Any]]
+) -> None:
     """Round the trained weights to bf16 numbers at the end of training, in place; every rank calls it.
 
     Args:
@@ -156,19 +179,34 @@ def round_masters(model: nn.Module, *, kept: Iterable[str], seed: int) -> None:
             with the optimizer, or FSDP2's shards.
         kept: names of parameters that the architecture wants in 32 bits.
         seed: of the rounding.
+        states: the optimizer's, which may hold what compensated summation has kept of a bf16 weight.
     """
     kept = set(kept)
     for number, (name, parameter) in enumerate(model.named_parameters()):
-        if not parameter.requires_grad or name in kept:
+        if not parameter.requires_grad or WRAPPERS.sub("", name) in kept:
             continue
         if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
             _round_deepspeed(parameter, seed + number)
-        elif parameter.dtype == torch.float32:
-            weights: Tensor = parameter
-            own = 0
-            if isinstance(parameter, DTensor):  # a shard's noise is its own
-                weights, own = parameter.to_local(), 1_000_003 * torch.distributed.get_rank()
-            weights.copy_(rounded_stochastically(weights, _generator(weights, seed + number + own)))
+            continue
+        weights, lost = _local(parameter), states.get(parameter, {}).get("kahan_comp")
+        if weights.dtype == torch.float32 or lost is not None:
+            master = weights.float() if lost is None else weights.float() + _local(lost).float()
+            generator = _generator(weights, seed + number + _place(parameter))
+            weights.copy_(rounded_stochastically(master, generator))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _place(parameter: nn.Parameter) -> int:
+    """Tells the shards of a parameter apart, whose noise has to differ; 0 where it is whole."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    place: Sequence[int] = parameter.device_mesh.get_coordinate() or []
+    shard = [at for at, placement in zip(place, parameter.placements, strict=True) if placement.is_shard()]
+    return 1_000_003 * sum(at * 1009**number for number, at in enumerate(shard))
 
 
 def _round_deepspeed(parameter: nn.Parameter, seed: int) -> None:
@@ -197,7 +235,7 @@ def store_in_16_bits(folder: Path, files: Iterable[Path], dtype: torch.dtype, ke
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    kept = set(kept)
+    kept, files = set(kept), list(files)
     for file in files:
         with safe_open(file, framework="pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
@@ -205,10 +243,18 @@ def store_in_16_bits(folder: Path, files: Iterable[Path], dtype: torch.dtype, ke
         masters = [name for name, tensor in tensors.items() if tensor.dtype == torch.float32 and name not in kept]
         if not masters:
             continue
-        tensors |= {name: tensors[name].to(dtype) for name in masters}
+        for name in masters:  # one after the other: a file may hold 50 GB
+            tensors[name] = tensors[name].to(dtype)
         rounded = file.with_name(f".{file.name}.16")
         save_file(tensors, rounded, metadata)
         rounded.replace(file)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        headers = [check_safetensors(file).values() for file in files]
+        ends = (entry["data_offsets"] for header in headers for entry in header)
+        content.setdefault("metadata", {})["total_size"] = sum(end - start for start, end in ends)
+        write_whole(index, json.dumps(content, indent=2) + "\n")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")

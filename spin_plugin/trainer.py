@@ -28,7 +28,7 @@ from spin_plugin.loss import METRICS, metric_sums, spin_terms
 from spin_plugin.messages import SpinError, console, exit_in_one_line, say
 from spin_plugin.opponent import OpponentStore, fill, missing, scoring_tokens, shares
 from spin_plugin.order import BalancedSampler, counted, steps_in_epoch
-from spin_plugin.precision import require_masters, round_masters
+from spin_plugin.precision import keep_results_in_32_bits, require_masters, round_masters
 from spin_plugin.run import IterationDir
 from spin_plugin.select import choose_forms, probe
 
@@ -53,6 +53,7 @@ class SpinTrainer(AxolotlTrainer):
         # flat row apart.
         kwargs["args"]._n_gpu = min(1, kwargs["args"].n_gpu)
         super().__init__(*args, **kwargs)
+        keep_results_in_32_bits(self.accelerator)
         # compute_loss divides by the pairs of the global batch itself; transformers must not divide
         # again by the accumulation steps, which would weigh pairs by how micro-batches fell.
         self.model_accepts_loss_kwargs = True
@@ -331,6 +332,15 @@ class _OpponentBeforeFirstStep(TrainerCallback):
         self.trainer.load_opponent(self.trainer.model_wrapped)
 
 
+class SameNoise(TrainerCallback):
+    """The copies of a model under DDP draw the same noise of stochastic rounding, whatever else a rank has drawn."""
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        torch.manual_seed(args.seed + state.global_step)
+
+
 class RoundAtTheEnd(TrainerCallback):
     """Brings masters to bf16 before Axolotl saves the model, so that in the mean nothing of their movement is lost."""
 
@@ -340,4 +350,4 @@ class RoundAtTheEnd(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        round_masters(kwargs["model"], kept=self.kept, seed=args.seed)
+        round_masters(kwargs["model"], kept=self.kept, seed=args.seed, states=kwargs["optimizer"].state)

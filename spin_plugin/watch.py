@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from spin_plugin.attention import NAME, attend
+from spin_plugin.attention import NAME, attend, computes_in
 
 ASKED = ("scaling", "sliding_window", "softcap")
 
@@ -43,7 +43,7 @@ def attention_calls() -> Iterator[set[Call]]:
     def watched(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         shapes = tuple((states.shape[1], states.shape[3]) for states in (query, key, value))
         asked = (kwargs.get(name) for name in ASKED)
-        calls.add(Call(shapes, query.dtype, *asked))
+        calls.add(Call(shapes, computes_in(query), *asked))
         return attend(module, query, key, value, *args, **kwargs)
 
     AttentionInterface.register(NAME, watched)

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from spin_plugin.messages import SpinError
 from spin_plugin.precision import (
     is_lean,
     keep_masters,
+    keep_results_in_32_bits,
     require_masters,
     require_moving_weights,
     round_masters,
@@ -178,12 +180,48 @@ def test_trained_weights_are_rounded_and_the_rest_is_left() -> None:
     model = nn.ModuleDict({name: nn.Linear(64, 64, bias=False) for name in ("trained", "frozen", "router")})
     model["frozen"].requires_grad_(False)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    round_masters(model, kept=["router.weight"], seed=1)
+    round_masters(model, kept=["router.weight"], seed=1, states={})
     after = dict(model.named_parameters())
     assert torch.equal(after["trained.weight"], after["trained.weight"].bfloat16().float())
     assert (after["trained.weight"] - before["trained.weight"]).abs().max() <= 2**-10  # weights are below 1/8
     assert not torch.equal(after["trained.weight"], before["trained.weight"].bfloat16().float()), "not the nearest"
     assert all(torch.equal(after[f"{name}.weight"], before[f"{name}.weight"]) for name in ("frozen", "router"))
+
+
+def test_what_compensated_summation_has_kept_is_not_lost() -> None:
+    from optimi import AdamW
+
+    model = nn.Linear(64, 64, bias=False).bfloat16()
+    nn.init.constant_(model.weight, 1.0)
+    optimizer = AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, foreach=False)
+    for _ in range(10):  # each step wants to take 1e-4 away, where bf16 knows 1 and 1 - 2^-8
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+    assert (model.weight == 1).all()
+    round_masters(model, kept=(), seed=1, states=optimizer.state)
+    assert model.weight.double().mean().item() == pytest.approx(1 - 1e-3, abs=2e-4)
+
+
+def test_fsdp_leaves_log_probabilities_in_32_bits() -> None:
+    """accelerate's own choice, which rounds a sum of 300 to steps of 2."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16, "otherwise this can go"
+    keep_results_in_32_bits(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    assert plugin.mixed_precision_policy.output_dtype is None
+    assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
+    keep_results_in_32_bits(SimpleNamespace(state=SimpleNamespace()))
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_only_the_first_process_of_a_node_copies_what_it_will_send(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    model, before = half_model(), half_model()
+    keep_masters(config(fsdp_config={"cpu_ram_efficient_loading": True}), model)
+    assert formats(model) == [torch.float32] * 3
+    assert rank == "1" or torch.equal(model[1].weight, before[1].weight.float())
 
 
 def test_stored_weights_are_rounded_and_the_rest_is_left(tmp_path: Path) -> None:
@@ -281,6 +319,8 @@ def test_what_is_stored_has_moved_as_in_32_bits(trained: Path, llama: Path, name
     assert runs[1].finished() == 1
     ends = [run.iteration(0).last_metrics()["spin/reward_margin"] for run in runs]
     assert ends[1] == pytest.approx(ends[0], rel=0.05), "it ends as good"
+    begins = [[entry["spin/loss"] for entry in run.iteration(0).logged()[:12]] for run in runs]
+    assert begins[1] == pytest.approx(begins[0], abs=0.01), "log-probabilities are not rounded"
 
 
 @pytest.mark.slow

@@ -25,7 +25,8 @@ def pair_of(length: int) -> Pair:
     """So many tokens, a fifth of them the prompt's."""
     prompt = length // 5 or 1
     real = (length - prompt) // 2
-    return Pair([1] * prompt, [2] * real, [3] * (length - prompt - real))
+    tokens = [number % 200 + 3 for number in range(length)]
+    return Pair(tokens[:prompt], tokens[prompt : prompt + real], tokens[prompt + real :])
 
 
 def probed(lengths: list[int], longest: int | None = None) -> list[list[int]]:
@@ -106,6 +107,14 @@ def test_a_window_is_found_in_16_bits_too() -> None:
         model = build("olmoe", sliding_window=window).bfloat16()
         install(model)
         assert choose(model).shared_prefix is shared
+
+
+def test_a_window_that_only_the_longest_pair_reaches() -> None:
+    short, longest = [pair_of(60), pair_of(90)], [pair_of(400)]
+    for rows, shared in (([short], True), ([short, longest], False)):
+        model = build("olmoe", sliding_window=100)
+        install(model)
+        assert choose_forms(model, rows, wanted=True, pad_token_id=PAD).shared_prefix is shared
 
 
 # --- what must not slip through ------------------------------------------------------------------

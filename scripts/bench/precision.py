@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -51,8 +51,10 @@ CONFIG = LlamaConfig(
 console = Console(soft_wrap=True)
 
 Weights = dict[str, Tensor]
-Trainer = Callable[[nn.Module, list[dict[str, Tensor]], float], Weights]
-"""Model, batches and learning rate to the matrices at the end, as precisely as they are kept."""
+States = Mapping[nn.Parameter, Mapping[str, Any]]
+Trainer = Callable[[nn.Module, list[dict[str, Tensor]], float], tuple[Weights, States]]
+"""Model, batches and learning rate to the matrices at the end, as precisely as they are kept, and what the optimizer
+keeps of each."""
 
 
 def make_model(dtype: torch.dtype, *, lora: bool = False) -> nn.Module:
@@ -110,7 +112,7 @@ def what_rounding_lost(optimizer: torch.optim.Optimizer, parameter: nn.Parameter
 def by(optimizer: Callable[[Iterator[nn.Parameter], float], torch.optim.Optimizer], *, autocast: bool) -> Trainer:
     """Plain training with an optimizer, as Axolotl's trainer does it in one process."""
 
-    def train(model: nn.Module, batches: list[dict[str, Tensor]], rate: float) -> Weights:
+    def train(model: nn.Module, batches: list[dict[str, Tensor]], rate: float) -> tuple[Weights, States]:
         computing = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
         steps = optimizer((p for p in model.parameters() if p.requires_grad), rate)
         with computing:
@@ -122,12 +124,13 @@ def by(optimizer: Callable[[Iterator[nn.Parameter], float], torch.optim.Optimize
             steps.step()
             steps.zero_grad()
         named = {name: parameter for name, parameter in model.named_parameters() if name in matrices(model)}
-        return {name: weight.detach().float() + what_rounding_lost(steps, weight) for name, weight in named.items()}
+        kept = {name: weight.detach().float() + what_rounding_lost(steps, weight) for name, weight in named.items()}
+        return kept, steps.state
 
     return train
 
 
-def by_zero(model: nn.Module, batches: list[dict[str, Tensor]], rate: float) -> Weights:
+def by_zero(model: nn.Module, batches: list[dict[str, Tensor]], rate: float) -> tuple[Weights, States]:
     """DeepSpeed ZeRO-2 with `bf16`, one process: the weights it keeps are its own fp32 masters."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
@@ -144,7 +147,7 @@ def by_zero(model: nn.Module, batches: list[dict[str, Tensor]], rate: float) -> 
         engine.backward(loss_of(engine, batch, opponent))
         engine.step()
     named = ((n, p) for n, p in engine.module.named_parameters() if p.dim() > 1)
-    return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in named}
+    return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in named}, {}
 
 
 # What it is called, the format of the weights, and how they are trained.
@@ -170,7 +173,7 @@ def projection(movement: Tensor, reference: Tensor) -> float:
 def reference_movement(rate: float, steps: int, *, lora: bool) -> Tensor:
     """How the run in 32 bits moves."""
     exact = make_model(torch.float32, lora=lora)
-    return moved(matrices(exact), by(adamw, autocast=False)(exact, draw_batches(steps), rate))
+    return moved(matrices(exact), by(adamw, autocast=False)(exact, draw_batches(steps), rate)[0])
 
 
 def draw_batches(steps: int) -> list[dict[str, Tensor]]:
@@ -188,11 +191,11 @@ def compare(way: str, rate: float, steps: int) -> dict[str, Any]:
     reference = reference_movement(rate, steps, lora=lora)
     model = make_model(dtype, lora=lora)
     start = matrices(model)
-    after = train(model, draw_batches(steps), rate)
+    after, states = train(model, draw_batches(steps), rate)
     movement = moved(start, after)
     nearest = moved(start, {name: weight.bfloat16().float() for name, weight in after.items()})
     if not lora:  # an adapter is stored as it is
-        round_masters(model, kept=(), seed=0)
+        round_masters(model, kept=(), seed=0, states=states)
     return {
         "way": way,
         "learning_rate": rate,
