@@ -188,8 +188,9 @@ def test_vllm_drew_from_the_opponent(chains: Path, name: str) -> None:
     told = re.findall(r"iteration (\d): vLLM and the policy are (\S+) nats", (chains / name / "rank-0.log").read_text())
     assert [int(number) for number, _ in told] == list(range(iterations))
     assert all(float(apart) < (EXACT if not quantised else 0.5) for _, apart in told)
-    pairs, drawn = comparable(Shards(folder.synthetic).responses(), open_pairs(folder).train, last)
-    assert len(pairs) == 24
+    train = open_pairs(folder).train
+    pairs, drawn = comparable(Shards(folder.synthetic).responses(), train, last)
+    assert len(pairs) == list(train["iteration"]).count(last) > 20, "an empty response has become no pair"
     wrong = distance(drawn[:8], [token_logps(model, pair, "synthetic") for pair in pairs[:8]])
     assert wrong is not None
     assert wrong.mean > 10 * EXACT
