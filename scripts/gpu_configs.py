@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from tiny import FSDP2, chat_rows, make_model, spin_config, write_config, write_jsonl
+from tiny import FSDP2, chat_rows, make_model, spin_config, write_config, write_jsonl, zero
 
 LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
 QLORA = LORA | {"adapter": "qlora", "load_in_4bit": True}
@@ -33,18 +33,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-
-
-def zero(stage: int) -> dict[str, Any]:
-    automatic = ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size")
-    return {
-        "deepspeed": {
-            "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
-            "bf16": {"enabled": True},
-            "train_micro_batch_size_per_gpu": "auto",
-            **dict.fromkeys(automatic, "auto"),
-        }
-    }
 
 
 def drawn(**generation: Any) -> dict[str, Any]:
@@ -71,13 +59,13 @@ WAYS: dict[str, Way] = {
     "one": Way(1, BF16),
     "ddp": Way(2, BF16, 2),
     "fsdp2": Way(2, BF16 | FSDP2, 2),
-    "zero2": Way(2, BF16 | zero(2), 2),
-    "zero3": Way(2, BF16 | zero(3), 2),
+    "zero2": Way(2, BF16 | zero(2, bf16=True), 2),
+    "zero3": Way(2, BF16 | zero(3, bf16=True), 2),
     "lora": Way(1, BF16 | LORA),
     "lora-kernels": Way(1, BF16 | LORA | dict.fromkeys(KERNELS, True)),
     "lora-ddp": Way(2, BF16 | LORA, 2),
     "lora-fsdp2": Way(2, BF16 | LORA | FSDP2, 2),
-    "lora-zero3": Way(2, BF16 | LORA | zero(3), 2),
+    "lora-zero3": Way(2, BF16 | LORA | zero(3, bf16=True), 2),
     "lora-merge": Way(1, BF16 | LORA | {"spin": {"adapter_chain": "merge"}}),
     "dora": Way(1, BF16 | LORA | {"peft_use_dora": True}),
     "qlora": Way(1, BF16 | QLORA),

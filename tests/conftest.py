@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from tiny import chat_rows, make_model, write_jsonl
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1"}
+
+# What a machine with GPUs has; Axolotl's validators ask for it.
+GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
 
 
 @dataclass(frozen=True)
@@ -106,3 +109,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 conversations of one turn."""
     return write_jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", chat_rows(24))
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """The plugin, as Axolotl has it once it has read a configuration that names it."""
+    from axolotl.integrations.base import PluginManager
+
+    PluginManager._instance = None
+    PluginManager.get_instance().register("spin_plugin.SpinPlugin")
+    yield
+    PluginManager._instance = None

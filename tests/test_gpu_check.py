@@ -4,21 +4,18 @@ import importlib
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, Finished
+from conftest import GPU, ROOT, Finished
 from torch.nn.functional import softplus
 
 from spin_plugin.agreement import Distance, require_agreement
 from spin_plugin.lowering import lower
-
-# What such a GPU machine has; the validators ask for it.
-GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
 
 
 @pytest.fixture
@@ -26,16 +23,6 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Any:
     for folder in (ROOT / "scripts", ROOT / "scripts/gpu"):
         monkeypatch.syspath_prepend(folder)
     return importlib.import_module("play")
-
-
-@pytest.fixture
-def registered() -> Iterator[None]:
-    from axolotl.integrations.base import PluginManager
-
-    PluginManager._instance = None
-    PluginManager.get_instance().register("spin_plugin.SpinPlugin")
-    yield
-    PluginManager._instance = None
 
 
 def test_every_configuration_is_valid(

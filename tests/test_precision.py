@@ -12,7 +12,7 @@ import torch
 from axolotl.utils.dict import DictDefault
 from conftest import Finished
 from safetensors.torch import load_file, save_file
-from tiny import FSDP2, LORA, chat_rows, spin_config, write_config, write_jsonl
+from tiny import FSDP2, LORA, chat_rows, spin_config, write_config, write_jsonl, zero
 from torch import nn
 
 from spin_plugin.messages import SpinError
@@ -245,22 +245,6 @@ def test_stored_weights_are_rounded_and_the_rest_is_left(tmp_path: Path) -> None
 # --- the real command --------------------------------------------------------------------------------
 
 BF16 = {"bf16": True}
-ZERO = {
-    "zero_allow_untested_optimizer": True,
-    "bf16": {"enabled": True},
-    **dict.fromkeys(
-        ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu"),
-        "auto",
-    ),
-}
-
-
-def zero(stage: int) -> dict[str, Any]:
-    return {
-        "deepspeed": ZERO | {"zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}}
-    }
-
-
 ALONE = {
     "fp32": {},
     "bf16": BF16,
@@ -268,7 +252,7 @@ ALONE = {
     "lora": BF16 | LORA,
     "slow": BF16 | {"learning_rate": 5e-7},
 }
-TOGETHER = {"ddp": BF16, "fsdp2": BF16 | FSDP2, "zero2": BF16 | zero(2), "zero3": BF16 | zero(3)}
+TOGETHER = {"ddp": BF16, "fsdp2": BF16 | FSDP2, "zero2": BF16 | zero(2, bf16=True), "zero3": BF16 | zero(3, bf16=True)}
 
 
 @pytest.fixture(scope="module")

@@ -12,31 +12,16 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import Finished
 from safetensors.torch import load_file
-from tiny import FSDP2, LORA, chat_rows, spin_config, write_config, write_jsonl
+from tiny import FSDP2, LORA, chat_rows, spin_config, write_config, write_jsonl, zero
 
 from spin_plugin.run import RunDir
 
 pytestmark = pytest.mark.slow
-
-
-def zero(stage: int) -> dict[str, Any]:
-    optimization = {"stage": stage, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": True}
-    automatic = ("gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu")
-    return {
-        "deepspeed": {
-            "zero_optimization": optimization,
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": False},
-            "gradient_accumulation_steps": "auto",
-            **dict.fromkeys(automatic, "auto"),
-        }
-    }
 
 
 ALONE = {"full": {}, "lora": LORA}

@@ -8,13 +8,13 @@ cannot is in `ON_CPU`; what lies below the `axolotl` command is in several_proce
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import GPU, ROOT
 from tiny import byte_tokenizer, chat_rows, make_model, write_config, write_jsonl
 
 from spin_plugin.iteration import open_pairs
@@ -23,18 +23,6 @@ from spin_plugin.run import RunDir
 
 RECIPES = sorted((ROOT / "yaml_examples").glob("*.yml"))
 SPIN_RECIPES = [path for path in RECIPES if yaml.safe_load(path.read_text()).get("rl") == "spin"]
-# What such a GPU machine has; the validators ask for it.
-GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
-
-
-@pytest.fixture
-def registered() -> Iterator[None]:
-    from axolotl.integrations.base import PluginManager
-
-    PluginManager._instance = None
-    PluginManager.get_instance().register("spin_plugin.SpinPlugin")
-    yield
-    PluginManager._instance = None
 
 
 def test_there_are_recipes() -> None:

@@ -51,6 +51,25 @@ LORA: dict[str, Any] = {
 }  # fmt: skip
 
 
+def zero(stage: int, *, bf16: bool = False) -> dict[str, Any]:
+    """Keys of a configuration by which DeepSpeed shares a model."""
+    automatic = (
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+    )
+    sharing = {"stage": stage, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": True}
+    return {
+        "deepspeed": {
+            "zero_optimization": sharing,
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": bf16},
+            **dict.fromkeys(automatic, "auto"),
+        }
+    }
+
+
 def byte_tokenizer(eos: str = "</s>") -> PreTrainedTokenizerFast:
     """One token a byte, so that any text can be written, and the special tokens of several chat templates."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
