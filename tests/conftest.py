@@ -47,7 +47,7 @@ def run_command(*command: str | Path, folder: Path, environment: Mapping[str, st
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=900,
+        timeout=2400,  # that nothing waits for ever; machines are shared
     )
     return Finished(done.returncode, done.stdout)
 
