@@ -22,8 +22,11 @@ def commit_of(model: str, revision: str | None) -> str:
 
     try:
         commit = extract_commit_hash(cached_file(model, "config.json", revision=revision), None)
-    except OSError as error:
-        raise SpinError(f"base_model: {model} is no directory, and not found on the hub: {error}") from None
+    except (OSError, RuntimeError) as error:  # without a network huggingface_hub closes its own client and goes on
+        raise SpinError(
+            f"base_model: {model} is no directory, and not found on the hub: {error}; without a network, set "
+            "HF_HUB_OFFLINE=1 to load it from the cache"
+        ) from None
     if commit is None:
         raise SpinError(f"base_model: the hub does not say which commit of {model} this is; name a downloaded copy")
     return commit
@@ -35,10 +38,10 @@ def bytes_of_weights(model: str, commit: str | None) -> int:
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
     from transformers.utils.hub import cached_file
 
-    with suppress(OSError, KeyError):
+    with suppress(OSError, RuntimeError, KeyError):
         index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, revision=commit)
         return int(json.loads(Path(str(index)).read_text(encoding="utf-8"))["metadata"]["total_size"])
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):
         return Path(str(cached_file(model, SAFE_WEIGHTS_NAME, revision=commit))).stat().st_size
     return 0
 

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny import chat_rows, make_model, write_jsonl
+
+# huggingface_hub reads its variables once, when `tiny` imports transformers.
+os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1"}
+
+from tiny import chat_rows, make_model, write_jsonl  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1"}
 
 # What a machine with GPUs has; Axolotl's validators ask for it.
 GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
