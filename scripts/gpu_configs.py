@@ -35,10 +35,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def drawn(**generation: Any) -> dict[str, Any]:
-    return {"spin": {"generation": generation}}
-
-
 class Way(NamedTuple):
     """One way to train and to draw responses. Without another word one engine for each GPU draws them."""
 
@@ -80,11 +76,11 @@ WAYS: dict[str, Way] = {
     "soft-capped": Way(1, BF16 | {"attn_implementation": "eager"}, model="soft-capped"),
     "real-size": Way(1, BF16 | REAL_SIZE, model="1b", pairs=8),
     # vLLM takes nearly all of the GPU while the process that trains next holds its context there
-    "share": Way(1, BF16 | drawn(gpu_memory_utilization=0.95)),
-    "one-engine": Way(1, BF16 | drawn(engines=1)),
-    "two-engines": Way(2, BF16 | drawn(engines=2)),
-    "tensor": Way(2, BF16 | drawn(tensor_parallel_size=2)),
-    "ray": Way(2, BF16 | drawn(engine="ray", engines=2)),
+    "share": Way(1, BF16 | {"vllm": {"gpu_memory_utilization": 0.95}}),
+    "one-engine": Way(1, BF16 | {"vllm": {"data_parallel_size": 1}}),
+    "two-engines": Way(2, BF16 | {"vllm": {"data_parallel_size": 2}}),
+    "tensor": Way(2, BF16 | {"vllm": {"tensor_parallel_size": 2}}),
+    "ray": Way(2, BF16 | {"spin": {"generation": {"backend": "ray"}}, "vllm": {"data_parallel_size": 2}}),
 }
 ROWS = 600  # three files of requests, so that two engines have work
 LONG_ROWS = 64
@@ -113,9 +109,9 @@ def config_of(folder: Path, way: str) -> dict[str, Any]:
         "micro_batch_size": chosen.pairs // chosen.processes,
     }
     data = folder / ("long.jsonl" if large else "chat.jsonl")
-    config = spin_config(folder, folder / chosen.model, data, **changes)
+    config = spin_config(folder, folder / chosen.model, data, **({"vllm": None} | changes))
     generation = config["spin"]["generation"]
-    generation.pop("vllm")  # that is for CPUs
+    generation.pop("vllm_kwargs")  # that is for CPUs
     if large:
         generation.pop("max_tokens")
     generation |= spin.pop("generation", {})

@@ -1,4 +1,4 @@
-"""Write docs/reference.md, the reference of the `spin:` block, from the typed model.
+"""Write docs/reference.md, the reference of the options, from the typed model.
 
 python scripts/make_reference.py           # write
 python scripts/make_reference.py --check   # exit 1 where the file is not what would be written
@@ -12,7 +12,15 @@ from typing import Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from spin_plugin.args import RESERVED_VLLM_KEYS, RUN_WIDE_KEYS, Block, GenerationArgs, SpinArgs
+from spin_plugin.args import (
+    RUN_WIDE_KEYS,
+    SET_BY_THE_PLUGIN,
+    VLLM_SERVER_KEYS,
+    Block,
+    GenerationArgs,
+    SpinArgs,
+    VllmArgs,
+)
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 HEAD = """# The `spin:` block
@@ -76,7 +84,16 @@ def reference() -> str:
             "",
             table(GenerationArgs),
             "",
-            f"`vllm` cannot hold {keys(RESERVED_VLLM_KEYS)}: another option or the plugin decides them.",
+            f"`vllm_kwargs` cannot hold keys of the `vllm:` block, nor {keys(SET_BY_THE_PLUGIN)}, set by the plugin.",
+            "",
+            "## `vllm`",
+            "",
+            "Axolotl's own block, beside `spin`: how vLLM runs.",
+            "",
+            table(VllmArgs),
+            "",
+            f"{keys(VLLM_SERVER_KEYS)} are for a vLLM server. They may stay, as in a GRPO configuration, unused. "
+            "`rl_beta` beside `rl` is taken as `spin.beta`.",
             "",
         ]
     )

@@ -12,23 +12,23 @@ from pydantic_core import ErrorDetails
 
 from spin_plugin.messages import SpinError
 
-# What `generation.vllm` may not say, because a typed option or the method itself decides it.
-RESERVED_VLLM_KEYS = frozenset(
+# What `generation.vllm_kwargs` may not say, and where it is said instead.
+IN_VLLM_BLOCK = frozenset(
     {
-        "model",
-        "tokenizer",
-        "revision",
-        "trust_remote_code",
-        "seed",
-        "dtype",
-        "tensor_parallel_size",
-        "gpu_memory_utilization",
-        "max_model_len",
-        "generation_config",
-        "enable_lora",
+        "tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization", "dtype", "max_model_len",
+        "enable_prefix_caching", "enforce_eager",
+    }
+)  # fmt: skip
+# What Axolotl's `vllm:` block says about a server. SPIN needs none.
+VLLM_SERVER_KEYS = frozenset(
+    {"device", "host", "port", "enable_reasoning", "reasoning_parser", "serve_module", "worker_extension_cls"}
+)
+SET_BY_THE_PLUGIN = frozenset(
+    {
+        "model", "tokenizer", "revision", "trust_remote_code", "seed", "generation_config", "enable_lora",
         "max_lora_rank",
     }
-)
+)  # fmt: skip
 
 # What an entry of `schedule` may not change: it would make the iterations different runs.
 RUN_WIDE_KEYS = frozenset(
@@ -75,11 +75,7 @@ class Block(BaseModel):
 
 
 class GenerationArgs(Block):
-    """`spin.generation`: how vLLM draws the synthetic responses from the opponent."""
-
-    python: str | None = None
-    """Interpreter of the environment that holds vLLM. Default: the variable SPIN_VLLM_PYTHON, else the current
-    interpreter if it has vLLM, else `.venv-vllm/bin/python` beside the working directory or the plugin."""
+    """`spin.generation`: how the synthetic responses are sampled. Axolotl's `vllm:` block says how vLLM runs."""
 
     temperature: float = Field(default=1.0, gt=0.0, le=2.0)
     """Sampling temperature. SPIN's theory wants responses drawn from the opponent itself, which is 1.0."""
@@ -88,53 +84,71 @@ class GenerationArgs(Block):
     """Nucleus sampling. SPIN's theory wants 1.0."""
 
     max_tokens: int | None = Field(default=None, ge=1)
-    """Longest synthetic response in tokens. Default: what `sequence_len` leaves after the prompt."""
+    """Longest synthetic response in tokens. Default: 1.5 times the 99th percentile of the real responses. Never more
+    than `sequence_len` leaves after the prompt."""
 
-    samples_per_prompt: int = Field(default=1, ge=1, le=64)
-    """Synthetic responses drawn for each prompt; each makes a pair with the prompt's real response."""
+    num_generations: int = Field(default=1, ge=1, le=64)
+    """Synthetic responses for each prompt; each makes a pair with the prompt's real response."""
 
     seed: int | None = Field(default=None, ge=0)
     """Seed of the sampling. Default: the configuration's `seed`."""
 
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs that share one copy of the model in vLLM."""
+    vllm_python: str | None = None
+    """Interpreter of the environment that holds vLLM. Default: the variable SPIN_VLLM_PYTHON, else the current
+    interpreter if it has vLLM, else `.venv-vllm/bin/python` beside the working directory or the plugin."""
 
-    engine: Literal["vllm", "ray"] = "vllm"
-    """Who starts the engines: the plugin, on this machine, or Ray, on all machines of its cluster."""
+    backend: Literal["local", "ray"] = "local"
+    """Who starts vLLM: the plugin, on this machine, or Ray, on all machines of its cluster."""
 
     ray_address: str | None = None
-    """Address of an existing Ray cluster, for `engine: ray`. Default: a Ray of its own on this machine."""
+    """Address of an existing Ray cluster, for `backend: ray`. Default: a Ray of its own on this machine."""
 
-    engines: int | None = Field(default=None, ge=1, le=1024)
-    """Copies of the model that draw side by side, each on `tensor_parallel_size` GPUs. Default: as many as the visible
-    GPUs hold, with Ray those of the cluster; one without a GPU."""
+    vllm_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of vLLM's `LLM(...)` that the `vllm:` block does not know, handed on as they are."""
+
+    @model_validator(mode="after")
+    def address_belongs_to_ray(self) -> "GenerationArgs":
+        """Refuse an address that nobody would look at."""
+        if self.ray_address and self.backend != "ray":
+            raise ValueError("ray_address is for `backend: ray`; set that or remove the address")
+        return self
+
+    @model_validator(mode="after")
+    def vllm_kwargs_leave_other_options_alone(self) -> "GenerationArgs":
+        """Refuse what the `vllm:` block, or the method itself, decides."""
+        for key in sorted(self.vllm_kwargs):
+            if key in IN_VLLM_BLOCK:
+                raise ValueError(f"vllm_kwargs.{key}: write it in Axolotl's own block, `vllm: {{{key}: …}}`")
+            if key in SET_BY_THE_PLUGIN:
+                raise ValueError(f"vllm_kwargs.{key} is set by the plugin; remove it")
+        return self
+
+
+class VllmArgs(Block):
+    """Axolotl's own `vllm:` block: how vLLM runs. A server's keys (`host`, `port`, …) may stay, unused."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that share one copy of the model."""
+
+    data_parallel_size: int | None = Field(default=None, ge=1, le=1024)
+    """Copies of the model that generate side by side, each on `tensor_parallel_size` GPUs. Default: as many as the
+    visible GPUs hold, with Ray those of the cluster; one without a GPU."""
 
     gpu_memory_utilization: float | None = Field(default=None, gt=0.0, le=1.0)
     """Share of the GPU's memory that vLLM takes, on a CPU of the machine's. Default: 0.85, as the processes that train
     are on the same GPUs; on a CPU what 256 responses need, at most a quarter of the free memory."""
 
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
-    """Number format of the weights in vLLM. Default: the one the model is trained in."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of the weights. `auto`: the one the model is trained in."""
 
     max_model_len: int | None = Field(default=None, ge=2)
     """Longest prompt plus response that vLLM accepts. Default: `sequence_len`."""
 
-    vllm: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of vLLM's `LLM(...)`, handed on as they are."""
+    enable_prefix_caching: bool | None = None
+    """Whether prompts that begin alike share their beginning. Default: vLLM's own."""
 
-    @model_validator(mode="after")
-    def address_belongs_to_ray(self) -> "GenerationArgs":
-        """Refuse an address that nobody would look at."""
-        if self.ray_address and self.engine != "ray":
-            raise ValueError("ray_address is for `engine: ray`; set that or remove the address")
-        return self
-
-    @model_validator(mode="after")
-    def vllm_leaves_typed_options_alone(self) -> "GenerationArgs":
-        """Refuse keys in `vllm` that another option, or the method itself, decides."""
-        if reserved := sorted(RESERVED_VLLM_KEYS & self.vllm.keys()):
-            raise ValueError(f"vllm.{reserved[0]} is set by the plugin; use the option beside `vllm` or remove it")
-        return self
+    enforce_eager: bool | None = None
+    """Run without CUDA graphs and compilation: a faster start, slower generation. Default: vLLM's own."""
 
 
 class SpinArgs(Block):
@@ -144,12 +158,12 @@ class SpinArgs(Block):
     """Iterations of self-play; each regenerates the synthetic responses and trains on the pairs. The paper plays 4."""
 
     beta: float = Field(default=0.1, gt=0.0, allow_inf_nan=False)
-    """The paper's lambda: how strongly the main player is held to the opponent."""
+    """The paper's lambda: how strongly the main player is held to the opponent. `rl_beta` is taken as this."""
 
-    loss: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
+    loss_type: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
     """The convex decreasing function of the reward margin. The paper's runs use the logistic one."""
 
-    history: int = Field(default=1, ge=0)
+    history_iterations: int = Field(default=1, ge=0)
     """How many earlier iterations' synthetic responses are mixed in. The paper mixes in one."""
 
     num_prompts: int | None = Field(default=None, ge=1)
@@ -178,7 +192,7 @@ class SpinArgs(Block):
     """One entry an iteration, each a mapping of Axolotl keys or `spin` keys that differ in that iteration."""
 
     generation: GenerationArgs = Field(default_factory=GenerationArgs)
-    """How vLLM draws the synthetic responses."""
+    """How the synthetic responses are sampled."""
 
     @field_validator("shared_prefix", mode="before")
     @classmethod
@@ -220,6 +234,8 @@ class SpinPluginArgs(BaseModel):
     spin: SpinArgs | None = None
     spin_iteration: int | None = Field(default=None, ge=0)
     """Set by the plugin when it lowers `rl: spin`; tells a re-validated configuration (Ray) from a fresh one."""
+    spin_vllm: dict[str, Any] | None = None
+    """Set by the plugin: what the `vllm:` block says, without the defaults that Axolotl fills in for its server."""
     spin_config: dict[str, Any] | None = None
     """Set by the plugin: the configuration as the user wrote it, for a Ray worker that sees only the lowered one."""
 
@@ -252,6 +268,27 @@ def parse_spin_block(block: object, known_axolotl_keys: Iterable[str] = ()) -> S
     return args
 
 
+def parse_vllm_block(block: object) -> tuple[VllmArgs, tuple[str, ...]]:
+    """What Axolotl's `vllm:` block says of how vLLM runs, and the keys in it that are for a server.
+
+    Raises:
+        SpinError: one line with every wrong key, its value and the nearest known key.
+    """
+    if not isinstance(block, Mapping):
+        raise SpinError("vllm: must be a mapping, for example `vllm: {tensor_parallel_size: 2}`")
+    used = {key: value for key, value in block.items() if key not in VLLM_SERVER_KEYS and value is not None}
+    for key in sorted(map(str, used.keys() - VllmArgs.model_fields.keys())):
+        raise SpinError(
+            f"{_unknown_key('vllm', key, VllmArgs.model_fields)}; arguments of vLLM's `LLM` stand in "
+            "spin.generation.vllm_kwargs"
+        )
+    try:
+        args = VllmArgs.model_validate(used)
+    except ValidationError as error:
+        raise SpinError("; ".join(_describe(detail, "vllm") for detail in error.errors())) from None
+    return args, tuple(sorted(key for key in block if key in VLLM_SERVER_KEYS))
+
+
 def _described(error: ValidationError, place: str = "") -> str:
     """Every wrong value in words, in one line."""
     parent = f"spin.{place}" if place else "spin"
@@ -277,6 +314,7 @@ def _unknown_key(parent: str, key: str, known: Iterable[str]) -> str:
     for fields, place in (
         (SpinArgs.model_fields, "`spin` itself: write it beside `generation`"),
         (GenerationArgs.model_fields, f"`spin.generation`: write `generation: {{{key}: …}}`"),
+        (VllmArgs.model_fields, f"Axolotl's own block: write `vllm: {{{key}: …}}` beside `spin`"),
     ):
         if key in fields and key not in known:
             return f"{parent}.{key}: there is no such key; it belongs to {place}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 from datasets import Dataset
 
-from spin_plugin.args import SpinArgs
+from spin_plugin.args import SpinArgs, VllmArgs
 from spin_plugin.checkpoint import check_weights
 from spin_plugin.generation.interpreter import vllm_python
 from spin_plugin.generation.job import Job, Prompts, Request, fingerprint_requests, requests_for
@@ -86,7 +87,7 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
     write_whole(folder.config, yaml.safe_dump(json.loads(json.dumps(resolved, default=str))))
     real = prepare_real(cfg, run, spin)
     job = _draw(cfg, run, spin, number, real, revision)
-    sources = range(max(0, number - spin.history), number + 1)
+    sources = range(max(0, number - spin.history_iterations), number + 1)
     key = _pairs_key(run, sources, job, spin, cfg)
     if reason := _why_anew(folder, key):
         _set_training_aside(folder, number, reason)
@@ -128,13 +129,14 @@ def _revision(cfg: Any, run: RunDir, number: int) -> str | None:
 
 def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real, revision: str | None) -> Job:
     """Have vLLM draw this iteration's responses, from the merged model where it cannot serve the adapter."""
-    options = spin.generation
+    options, vllm = spin.generation, vllm_args(cfg)
     _warn_of_another_opponent(cfg, spin)
     prompts = _prompts(cfg, spin, number, real)
-    requests = _requests(cfg, spin, number, prompts)
+    max_tokens = options.max_tokens or _longest_response(real.train, cfg.sequence_len)
+    requests = _requests(cfg, spin, number, prompts, max_tokens)
     count, digest = fingerprint_requests(requests())
-    if left_out := sum(len(ids) for _, _, ids in prompts) - count // options.samples_per_prompt:
-        warn(f"{left_out:,} prompts leave no room within spin.generation.max_model_len and are not played")
+    if left_out := sum(len(ids) for _, _, ids in prompts) - count // options.num_generations:
+        warn(f"{left_out:,} prompts leave no room within vllm.max_model_len and are not played")
     sampling = {
         "temperature": options.temperature,
         "top_p": options.top_p,
@@ -147,7 +149,9 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real, revisi
 
     def draw(job: Job) -> None:
         def find_python() -> Path:  # asked only when there is something to draw
-            python = vllm_python(options.python)
+            if options.max_tokens is None:
+                say(f"responses have at most {max_tokens:,} tokens: 1.5 times the 99th percentile of the real ones")
+            python = vllm_python(options.vllm_python)
             _require_sound_opponent(cfg, adapter, run.weights)
             require_space(run.root, _bytes_needed(cfg, spin, count, merges=adapter is not None and not job.adapter))
             if adapter and not job.adapter and not whole.exists():
@@ -159,8 +163,8 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real, revisi
             Shards(run.iteration(number).synthetic),
             requests,
             find_python,
-            engines=options.engines,
-            ray=options.engine == "ray",
+            engines=vllm.data_parallel_size,
+            ray=options.backend == "ray",
             ray_address=options.ray_address,
         )
 
@@ -199,36 +203,58 @@ def _prompts(cfg: Any, spin: SpinArgs, number: int, real: Real) -> list[Prompts]
     return prompts
 
 
-def _requests(cfg: Any, spin: SpinArgs, number: int, prompts: list[Prompts]) -> Callable[[], Iterator[Request]]:
+def _longest_response(examples: Dataset, sequence_len: int) -> int:
+    """How many tokens a synthetic response may have where nobody says: 1.5 times the 99th percentile of the real ones.
+
+    At temperature 1 a model now and then does not find its end; without a limit a few such responses cost most of the
+    time, and teach nothing that the limit does not.
+    """
+    import pyarrow.compute as pc
+
+    lengths = pc.list_value_length(examples.data.column("real"))
+    typical = pc.quantile(lengths, 0.99, interpolation="higher")[0].as_py()
+    return min(math.ceil(1.5 * typical), sequence_len)
+
+
+def _requests(
+    cfg: Any, spin: SpinArgs, number: int, prompts: list[Prompts], max_tokens: int
+) -> Callable[[], Iterator[Request]]:
     """Gives every request of an iteration, as often as it is called."""
-    options = spin.generation
+    options, vllm = spin.generation, vllm_args(cfg)
     return partial(
         requests_for,
         prompts,
         iteration=number,
         seed=int(cfg.seed or 0) if options.seed is None else options.seed,
-        samples=options.samples_per_prompt,
-        sequence_len=min(cfg.sequence_len, options.max_model_len or cfg.sequence_len),
-        max_tokens=options.max_tokens,
+        samples=options.num_generations,
+        sequence_len=min(cfg.sequence_len, vllm.max_model_len or cfg.sequence_len),
+        max_tokens=max_tokens,
     )
+
+
+def vllm_args(cfg: Any) -> VllmArgs:
+    """What the user's `vllm:` block says; Axolotl fills in defaults for its server, so not what it holds now."""
+    return VllmArgs.model_validate(cfg.spin_vllm or {})
 
 
 def engine_arguments(cfg: Any, spin: SpinArgs, revision: str | None, *, merged: Path | None = None) -> dict[str, Any]:
     """Arguments of `vllm.LLM` for the opponent, which may be a model with its adapter merged into it."""
-    options = spin.generation
+    vllm = vllm_args(cfg)
     arguments = {
         "model": str(merged or cfg.base_model),
         "revision": revision,
         "trust_remote_code": bool(cfg.trust_remote_code),
         "skip_tokenizer_init": True,  # prompts and responses are token ids
         "generation_config": "vllm",  # else a model's own file changes the sampling
-        "dtype": options.dtype or str(cfg.torch_dtype).removeprefix("torch."),
+        "dtype": str(cfg.torch_dtype).removeprefix("torch.") if vllm.dtype == "auto" else vllm.dtype,
         "hf_overrides": dict(cfg.overrides_of_model_config) if cfg.overrides_of_model_config else None,
         "seed": int(cfg.seed or 0),
-        "max_model_len": options.max_model_len or cfg.sequence_len,
-        "tensor_parallel_size": options.tensor_parallel_size,
-        "gpu_memory_utilization": options.gpu_memory_utilization,
-        **options.vllm,
+        "max_model_len": vllm.max_model_len or cfg.sequence_len,
+        "tensor_parallel_size": vllm.tensor_parallel_size,
+        "gpu_memory_utilization": vllm.gpu_memory_utilization,
+        "enable_prefix_caching": vllm.enable_prefix_caching,
+        "enforce_eager": vllm.enforce_eager,
+        **spin.generation.vllm_kwargs,
     }
     return {key: value for key, value in arguments.items() if value is not None}
 
@@ -261,7 +287,7 @@ def _bytes_needed(cfg: Any, spin: SpinArgs, responses: int, *, merges: bool) -> 
     elif writes_model:
         model = bytes_of_weights(str(cfg.base_model), cfg.revision_of_model)
     tokens = responses * min(cfg.sequence_len, spin.generation.max_tokens or cfg.sequence_len)
-    pairs = responses * (1 + spin.history) * 2 * cfg.sequence_len
+    pairs = responses * (1 + spin.history_iterations) * 2 * cfg.sequence_len
     masters = cfg.torch_dtype in HALF and not (cfg.adapter or is_lean(cfg))
     grows = masters and str(load_model_config(cfg).dtype).removeprefix("torch.") in ("bfloat16", "float16")
     trained = 2 * model if grows else model

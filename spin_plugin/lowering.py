@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spin_plugin.args import SpinArgs, parse_spin_block
+from spin_plugin.args import SpinArgs, parse_spin_block, parse_vllm_block
 from spin_plugin.checkpoint import check_model_dir
-from spin_plugin.messages import SpinError, say
+from spin_plugin.messages import SpinError, say, warn
 from spin_plugin.run import RunDir, without_secrets
 
 PLUGIN = "spin_plugin.SpinPlugin"
@@ -37,8 +37,10 @@ REFUSED = {
     "noisy_embedding_alpha": "noise in training makes the policy differ from the opponent before any step",
     "scaling_softmax": "vLLM, which does not know it, would draw from another model than the one that is trained",
     "use_pose": "it moves the prompts' positions, so vLLM would draw from another model than the one that is trained",
-    "use_eaft": "it is a loss of SFT; SPIN's is chosen by spin.loss",
+    "use_dft": "it is a loss of SFT; SPIN's is chosen by spin.loss_type",
+    "use_eaft": "it is a loss of SFT; SPIN's is chosen by spin.loss_type",
     "auto_find_batch_size": "a step would lose pairs; lower micro_batch_size and raise gradient_accumulation_steps",
+    "diffusion_lm": "it is another method, with a trainer of its own",
     "trainer_cls": "SPIN brings its own trainer",
     "eval_table_size": "its callback reads SFT batches; SPIN's hold pairs",
     "do_causal_lm_eval": "its callback reads SFT batches; SPIN's hold pairs",
@@ -48,12 +50,11 @@ REFUSED = {
 # What belongs to another method and would be ignored.
 REFUSED |= dict.fromkeys(
     (
-        "rl_beta", "dpo_beta", "dpo_norm_loss", "rpo_alpha", "orpo_alpha", "simpo_gamma", "cpo_alpha",
+        "dpo_beta", "dpo_norm_loss", "dpo_ld_alpha", "rpo_alpha", "orpo_alpha", "simpo_gamma", "cpo_alpha",
         "kto_desirable_weight", "kto_undesirable_weight", "trl",
     ),
     "it belongs to another method; SPIN's options are those of the `spin:` block",
 )  # fmt: skip
-REFUSED["vllm"] = "options of vLLM stand in spin.generation"
 NO_PROMPT_TYPES = ("completion", "pretrain", "bradley_terry", "stepwise_supervised", "_synthetic")
 ADAPTERS = (None, "", "lora", "qlora")
 
@@ -64,9 +65,12 @@ SFT_ONLY: dict[str, Any] = {
     "batch_flattening": False,
     "pad_to_sequence_len": False,
     "train_on_inputs": False,  # the labels tell where the prompt ends
+    "balance_labels": False,  # a step holds so many pairs, whatever their lengths
     "dataloader_drop_last": False,  # an epoch plays every pair
     "auto_resume_from_checkpoints": True,  # the debug log of one run goes on
 }
+# Above it a warning says so. The paper's full fine-tune of 7B has 5e-7.
+HIGHEST_LEARNING_RATE = {"full": 5e-6, "adapter": 1e-4}
 # Fused kernels for GPUs; nobody has compared them with the plain layers under SPIN's two responses a row yet.
 LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
@@ -81,6 +85,10 @@ class Lowered:
     """The next unfinished iteration; `spin.iterations` when all are finished."""
     config: dict[str, Any]
     """The user's configuration without secrets, as run.json keeps it."""
+    unused_vllm_keys: tuple[str, ...] = ()
+    """What the `vllm:` block says about a server."""
+    written: dict[str, Any] | None = None
+    """The user's configuration as it was, until Axolotl has validated the lowered one."""
 
     @property
     def all_finished(self) -> bool:
@@ -93,8 +101,10 @@ def lower(cfg: MutableMapping[str, Any], known_axolotl_keys: Iterable[str] = ())
     Raises:
         SpinError: the configuration asks for something SPIN cannot do, or is not a SPIN configuration at all.
     """
-    original = without_secrets(_plain(cfg))
+    written = _plain(cfg)
     _require_spin(cfg)
+    _take_rl_beta(cfg)
+    original = without_secrets(_plain(cfg))
     spin = parse_spin_block(_plain(cfg["spin"]), known_axolotl_keys)
     _refuse(cfg)
     if not cfg.get("output_dir"):
@@ -114,16 +124,26 @@ def lower(cfg: MutableMapping[str, Any], known_axolotl_keys: Iterable[str] = ())
     cfg["load_best_model_at_end"] = bool(cfg.get("load_best_model_at_end"))
     current = min(iteration, spin.iterations - 1)
     for key, value in spin.axolotl_overrides(current).items():
+        if key == "rl_beta":
+            raise SpinError(f"spin.schedule[{current}].rl_beta: write `beta`")
         cfg[key] = value
     _refuse(cfg)  # the schedule may have brought in what is refused
+    vllm, unused = parse_vllm_block(_plain(cfg.pop("vllm", None)) or {})
     _refuse_what_cannot_be_merged(cfg, spin)
     cfg.update(SFT_ONLY)
     _start_from_opponent(cfg, run, iteration, merged=spin.adapter_chain == "merge")
     del cfg["rl"]
     cfg["spin"] = spin.at(current).model_dump(exclude_none=True, exclude={"schedule"})
+    cfg["spin_vllm"] = vllm.model_dump(exclude_unset=True)
     cfg["spin_iteration"] = iteration
     cfg["spin_config"] = original
-    return Lowered(run, spin, iteration, original)
+    return Lowered(run, spin, iteration, original, unused, written)
+
+
+def put_back(cfg: MutableMapping[str, Any], lowered: Lowered) -> None:
+    """Undo `lower`: Axolotl refuses the configuration, and whoever reads it next finds what the user wrote."""
+    cfg.clear()
+    cfg.update(lowered.written or {})
 
 
 def restore(cfg: Mapping[str, Any]) -> Lowered:
@@ -141,6 +161,22 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "model_dump"):
         return _plain(value.model_dump(exclude_none=True))
     return copy.deepcopy(value)
+
+
+def concerns_spin(cfg: Mapping[str, Any]) -> bool:
+    """Whether a raw configuration asks for SPIN, by any of the keys that somebody who wants it writes."""
+    named = any(str(name).replace(":", ".") == PLUGIN for name in cfg.get("plugins") or [])
+    return named or cfg.get("spin") is not None or str(cfg.get("rl")).strip().lower() == "spin"
+
+
+def _take_rl_beta(cfg: MutableMapping[str, Any]) -> None:
+    """Axolotl's and TRL's word for the strength of the hold; two that differ cannot both be meant."""
+    rl_beta, block = cfg.pop("rl_beta", None), cfg["spin"]
+    if rl_beta is None or not isinstance(block, Mapping):
+        return
+    if block.get("beta") not in (None, rl_beta):
+        raise SpinError(f"rl_beta: {rl_beta} and spin.beta: {block['beta']} differ; remove one of them")
+    cfg["spin"] = {**block, "beta": rl_beta}
 
 
 def _require_spin(cfg: Mapping[str, Any]) -> None:
@@ -300,9 +336,27 @@ def _take_base(cfg: MutableMapping[str, Any], model: Path) -> None:
         cfg.pop(key, None)
 
 
-def announce(lowered: Lowered) -> None:
-    """One line that says what the command is about to do."""
-    opponent = (
-        lowered.config["base_model"] if lowered.iteration == 0 else f"the model of iteration {lowered.iteration - 1}"
-    )
-    say(f"iteration {lowered.iteration} of 0…{lowered.spin.iterations - 1}, opponent: {opponent}")
+def announce(cfg: Any, lowered: Lowered) -> None:
+    """Say what the command is about to do, and what may surprise in it.
+
+    Args:
+        cfg: Axolotl's validated configuration.
+        lowered: what it was lowered from.
+    """
+    number, spin = lowered.iteration, lowered.spin
+    opponent = lowered.config["base_model"] if number == 0 else f"the model of iteration {number - 1}"
+    say(f"iteration {number} of 0…{spin.iterations - 1}, opponent: {opponent}")
+    if number == 0 and (mixed := min(spin.history_iterations, spin.iterations - 1)):
+        say(
+            f"later iterations also train on the responses of up to {mixed} before them, which costs up to {1 + mixed} "
+            f"times this one (spin.history_iterations: {spin.history_iterations}; 0 leaves them out)"
+        )
+    if lowered.unused_vllm_keys:
+        keys = ", ".join(f"vllm.{key}" for key in lowered.unused_vllm_keys)
+        say(f"not used: {keys}: SPIN runs vLLM itself and needs no server")
+    highest = HIGHEST_LEARNING_RATE["adapter" if cfg.adapter else "full"]
+    if cfg.learning_rate > highest and (number == 0 or "learning_rate" in spin.axolotl_overrides(number)):
+        warn(
+            f"learning_rate {cfg.learning_rate:g} is high for SPIN, where most runs collapse above {highest:g} "
+            f"({'with an adapter' if cfg.adapter else 'full fine-tune'}); take a tenth to a fortieth of the SFT's"
+        )

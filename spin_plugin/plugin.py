@@ -1,45 +1,59 @@
-"""The hooks by which Axolotl plays SPIN. Each one hands over to the room that knows."""
+"""Axolotl's hooks. In a run without `rl: spin` all of them do nothing: an installed plugin is loaded in every run."""
 
+import sys
 from typing import Any
 
-import torch
 from axolotl.integrations.base import BasePlugin, PluginManager
 
-from spin_plugin.lowering import Lowered, announce, lower, refuse_other_trainers, restore
+from spin_plugin.lowering import Lowered, announce, concerns_spin, lower, put_back, refuse_other_trainers, restore
 from spin_plugin.messages import SpinError, exit_in_one_line, say
-from spin_plugin.precision import keep_masters
-from spin_plugin.processes import rank
 
 
 class SpinPlugin(BasePlugin):
-    """Self-Play Fine-Tuning: `plugins: [spin_plugin.SpinPlugin]`, `rl: spin` and a `spin:` block."""
+    """Self-Play Fine-Tuning: `rl: spin` and a `spin:` block; below Axolotl 0.21 also `plugins:`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lowered: Lowered | None = None
+        """What `rl: spin` was lowered to; None in a run that is not SPIN."""
         self.game: Any = None
         """The iteration being played (`spin_plugin.game.Game`); None in commands that do not train."""
 
     @exit_in_one_line
     def register(self, cfg: Any) -> None:
         """Lower `rl: spin` to a supervised run before Axolotl validates the configuration."""
+        self.lowered, self.game = None, None
+        if not concerns_spin(cfg):
+            return
         from axolotl.utils.schemas.config import AxolotlInputConfig
 
+        from spin_plugin.versions import require_supported_axolotl
+
+        require_supported_axolotl()
         known = AxolotlInputConfig.model_fields
         self.lowered = restore(cfg) if cfg.get("spin_iteration") is not None else lower(cfg, known)
 
-    def get_input_args(self) -> str:
-        return "spin_plugin.args.SpinPluginArgs"
+    def on_config_validation_error(self, cfg: Any) -> None:
+        """Hand the configuration back as the user wrote it."""
+        if self.lowered is not None:
+            put_back(cfg, self.lowered)
+            self.lowered = None
+
+    def get_input_args(self) -> str | None:
+        return "spin_plugin.args.SpinPluginArgs" if self.lowered else None
 
     @exit_in_one_line
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
         """Draw the opponent's responses and build the pairs; only `train` and `preprocess` get here."""
+        lowered = self.lowered
+        if lowered is None:
+            return None
+
         from axolotl.common.datasets import TrainDatasetMeta
 
         from spin_plugin.game import Game
+        from spin_plugin.processes import rank
 
-        lowered = self.lowered
-        assert lowered is not None
         if lowered.all_finished:
             if rank() == 0:
                 say(
@@ -50,7 +64,7 @@ class SpinPlugin(BasePlugin):
         others = (plugin for plugin in PluginManager.get_instance().plugins.values() if plugin is not self)
         refuse_other_trainers(cfg, others)
         if rank() == 0:
-            announce(lowered)
+            announce(cfg, lowered)
         self.game = Game(cfg, lowered)
         self.game.prepare(for_training=not preprocess)
         pairs = self.game.pairs
@@ -74,6 +88,8 @@ class SpinPlugin(BasePlugin):
         """Keep the pairs' columns, which no model's forward knows; never wait for the GPU to look for NaN."""
         if self.game is None:
             return {}
+        import torch
+
         ours = {"remove_unused_columns": False, "label_names": [], "logging_nan_inf_filter": False}
         # transformers allows bf16 without a GPU only where the CPU is asked for by name
         return ours | ({"use_cpu": True} if cfg.bf16 and not torch.accelerator.is_available() else {})
@@ -85,16 +101,23 @@ class SpinPlugin(BasePlugin):
     def post_model_load(self, cfg: Any, model: Any) -> None:
         """Nothing has wrapped the model yet."""
         if self.game is not None:
+            from spin_plugin.precision import keep_masters
+
             keep_masters(cfg, model)
 
     @exit_in_one_line
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        if self.lowered is None:
+            return
         if self.game is None:
             raise SpinError("another plugin brought the data, so this is not SPIN; remove it from `plugins`")
         self.game.equip(trainer)
 
     @exit_in_one_line
     def post_train_unload(self, cfg: Any) -> None:
-        """Model, tokenizer and metrics are on disk: the iteration is finished."""
-        if self.game is not None:
+        """Model, tokenizer and metrics are on disk: the iteration is finished.
+
+        Since 0.20 Axolotl also calls this when training failed or was interrupted; then nothing is finished.
+        """
+        if self.game is not None and sys.exc_info()[0] is None:
             self.game.finish()

@@ -32,7 +32,7 @@ from psutil import pid_exists
 
 from spin_plugin.messages import SpinError
 
-FORMAT = 1
+FORMAT = 2
 TRASH = ".removed-"
 REPLACED = ".replaced-"
 
@@ -371,6 +371,7 @@ FREE_KEYS = frozenset(
         "dataset_prepared_path", "dataset_num_proc", "dataset_processes", "dataset_keep_in_memory",
         "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "hf_use_auth_token",
         "auto_resume_from_checkpoints", "resume_from_checkpoint", "axolotl_config_path", "is_preprocess",
+        "export", "sync_profiler_steps", "sync_profiler_start_step",
         "device", "device_map", "ddp_timeout", "profiler_steps", "gc_steps", "include_tkps", "hub_strategy",
         "use_ray", "ray_num_workers", "ray_run_name", "inference", "merge_lora",
         "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading", "deepspeed",
@@ -380,14 +381,14 @@ FREE_KEYS = frozenset(
 FREE_PREFIXES = ("wandb_", "use_wandb", "mlflow_", "use_mlflow", "comet_", "use_comet", "trackio_", "use_trackio",
                  "use_tensorboard", "use_otel", "otel_", "hub_", "lm_eval_", "eval_", "fsdp", "ddp_")  # fmt: skip
 FREE_SPIN_KEYS = frozenset({"iterations", "schedule", "shared_prefix"})
-FREE_GENERATION_KEYS = frozenset(
-    {"python", "engine", "engines", "ray_address", "tensor_parallel_size", "gpu_memory_utilization"}
-)
+FREE_GENERATION_KEYS = frozenset({"vllm_python", "backend", "ray_address"})
+# Of Axolotl's `vllm:` block only these can change what vLLM computes.
+BINDING_VLLM_KEYS = frozenset({"dtype", "max_model_len"})
 # Of what is handed to vLLM as it is: how it uses memory and devices, never what it computes.
-FREE_VLLM_KEYS = frozenset(
+FREE_VLLM_KWARGS = frozenset(
     {
-        "enforce_eager", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching",
-        "enable_chunked_prefill", "cpu_offload_gb", "disable_log_stats", "disable_custom_all_reduce", "block_size",
+        "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill",
+        "cpu_offload_gb", "disable_log_stats", "disable_custom_all_reduce", "block_size",
         "distributed_executor_backend", "pipeline_parallel_size", "hf_token", "download_dir", "load_format",
     }
 )  # fmt: skip
@@ -419,16 +420,21 @@ def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
     binding = {
         key: value
         for key, value in config.items()
-        if key != "spin" and key not in FREE_KEYS and not key.startswith(FREE_PREFIXES) and value is not None
+        if key not in ("spin", "vllm")
+        and key not in FREE_KEYS
+        and not key.startswith(FREE_PREFIXES)
+        and value is not None
     }
     # A step that does not fit into memory may be cut into more and smaller micro-batches: its pairs stay the same.
     factors = [binding.pop(key, None) for key in ("micro_batch_size", "gradient_accumulation_steps")]
     binding["micro_batch_size × gradient_accumulation_steps"] = _product(factors)
     binding |= {f"spin.{k}": v for k, v in spin.items() if k not in FREE_SPIN_KEYS and k != "generation"}
     generation = dict(spin.get("generation") or {})
-    vllm = generation.pop("vllm", None) or {}
+    kwargs = generation.pop("vllm_kwargs", None) or {}
+    vllm = {k: v for k, v in (config.get("vllm") or {}).items() if k in BINDING_VLLM_KEYS and v not in (None, "auto")}
+    binding |= {f"vllm.{k}": v for k, v in vllm.items()}
     binding |= {f"spin.generation.{k}": v for k, v in generation.items() if k not in FREE_GENERATION_KEYS}
-    return binding | {f"spin.generation.vllm.{k}": v for k, v in vllm.items() if k not in FREE_VLLM_KEYS}
+    return binding | {f"spin.generation.vllm_kwargs.{k}": v for k, v in kwargs.items() if k not in FREE_VLLM_KWARGS}
 
 
 def _product(factors: list[Any]) -> Any:

@@ -199,8 +199,8 @@ class SpinTrainer(AxolotlTrainer):
         policy = logps(model, inputs)
         first = inputs["counted"]
         policy, index, lengths = policy[:, :first], inputs["index"][:first], inputs["lengths"][:, :first]
-        terms = spin_terms(policy, self.opponent[split][:, index], beta=self.spin.beta, loss=self.spin.loss)
-        sums = metric_sums(terms, policy, lengths, loss=self.spin.loss)
+        terms = spin_terms(policy, self.opponent[split][:, index], beta=self.spin.beta, loss=self.spin.loss_type)
+        sums = metric_sums(terms, policy, lengths, loss=self.spin.loss_type)
         kept = self._sums[split]
         self._sums[split] = sums if kept is None else kept + sums
         self._pairs[split] += len(index)

@@ -15,7 +15,7 @@ import pytest
 # huggingface_hub reads its variables once, when `tiny` imports transformers.
 os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1"}
 
-from tiny import chat_rows, make_model, write_jsonl  # noqa: E402
+from tiny import chat_rows, make_model, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

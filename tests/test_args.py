@@ -8,7 +8,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spin_plugin.args import RESERVED_VLLM_KEYS, RUN_WIDE_KEYS, Block, GenerationArgs, SpinArgs, parse_spin_block
+from spin_plugin.args import (
+    IN_VLLM_BLOCK,
+    RUN_WIDE_KEYS,
+    SET_BY_THE_PLUGIN,
+    VLLM_SERVER_KEYS,
+    Block,
+    GenerationArgs,
+    SpinArgs,
+    VllmArgs,
+    parse_spin_block,
+    parse_vllm_block,
+)
 from spin_plugin.messages import SpinError
 
 
@@ -46,25 +57,21 @@ def value_at(args: SpinArgs, path: str) -> Any:
     [
         ("iterations", 0), ("iterations", -1), ("iterations", 101), ("iterations", 2.5), ("iterations", "many"),
         ("beta", 0), ("beta", -1), ("beta", float("nan")), ("beta", float("inf")), ("beta", "strong"), ("beta", None),
-        ("loss", "sigmoid"), ("loss", "Logistic"), ("loss", None),
-        ("history", -1), ("history", 1.5),
+        ("loss_type", "sigmoid"), ("loss_type", "Logistic"), ("loss_type", None),
+        ("history_iterations", -1), ("history_iterations", 1.5),
         ("num_prompts", 0), ("num_prompts", -5), ("num_prompts", "all"),
         ("resample_prompts", "sometimes"), ("resample_prompts", 2),
         ("turns", "second"), ("turns", 1),
         ("equal_pairs", True), ("equal_pairs", "remove"),
         ("schedule", {"beta": 1}), ("schedule", 3), ("schedule", [1]), ("schedule", [["beta", 1]]),
         ("generation", 3), ("generation", "fast"), ("generation", []),
-        ("generation.python", 3),
+        ("generation.vllm_python", 3),
         ("generation.temperature", 0), ("generation.temperature", -0.1), ("generation.temperature", 2.5),
         ("generation.top_p", 0), ("generation.top_p", 1.5), ("generation.top_p", -1),
         ("generation.max_tokens", 0), ("generation.max_tokens", -1),
-        ("generation.samples_per_prompt", 0), ("generation.samples_per_prompt", 65),
+        ("generation.num_generations", 0), ("generation.num_generations", 65),
         ("generation.seed", -1),
-        ("generation.tensor_parallel_size", 0),
-        ("generation.gpu_memory_utilization", 0), ("generation.gpu_memory_utilization", 1.01),
-        ("generation.dtype", "int8"), ("generation.dtype", "bf16"),
-        ("generation.max_model_len", 1),
-        ("generation.vllm", []), ("generation.vllm", "enforce_eager"),
+        ("generation.backend", "vllm"), ("generation.vllm_kwargs", []), ("generation.vllm_kwargs", "max_num_seqs"),
     ],
 )  # fmt: skip
 def test_value_out_of_bounds_is_named_with_its_key(path: str, value: object) -> None:
@@ -74,14 +81,14 @@ def test_value_out_of_bounds_is_named_with_its_key(path: str, value: object) -> 
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("iterations", 1), ("iterations", 100), ("beta", 1e-6), ("beta", 50), ("history", 0), ("num_prompts", 1),
-        ("loss", "hinge"), ("loss", "exponential"), ("loss", "correlation"), ("loss", "logistic"),
+        ("iterations", 1), ("iterations", 100), ("beta", 1e-6), ("beta", 50), ("num_prompts", 1),
+        ("loss_type", "hinge"), ("loss_type", "exponential"), ("loss_type", "correlation"), ("loss_type", "logistic"),
+        ("history_iterations", 0),
         ("turns", "first"), ("turns", "last"), ("turns", "all"), ("equal_pairs", "keep"), ("resample_prompts", True),
         ("generation.temperature", 0.01), ("generation.temperature", 2), ("generation.top_p", 0.01),
-        ("generation.top_p", 1), ("generation.max_tokens", 1), ("generation.samples_per_prompt", 64),
-        ("generation.seed", 0), ("generation.gpu_memory_utilization", 1), ("generation.dtype", "auto"),
-        ("generation.max_model_len", 2), ("generation.vllm", {"enforce_eager": True}),
-        ("generation.python", "/x/python"),
+        ("generation.top_p", 1), ("generation.max_tokens", 1), ("generation.num_generations", 64),
+        ("generation.seed", 0), ("generation.vllm_kwargs", {"max_num_seqs": 8}), ("generation.backend", "ray"),
+        ("generation.vllm_python", "/x/python"),
     ],
 )  # fmt: skip
 def test_value_at_its_bound_is_taken(path: str, value: object) -> None:
@@ -104,7 +111,7 @@ def test_block_that_is_no_mapping(block: object) -> None:
 
 def test_empty_block_is_the_paper() -> None:
     args = parse_spin_block({})
-    assert (args.iterations, args.beta, args.loss, args.history) == (4, 0.1, "logistic", 1)
+    assert (args.iterations, args.beta, args.loss_type, args.history_iterations) == (4, 0.1, "logistic", 1)
     assert (args.generation.temperature, args.generation.top_p) == (1.0, 1.0)
 
 
@@ -120,7 +127,7 @@ def test_empty_block_is_the_paper() -> None:
         ("equal_pair", "equal_pairs"),
         ("generation.temprature", "temperature"),
         ("generation.max_token", "max_tokens"),
-        ("generation.vlm", "vllm"),
+        ("generation.vllm_kwarg", "vllm_kwargs"),
     ],
 )
 def test_unknown_key_names_the_nearest_one(path: str, nearest: str) -> None:
@@ -156,19 +163,72 @@ def test_key_that_is_no_string() -> None:
     assert error_of({1: 2}).startswith("spin.1: ")
 
 
-@pytest.mark.parametrize("key", sorted(RESERVED_VLLM_KEYS))
+@pytest.mark.parametrize("key", sorted(SET_BY_THE_PLUGIN))
 def test_vllm_argument_that_the_plugin_sets_is_refused(key: str) -> None:
-    assert f"vllm.{key} " in error_of({"generation": {"vllm": {key: 1}}})
+    assert f"vllm_kwargs.{key} is set by the plugin" in error_of({"generation": {"vllm_kwargs": {key: 1}}})
+
+
+@pytest.mark.parametrize("key", sorted(IN_VLLM_BLOCK))
+def test_vllm_argument_that_axolotl_has_a_word_for_is_sent_there(key: str) -> None:
+    assert f"`vllm: {{{key}: …}}`" in error_of({"generation": {"vllm_kwargs": {key: 1}}})
+    assert f"`vllm: {{{key}: …}}` beside `spin`" in error_of({"generation": {key: 1}})
+    assert key in VllmArgs.model_fields
+
+
+# --- Axolotl's `vllm:` block -------------------------------------------------------------------
+
+
+def vllm_error_of(block: object) -> str:
+    with pytest.raises(SpinError) as caught:
+        parse_vllm_block(block)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tensor_parallel_size", 0), ("data_parallel_size", 0), ("data_parallel_size", 1025),
+        ("gpu_memory_utilization", 0), ("gpu_memory_utilization", 1.01), ("dtype", "int8"), ("dtype", "bf16"),
+        ("max_model_len", 1), ("enforce_eager", "perhaps"), ("enable_prefix_caching", 7),
+    ],
+)  # fmt: skip
+def test_wrong_value_of_the_vllm_block_is_named(key: str, value: object) -> None:
+    assert vllm_error_of({key: value}).startswith(f"vllm.{key}: ")
+
+
+def test_unknown_key_of_the_vllm_block_is_named_and_the_place_for_it() -> None:
+    assert "vllm.tensor_parallel_sise: there is no such key; did you mean `tensor_parallel_size`?" in vllm_error_of(
+        {"tensor_parallel_sise": 2}
+    )
+    assert "spin.generation.vllm_kwargs" in vllm_error_of({"max_num_seqs": 8})
+    assert "must be a mapping" in vllm_error_of([1])
+
+
+def test_vllm_block_of_a_grpo_configuration_is_taken_without_its_server() -> None:
+    block = {"host": "0.0.0.0", "port": 8000, "tensor_parallel_size": 2, "gpu_memory_utilization": 0.85,
+             "dtype": "auto", "serve_module": "axolotl.scripts.vllm_serve_lora", "max_model_len": None}  # fmt: skip
+    args, unused = parse_vllm_block(block)
+    assert args.model_dump(exclude_unset=True) == {
+        "tensor_parallel_size": 2, "gpu_memory_utilization": 0.85, "dtype": "auto",
+    }  # fmt: skip
+    assert unused == ("host", "port", "serve_module")
+
+
+def test_every_key_of_axolotls_block_is_used_or_known_to_be_for_a_server() -> None:
+    from axolotl.utils.schemas.vllm import VllmConfig
+
+    assert VllmConfig.model_fields.keys() == VllmArgs.model_fields.keys() | VLLM_SERVER_KEYS
+    assert VllmArgs.model_fields.keys() == IN_VLLM_BLOCK
 
 
 def test_ray_address_without_ray_is_refused() -> None:
-    assert "ray_address is for `engine: ray`" in error_of({"generation": {"ray_address": "auto"}})
-    assert parse_spin_block({"generation": {"engine": "ray", "ray_address": "auto"}}).generation.engine == "ray"
+    assert "ray_address is for `backend: ray`" in error_of({"generation": {"ray_address": "auto"}})
+    assert parse_spin_block({"generation": {"backend": "ray", "ray_address": "auto"}}).generation.backend == "ray"
 
 
 def test_further_vllm_arguments_are_handed_on() -> None:
-    args = parse_spin_block({"generation": {"vllm": {"enforce_eager": True, "max_num_seqs": 8}}})
-    assert args.generation.vllm == {"enforce_eager": True, "max_num_seqs": 8}
+    args = parse_spin_block({"generation": {"vllm_kwargs": {"max_num_seqs": 8, "swap_space": 1}}})
+    assert args.generation.vllm_kwargs == {"max_num_seqs": 8, "swap_space": 1}
 
 
 # --- schedule ----------------------------------------------------------------------------------
@@ -198,9 +258,9 @@ def test_schedule_cannot_change_turns() -> None:
 
 
 def test_spin_keys_of_the_schedule_are_merged() -> None:
-    args = parse_spin_block({"iterations": 2, "beta": 0.2, "history": 0, "schedule": [{}, {"beta": 5.0}]})
-    assert (args.at(0).beta, args.at(0).history) == (0.2, 0)
-    assert (args.at(1).beta, args.at(1).history) == (5.0, 0)
+    args = parse_spin_block({"iterations": 2, "beta": 0.2, "history_iterations": 0, "schedule": [{}, {"beta": 5.0}]})
+    assert (args.at(0).beta, args.at(0).history_iterations) == (0.2, 0)
+    assert (args.at(1).beta, args.at(1).history_iterations) == (5.0, 0)
     assert args.at(1).iterations == 2
 
 
@@ -209,12 +269,12 @@ def test_nested_generation_keys_of_the_schedule_are_merged() -> None:
         {
             "iterations": 2,
             "generation": {"max_tokens": 8, "top_p": 0.9},
-            "schedule": [{"generation": {"top_p": 0.5}}, {"generation": {"samples_per_prompt": 2}}],
+            "schedule": [{"generation": {"top_p": 0.5}}, {"generation": {"num_generations": 2}}],
         }
     )
     first, second = args.at(0).generation, args.at(1).generation
-    assert (first.max_tokens, first.top_p, first.samples_per_prompt) == (8, 0.5, 1)
-    assert (second.max_tokens, second.top_p, second.samples_per_prompt) == (8, 0.9, 2)
+    assert (first.max_tokens, first.top_p, first.num_generations) == (8, 0.5, 1)
+    assert (second.max_tokens, second.top_p, second.num_generations) == (8, 0.9, 2)
 
 
 def test_without_a_schedule_every_iteration_is_the_same() -> None:
@@ -272,12 +332,6 @@ def test_no_option_shares_its_name_with_an_axolotl_key() -> None:
     assert not SpinArgs.model_fields.keys() & (AxolotlInputConfig.model_fields.keys() - {"spin"})
 
 
-def test_the_reserved_vllm_keys_that_have_an_option_beside_them_exist() -> None:
-    """The message sends users to "the option beside `vllm`"."""
-    typed = {"seed", "dtype", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len"}
-    assert typed <= RESERVED_VLLM_KEYS & GenerationArgs.model_fields.keys()
-
-
 # --- anything at all ---------------------------------------------------------------------------
 
 SCALARS = st.one_of(
@@ -287,7 +341,7 @@ KEYS = st.sampled_from([*SpinArgs.model_fields, *GenerationArgs.model_fields, "b
 LEAVES = st.one_of(SCALARS, st.lists(SCALARS, max_size=2), st.dictionaries(KEYS, SCALARS, max_size=3))
 VALUES = st.one_of(LEAVES, st.dictionaries(KEYS, LEAVES, max_size=3), st.lists(st.dictionaries(KEYS, LEAVES)))
 ENTRIES = st.dictionaries(
-    st.sampled_from(["beta", "history", "learning_rate", "generation", "turns"]), LEAVES, max_size=2
+    st.sampled_from(["beta", "history_iterations", "learning_rate", "generation", "turns"]), LEAVES, max_size=2
 )
 NEARLY_RIGHT = st.fixed_dictionaries(
     {"iterations": st.sampled_from([1, 2])},

@@ -50,7 +50,7 @@ def config(folder: Path, llama: Path, data: Path, **changes: Any) -> Path:
         ({"betta": 0.2}, ("spin.betta", "`beta`")),
         ({"beta": -1}, ("spin.beta", "greater than 0", "-1")),
         ({"generation": {"temprature": 0.7}}, ("spin.generation.temprature", "`temperature`")),
-        ({"loss": "dpo"}, ("spin.loss", "logistic")),
+        ({"loss_type": "dpo"}, ("spin.loss_type", "logistic")),
         (
             {"iterations": 2, "schedule": [{"learning_rat": 1}, {}]},
             ("spin.schedule[0].learning_rat", "`learning_rate`"),
@@ -146,9 +146,9 @@ def test_tokens_outside_the_vocabulary(tmp_path: Path, llama: Path, chat_data: P
 
 
 def test_no_vllm(tmp_path: Path, llama: Path, chat_data: Path, preprocess: Preprocess) -> None:
-    spin = {"iterations": 1, "generation": {"python": sys.executable}}
+    spin = {"iterations": 1, "generation": {"vllm_python": sys.executable}}
     error = preprocess(config(tmp_path, llama, chat_data, spin=spin))
-    assert "spin.generation.python" in error
+    assert "spin.generation.vllm_python" in error
     assert "scripts/setup.sh" in error
 
 
@@ -220,7 +220,7 @@ def test_plugin_missing_from_the_list(tmp_path: Path, llama: Path, chat_data: Pa
 def test_vllm_refuses_to_start(
     tmp_path: Path, llama: Path, chat_data: Path, command: Command, vllm_python: Path
 ) -> None:
-    spin = {"iterations": 1, "generation": {"vllm": {"quantization": "nonsense"}}}
+    spin = {"iterations": 1, "generation": {"vllm_kwargs": {"quantization": "nonsense"}}}
     write_config(tmp_path, spin_config(tmp_path, llama, chat_data, spin=spin))
     done = command("axolotl", "train", "config.yml", "--launcher", "python", folder=tmp_path)
     assert done.code == 1

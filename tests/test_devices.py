@@ -47,10 +47,12 @@ def test_an_engine_for_every_group(gpus: Any) -> None:
     assert named(1, 4) == ["4,5,GPU-ab,7"]
 
 
-@pytest.mark.parametrize(("engines", "each", "key"), [(3, 1, "engines"), (2, 2, "engines"), (None, 4, "tensor_para")])
+@pytest.mark.parametrize(
+    ("engines", "each", "key"), [(3, 1, "data_parallel_size"), (2, 2, "data_parallel_size"), (None, 4, "tensor_para")]
+)
 def test_more_gpus_than_there_are(gpus: Any, engines: int | None, each: int, key: str) -> None:
     gpus("0", "1")
-    with pytest.raises(SpinError, match=f"spin.generation.{key}.*2 GPUs are visible"):
+    with pytest.raises(SpinError, match=f"vllm.{key}.*2 GPUs are visible"):
         places(engines, each)
 
 

@@ -48,13 +48,15 @@ def test_every_configuration_is_valid(
 def test_what_a_way_changes_reaches_its_configuration(play: Any, tmp_path: Path) -> None:
     configs = {way: play.config_of(tmp_path, way) for way in play.WAYS}
     assert configs["beta-5"]["spin"]["beta"] == 5.0
-    assert configs["tensor"]["spin"]["generation"] == {"max_tokens": 12, "tensor_parallel_size": 2}
-    assert configs["share"]["spin"]["generation"]["gpu_memory_utilization"] == 0.95
+    assert configs["one"]["spin"]["generation"] == {"max_tokens": 12}
+    assert configs["tensor"]["vllm"] == {"tensor_parallel_size": 2}
+    assert configs["share"]["vllm"] == {"gpu_memory_utilization": 0.95}
+    assert configs["ray"]["spin"]["generation"]["backend"] == "ray"
     assert configs["ddp"]["micro_batch_size"] == 16
     assert configs["soft-capped"]["base_model"] == str(tmp_path / "soft-capped")
     real = configs["real-size"]
     assert (real["sequence_len"], real["micro_batch_size"], real["gradient_checkpointing"]) == (1024, 8, True)
-    assert real["spin"]["generation"] == {}  # all the room that a prompt leaves
+    assert real["spin"]["generation"] == {}  # as long as the real ones
     # left to the plugin, which leaves them off
     assert [configs[way].get("lora_mlp_kernel") for way in ("lora", "lora-kernels")] == [None, True]
 

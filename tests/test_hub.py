@@ -175,7 +175,7 @@ def test_vllm_and_training_load_the_commit_though_the_branch_moves_in_between(
     """An adapter of two iterations: the base that the first one was trained on stays its base."""
     from tiny import LORA
 
-    spin = {"iterations": 2, "generation": {"vllm": {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}}}
+    spin = {"iterations": 2, "generation": {"vllm_kwargs": {"kv_cache_memory_bytes": 64 << 20}}}
     spin["generation"]["max_tokens"] = 12
     write_config(tmp_path, spin_config(tmp_path, Path(NAME), chat_data, spin=spin, **LORA))
     for number in range(2):

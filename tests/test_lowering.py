@@ -14,6 +14,7 @@ from axolotl.utils.dict import DictDefault
 from safetensors.torch import save_file
 from tiny import spin_config
 
+from spin_plugin import SpinPlugin
 from spin_plugin.lowering import (
     LORA_KERNELS,
     NO_PROMPT_TYPES,
@@ -21,6 +22,7 @@ from spin_plugin.lowering import (
     REFUSED,
     Lowered,
     announce,
+    concerns_spin,
     lower,
     refuse_other_trainers,
     restore,
@@ -96,10 +98,10 @@ def test_configuration_of_the_user_is_kept_as_it_was(config: Config) -> None:
 
 
 def test_block_is_complete_and_typed_afterwards(config: Config) -> None:
-    cfg = config(spin={"iterations": 3, "loss": "hinge"})
+    cfg = config(spin={"iterations": 3, "loss_type": "hinge"})
     lower(cfg)
     assert cfg["spin"]["iterations"] == 3
-    assert cfg["spin"]["loss"] == "hinge"
+    assert cfg["spin"]["loss_type"] == "hinge"
     assert cfg["spin"]["beta"] == 0.1
     assert cfg["spin"]["generation"]["temperature"] == 1.0
     assert "schedule" not in cfg["spin"]
@@ -135,9 +137,11 @@ def test_plugin_with_a_trainer_of_its_own_is_refused_wherever_it_stands(
     """Before anything is drawn."""
     monkeypatch.setattr(PluginManager, "_instance", None)
     manager = PluginManager.get_instance()
-    for name in [PLUGIN, "axolotl.integrations.kd.KDPlugin"][::order]:
+    manager.plugins.clear()  # since 0.21 ours is there already
+    names = [PLUGIN, "axolotl.integrations.kd.KDPlugin"]
+    for name in names[::order]:
         manager.register(name)
-    ours, other = list(manager.plugins.values())[::order]
+    ours, other = (manager.plugins[name] for name in names)
     ours.register(config())
     with pytest.raises(SystemExit):
         ours.load_datasets(DictDefault(kd_trainer=True))
@@ -449,9 +453,116 @@ def test_restored_configuration_belongs_to_the_same_run(config: Config, llama: P
 def test_announcement_names_iteration_and_opponent(
     config: Config, llama: Path, capsys: pytest.CaptureFixture[str], finished: int, opponent: str
 ) -> None:
-    cfg = config()
+    cfg = config(learning_rate=5e-6)
     finish(cfg, llama, finished)
     lowered: Lowered = lower(cfg)
-    announce(lowered)
+    announce(DictDefault(cfg), lowered)
     expected = opponent.format(base_model=lowered.config["base_model"])
-    assert capsys.readouterr().out == f"spin: iteration {finished} of 0…1, opponent: {expected}\n"
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == f"spin: iteration {finished} of 0…1, opponent: {expected}"
+    assert len(others) == (finished == 0), "the first one also says what the later ones cost"
+
+
+def announced(cfg: MutableMapping[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
+    lowered = lower(cfg)
+    announce(DictDefault(cfg), lowered)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("iterations", "history", "expected"), [(4, 1, "up to 2 times"), (4, 2, "up to 3 times"), (2, 5, "up to 2 times")]
+)
+def test_cost_of_mixed_responses_is_said(
+    config: Config, capsys: pytest.CaptureFixture[str], iterations: int, history: int, expected: str
+) -> None:
+    spin = {"iterations": iterations, "history_iterations": history}
+    assert expected in announced(config(spin=spin), capsys)
+
+
+@pytest.mark.parametrize("spin", [{"iterations": 1}, {"iterations": 4, "history_iterations": 0}])
+def test_nothing_is_said_of_a_cost_that_is_not_there(
+    config: Config, capsys: pytest.CaptureFixture[str], spin: dict[str, Any]
+) -> None:
+    assert "times" not in announced(config(spin=spin), capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "high"),
+    [
+        ({"learning_rate": 5e-6}, False), ({"learning_rate": 6e-6}, True),
+        ({"learning_rate": 1e-4, "adapter": "lora"}, False), ({"learning_rate": 2e-4, "adapter": "lora"}, True),
+    ],
+)  # fmt: skip
+def test_learning_rate_of_an_sft_is_warned_of(
+    config: Config, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], high: bool
+) -> None:
+    said = announced(config(**changes), capsys)
+    assert ("spin: warning: learning_rate" in said) is high
+
+
+def test_learning_rate_is_warned_of_again_where_the_schedule_raises_it(
+    config: Config, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish(config(), llama, 1)
+    for entry, warned in (({}, False), ({"learning_rate": 1e-3}, True)):
+        cfg = config(learning_rate=1e-3, spin={"iterations": 2, "schedule": [{}, entry]})
+        assert ("warning" in announced(cfg, capsys)) is warned
+
+
+# --- words that Axolotl has --------------------------------------------------------------------
+
+
+def test_rl_beta_is_taken_as_beta(config: Config) -> None:
+    for spin in ({"iterations": 1}, {"iterations": 1, "beta": 0.3}):
+        cfg = config(spin=spin, rl_beta=0.3)
+        lowered = lower(cfg)
+        assert cfg["spin"]["beta"] == lowered.spin.beta == lowered.config["spin"]["beta"] == 0.3
+        assert cfg.get("rl_beta") is None
+
+
+def test_two_values_of_beta_are_refused(config: Config) -> None:
+    assert "rl_beta: 0.2 and spin.beta: 0.3 differ" in error_of(config(spin={"beta": 0.3}, rl_beta=0.2))
+    assert "schedule[0].rl_beta" in error_of(config(spin={"iterations": 1, "schedule": [{"rl_beta": 0.2}]}))
+
+
+def test_vllm_block_is_kept_without_its_server_and_said(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = config(vllm={"host": "0.0.0.0", "port": 8000, "tensor_parallel_size": 2})
+    assert "not used: vllm.host, vllm.port: " in announced(cfg, capsys)
+    assert cfg["spin_vllm"] == {"tensor_parallel_size": 2}
+    assert cfg.get("vllm") is None, "Axolotl would fill in the defaults of a server"
+    assert "vllm.tensor_parallel_sise" in error_of(config(vllm={"tensor_parallel_sise": 2}))
+
+
+# --- runs that are not SPIN --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "concerned"),
+    [
+        ({}, True),
+        ({"plugins": None}, True),
+        ({"spin": None}, True),
+        ({"rl": None, "plugins": None}, True),
+        ({"rl": None, "spin": None}, True),
+        ({"rl": "SPIN", "spin": None, "plugins": None}, True),
+        ({"rl": "dpo", "spin": None, "plugins": None}, False),
+        ({"rl": None, "spin": None, "plugins": ["axolotl.integrations.liger.LigerPlugin"]}, False),
+        ({"rl": None, "spin": None, "plugins": None}, False),
+    ],
+)
+def test_run_concerns_us_where_anything_in_it_asks_for_spin(
+    config: Config, changes: dict[str, Any], concerned: bool
+) -> None:
+    """A misspelt or half-written SPIN configuration must not train something else."""
+    assert concerns_spin(config(**changes)) is concerned
+
+
+def test_configuration_that_axolotl_refuses_is_handed_back_as_it_was(config: Config) -> None:
+    cfg = config(rl_beta=0.3, spin={"iterations": 2}, hf_token="hf_secret")
+    before = json.loads(json.dumps(cfg))
+    plugin = SpinPlugin()
+    plugin.register(cfg)
+    assert cfg.get("rl") is None
+    plugin.on_config_validation_error(cfg)
+    assert json.loads(json.dumps(cfg)) == before
+    assert plugin.get_input_args() is None

@@ -150,7 +150,7 @@ def test_accumulation_changes_nothing(
         folder = tmp_path / str(micro)
         folder.mkdir()
         spin = {"iterations": 1, "num_prompts": 23, "beta": 1.0, "generation": {"max_tokens": 12}}
-        spin["generation"]["vllm"] = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
+        spin["generation"]["vllm_kwargs"] = {"kv_cache_memory_bytes": 64 << 20}
         changes = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation, "num_epochs": 2}
         write_config(folder, spin_config(folder, llama, chat_data, spin=spin, **changes))
         done = command("axolotl", "train", "config.yml", folder=folder)

@@ -109,7 +109,7 @@ def scaled_down(name: str, folder: Path) -> dict[str, Any]:
     if "deepspeed" in recipe:
         recipe["deepspeed"] = json.loads((ROOT / recipe["deepspeed"]).read_text()) | {"bf16": {"enabled": False}}
     recipe["spin"]["num_prompts"] = 12
-    generation = {"max_tokens": 12, "vllm": {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}}
+    generation = {"max_tokens": 12, "vllm_kwargs": {"kv_cache_memory_bytes": 64 << 20}}
     recipe["spin"]["generation"] = recipe["spin"].get("generation", {}) | generation
     return recipe
 

@@ -44,8 +44,8 @@ def shards(folder: Path) -> list[Path]:
 
 def test_killed_in_generation_and_in_training(tmp_path: Path, llama: Path, chat_data: Path, command: Command) -> None:
     """Killed while responses are drawn, then after the first checkpoint; compared with a run left alone."""
-    spin = {"iterations": 1, "generation": {"samples_per_prompt": 25, "max_tokens": 100}}
-    spin["generation"]["vllm"] = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
+    spin = {"iterations": 1, "generation": {"num_generations": 25, "max_tokens": 100}}
+    spin["generation"]["vllm_kwargs"] = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
     changes = {"save_steps": 10, "micro_batch_size": 16, "sequence_len": 160, "dropout": None}
     folders = {name: tmp_path / name for name in ("undisturbed", "killed")}
     for folder in folders.values():

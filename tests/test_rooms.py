@@ -12,7 +12,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "spin_plugin"
 
 FLOORS = {
-    "args": 0, "run": 0, "checkpoint": 0, "witness": 0, "flex": 0,
+    "args": 0, "versions": 0, "run": 0, "checkpoint": 0, "witness": 0, "flex": 0,
     "space": 1, "processes": 1, "weights": 1, "hub": 1, "precision": 1,
     "merge": 1, "agreement": 3, "loss": 1, "pairs": 1, "layout": 1, "order": 1, "attention": 1,
     "generation.progress": 2, "generation.job": 2, "generation.shards": 2, "generation.interpreter": 2,

@@ -285,11 +285,12 @@ CONFIG: dict[str, Any] = {
     "tokenizer_config": "org/tokenizer",
     "output_dir": "out",
     "logging_steps": 1,
+    "vllm": {"gpu_memory_utilization": 0.9, "enforce_eager": True},
     "spin": {
         "iterations": 4,
         "beta": 0.1,
         "schedule": [{}, {}, {}, {}],
-        "generation": {"temperature": 1.0, "gpu_memory_utilization": 0.9, "vllm": {"enforce_eager": True}},
+        "generation": {"temperature": 1.0, "vllm_kwargs": {"block_size": 16}},
     },
 }
 
@@ -322,8 +323,8 @@ def test_same_configuration_differs_in_nothing() -> None:
         "hub_model_id", "output_dir", "deepspeed", "fsdp_config", "gradient_checkpointing",
         "dataset_prepared_path", "dataloader_num_workers", "ddp_timeout",
         "resume_from_checkpoint", "debug_num_examples", "shard", "download", "iterable",
-        "spin.iterations", "spin.generation.python", "spin.generation.gpu_memory_utilization",
-        "spin.generation.tensor_parallel_size", "spin.generation.vllm.max_num_seqs",
+        "spin.iterations", "spin.generation.vllm_python", "vllm.gpu_memory_utilization", "vllm.host",
+        "vllm.tensor_parallel_size", "vllm.data_parallel_size", "spin.generation.vllm_kwargs.max_num_seqs",
     ],
 )  # fmt: skip
 def test_key_without_influence_on_the_result_is_free(path: str) -> None:
@@ -335,9 +336,10 @@ def test_key_without_influence_on_the_result_is_free(path: str) -> None:
     [
         "base_model", "learning_rate", "datasets", "seed",
         "num_epochs", "optimizer", "chat_template", "sequence_len", "adapter", "lora_r", "load_in_4bit",
-        "load_in_8bit", "val_set_size", "spin.beta", "spin.loss", "spin.history", "spin.turns", "spin.num_prompts",
+        "load_in_8bit", "val_set_size", "spin.beta", "spin.loss_type", "spin.turns", "spin.num_prompts",
+        "spin.history_iterations", "vllm.dtype", "spin.generation.vllm_kwargs.quantization",
         "spin.equal_pairs", "spin.generation.temperature", "spin.generation.top_p", "spin.generation.max_tokens",
-        "spin.generation.samples_per_prompt", "spin.generation.seed", "spin.generation.max_model_len",
+        "spin.generation.num_generations", "spin.generation.seed", "vllm.max_model_len",
     ],
 )  # fmt: skip
 def test_key_with_influence_on_the_result_is_named(path: str) -> None:
@@ -412,14 +414,14 @@ def test_secrets_are_left_out_at_every_depth() -> None:
         "hub_token": "secret",
         "db_password": "secret",
         "client_secret": "secret",
-        "spin": {"generation": {"vllm": {"hf_token": "secret", "max_num_seqs": 4}}},
+        "spin": {"generation": {"vllm_kwargs": {"hf_token": "secret", "max_num_seqs": 4}}},
         "datasets": [{"path": "d", "storage_options": {"aws_secret": "secret", "key": 1}}],
     }
     kept = without_secrets(config)
     assert "secret" not in json.dumps(list(_values(kept)))
     assert kept == {
         "base_model": "m",
-        "spin": {"generation": {"vllm": {"max_num_seqs": 4}}},
+        "spin": {"generation": {"vllm_kwargs": {"max_num_seqs": 4}}},
         "datasets": [{"path": "d", "storage_options": {"key": 1}}],
     }
     assert config["hf_token"] == "hf_secret", "the user's own configuration was changed"

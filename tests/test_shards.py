@@ -400,7 +400,7 @@ def test_home_directory_is_understood(nowhere: Path, monkeypatch: pytest.MonkeyP
     assert vllm_python("~/bin/python") == python
 
 
-@pytest.mark.parametrize("key", ["spin.generation.python", "SPIN_VLLM_PYTHON"])
+@pytest.mark.parametrize("key", ["spin.generation.vllm_python", "SPIN_VLLM_PYTHON"])
 @pytest.mark.parametrize("kind", ["absent", "directory", "not executable", "no program", "no interpreter", "no vllm"])
 def test_named_interpreter_that_cannot_serve_is_refused_by_its_key(
     nowhere: Path, monkeypatch: pytest.MonkeyPatch, key: str, kind: str
@@ -419,7 +419,7 @@ def test_named_interpreter_that_cannot_serve_is_refused_by_its_key(
     if key == "SPIN_VLLM_PYTHON":
         monkeypatch.setenv(key, str(python))
     with pytest.raises(SpinError) as caught:
-        vllm_python(str(python) if key == "spin.generation.python" else None)
+        vllm_python(str(python) if key == "spin.generation.vllm_python" else None)
     assert str(caught.value).startswith(f"{key}: {python} ")
     assert "\n" not in str(caught.value)
 
@@ -436,5 +436,5 @@ def test_environment_without_vllm_is_named(nowhere: Path) -> None:
 def test_no_vllm_at_all_names_every_way_out(nowhere: Path) -> None:
     with pytest.raises(SpinError) as caught:
         vllm_python(None)
-    for way in ("scripts/setup.sh", ".venv-vllm", "spin.generation.python", "SPIN_VLLM_PYTHON"):
+    for way in ("scripts/setup.sh", ".venv-vllm", "spin.generation.vllm_python", "SPIN_VLLM_PYTHON"):
         assert way in str(caught.value)

@@ -128,8 +128,9 @@ def spin_config(folder: Path, model: Path, data: Path, **changes: Any) -> dict[s
         "rl": "spin",
         "spin": {
             "iterations": 2,
-            "generation": {"max_tokens": 12, "vllm": {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}},
+            "generation": {"max_tokens": 12, "vllm_kwargs": {"kv_cache_memory_bytes": 64 << 20}},
         },
+        "vllm": {"enforce_eager": True},
         "datasets": [{"path": str(data), "ds_type": "json", "type": "chat_template"}],
         "chat_template": "chatml",
         "eot_tokens": ["<|im_end|>"],

@@ -267,8 +267,8 @@ def prepare(folder: Path, *, two_ranks: bool) -> Path:
     if not data.exists():
         write_jsonl(data, chat_rows(24))
         make_model(model)
-    generation = {"samples_per_prompt": SAMPLES, "max_tokens": 60}
-    generation["vllm"] = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
+    generation = {"num_generations": SAMPLES, "max_tokens": 60}
+    generation["vllm_kwargs"] = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
     spin = {"iterations": 1, "generation": generation}
     micro_batch = 8 if two_ranks else 16
     write_config(folder, spin_config(folder, model, data, spin=spin, save_steps=7, micro_batch_size=micro_batch))

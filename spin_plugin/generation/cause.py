@@ -4,7 +4,7 @@ import re
 import signal
 from pathlib import Path
 
-SMALLER = "lower spin.generation.gpu_memory_utilization or spin.generation.max_model_len"
+SMALLER = "lower vllm.gpu_memory_utilization or vllm.max_model_len"
 ENGINE_DIED = "its engine process died (killed, or short of memory?)"
 ADVICE = {
     "No module named 'ray'": "install it with pip as `ray[data]` into vLLM's environment, or set "
@@ -12,11 +12,11 @@ ADVICE = {
     "out of memory": SMALLER,
     "EngineCore encountered an issue": ENGINE_DIED,
     "Socket operation on non-socket": ENGINE_DIED,  # it was just being asked (vllm 0.32)
-    "No available memory for the cache": "raise spin.generation.gpu_memory_utilization, or lower max_model_len",
-    "max seq len": "lower spin.generation.max_model_len or raise spin.generation.gpu_memory_utilization",
-    "Free memory on device": "free the GPU or lower spin.generation.gpu_memory_utilization",
-    "Available memory on node": "free memory, or lower spin.generation.gpu_memory_utilization (on a CPU: the share of "
-    "the machine's memory) or spin.generation.vllm.kv_cache_memory_bytes",
+    "No available memory for the cache": "raise vllm.gpu_memory_utilization, or lower max_model_len",
+    "max seq len": "lower vllm.max_model_len or raise vllm.gpu_memory_utilization",
+    "Free memory on device": "free the GPU or lower vllm.gpu_memory_utilization",
+    "Available memory on node": "free memory, or lower vllm.gpu_memory_utilization (on a CPU: the share of "
+    "the machine's memory) or spin.generation.vllm_kwargs.kv_cache_memory_bytes",
 }
 # Where another attempt with less memory may succeed though vLLM had not even started.
 SHORT_OF_MEMORY = ("out of memory", "Free memory on device", "Available memory on node")

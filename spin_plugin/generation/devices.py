@@ -27,9 +27,9 @@ def places(engines: int | None, gpus_each: int) -> list[Place]:
         return _on_cores(engines or 1, gpus_each)
     groups = [gpus[start : start + gpus_each] for start in range(0, len(gpus) - gpus_each + 1, gpus_each)]
     if len(groups) < (engines or 1):
-        key = "engines" if gpus_each <= len(gpus) else "tensor_parallel_size"
+        key = "data_parallel_size" if gpus_each <= len(gpus) else "tensor_parallel_size"
         raise SpinError(
-            f"spin.generation.{key}: {engines or 1} engines of {gpus_each} GPUs each are wanted, "
+            f"vllm.{key}: {engines or 1} engines of {gpus_each} GPUs each are wanted, "
             f"{len(gpus)} GPUs are visible; lower it"
         )
     return [Place({"CUDA_VISIBLE_DEVICES": ",".join(group)}) for group in groups[:engines]]

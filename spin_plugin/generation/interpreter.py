@@ -18,14 +18,14 @@ HOW_TO_GET_ONE = (
 def vllm_python(configured: str | None) -> Path:
     """The interpreter that runs vLLM.
 
-    `generation.python`, else the variable SPIN_VLLM_PYTHON, else this interpreter if it has vLLM, else
+    `generation.vllm_python`, else the variable SPIN_VLLM_PYTHON, else this interpreter if it has vLLM, else
     `.venv-vllm` beside the working directory or the plugin's checkout.
 
     Raises:
         SpinError: there is none, or the one that was named has no vLLM.
     """
     for name, path in (
-        ("spin.generation.python", configured),
+        ("spin.generation.vllm_python", configured),
         ("SPIN_VLLM_PYTHON", os.environ.get("SPIN_VLLM_PYTHON")),
     ):
         if path:
@@ -37,7 +37,8 @@ def vllm_python(configured: str | None) -> Path:
         if candidate.exists():
             return _checked(str(candidate), candidate)
     raise SpinError(
-        f"vLLM was not found: {HOW_TO_GET_ONE}, or name its interpreter in spin.generation.python or SPIN_VLLM_PYTHON"
+        f"vLLM was not found: {HOW_TO_GET_ONE}, or name its interpreter in spin.generation.vllm_python or "
+        "SPIN_VLLM_PYTHON"
     )
 
 

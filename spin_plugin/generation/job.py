@@ -112,7 +112,7 @@ def requests_for(
             chosen = ids[start : start + block].tolist()
             for example, prompt in zip(chosen, rows[chosen]["prompt"].to_pylist(), strict=True):
                 room = sequence_len - len(prompt)
-                if room < 1:  # generation.max_model_len may be shorter than sequence_len
+                if room < 1:  # vllm.max_model_len may be shorter than sequence_len
                     continue
                 budget = room if max_tokens is None else min(room, max_tokens)
                 for sample in range(samples):

@@ -130,7 +130,7 @@ def _engines(
                 "less_memory": less_memory,
                 **(cluster or {}),
             }
-            job_file.touch(mode=0o600)  # generation.vllm may hold a token
+            job_file.touch(mode=0o600)  # vllm_kwargs may hold a token
             job_file.write_text(json.dumps(content), encoding="utf-8")
             log = shards.log_of(number, again=less_memory)
             command = [str(python), str(RAY_WORKER if cluster else WORKER), str(job_file)]

@@ -19,7 +19,7 @@ from spin_plugin.messages import SpinError, warn
 from spin_plugin.run import remove_whole, set_aside, write_whole
 
 # The iteration that is being played draws a damaged shard anew by itself; this is about an earlier one's.
-WAY_OUT = "restore it from a backup or set spin.history to 0"
+WAY_OUT = "restore it from a backup or set spin.history_iterations to 0"
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Shards:
             *lines, seal = path.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
             raise SpinError(
-                f"{path} is missing; restore it, or set spin.history to 0 if it is an earlier iteration's"
+                f"{path} is missing; restore it, or set spin.history_iterations to 0 if it is an earlier iteration's"
             ) from None
         except (ValueError, UnicodeDecodeError):
             raise SpinError(f"{path} is damaged; {WAY_OUT}") from None
@@ -123,7 +123,8 @@ class Shards:
         manifest = self.manifest()
         if manifest is None:
             raise SpinError(
-                f"{self.folder} is missing though its responses are mixed in; restore it or set spin.history to 0"
+                f"{self.folder} is missing though its responses are mixed in; restore it or set "
+                "spin.history_iterations to 0"
             )
         for number in range(shards_of(manifest["requests"])):
             yield from self.read(number)
