@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 scripts/setup.sh
-source .venv/bin/activate
+source "${VENV:-.venv}/bin/activate"
 export HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 DO_NOT_TRACK=1
 
 python scripts/tiny/make.py --out outputs/tiny

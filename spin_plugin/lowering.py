@@ -106,7 +106,7 @@ def lower(cfg: MutableMapping[str, Any], known_axolotl_keys: Iterable[str] = ())
     _take_rl_beta(cfg)
     original = without_secrets(_plain(cfg))
     spin = parse_spin_block(_plain(cfg["spin"]), known_axolotl_keys)
-    _refuse(cfg)
+    refuse(cfg)
     if not cfg.get("output_dir"):
         raise SpinError("output_dir: name the directory of the run, for example `output_dir: ./outputs/spin`")
     if cfg.get("use_ray"):  # its workers work elsewhere
@@ -127,7 +127,7 @@ def lower(cfg: MutableMapping[str, Any], known_axolotl_keys: Iterable[str] = ())
         if key == "rl_beta":
             raise SpinError(f"spin.schedule[{current}].rl_beta: write `beta`")
         cfg[key] = value
-    _refuse(cfg)  # the schedule may have brought in what is refused
+    refuse(cfg)  # the schedule may have brought in what is refused
     vllm, unused = parse_vllm_block(_plain(cfg.pop("vllm", None)) or {})
     _refuse_what_cannot_be_merged(cfg, spin)
     cfg.update(SFT_ONLY)
@@ -195,7 +195,8 @@ def _require_spin(cfg: Mapping[str, Any]) -> None:
         raise SpinError("the `spin:` block is missing; add one, for example `spin: {iterations: 3}`")
 
 
-def _refuse(cfg: Mapping[str, Any]) -> None:
+def refuse(cfg: Mapping[str, Any]) -> None:
+    """Raise for what SPIN cannot use, and say why."""
     for key, reason in REFUSED.items():
         if cfg.get(key):
             raise SpinError(f"{key}: cannot be used with `rl: spin`: {reason}")

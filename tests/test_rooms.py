@@ -21,7 +21,9 @@ FLOORS = {
     "iteration": 3, "lowering": 3, "select": 3,
     "trainer": 4,
     "game": 5,
-    "plugin": 6, "cli": 6,
+    "plugin": 6,
+    "cli.config_file": 4, "cli.status": 5, "cli.reset": 5, "cli.train": 5, "cli.init": 5, "cli.setup": 5,
+    "cli.schema": 5, "cli.__main__": 7,
 }  # fmt: skip
 # Everybody may speak to the user.
 EVERYWHERE = {"messages"}
@@ -29,7 +31,7 @@ EVERYWHERE = {"messages"}
 STAIRS = ("progress", "job", "shards", "interpreter", "cause", "devices", "engine", "launcher")
 GENERATION = [f"generation.{name}" for name in STAIRS]
 # The package's front door, which imports the plugin when it is asked for.
-FRONT_DOORS = {"", "generation"}
+FRONT_DOORS = {"", "generation", "cli"}
 
 
 def module_name(path: Path) -> str:
@@ -65,8 +67,8 @@ def own_imports(path: Path) -> set[str]:
 def may_import(room: str, other: str) -> bool:
     if other in EVERYWHERE or other == "":
         return True
-    if room == "cli":
-        return FLOORS[other] <= 2
+    if room.startswith("cli."):
+        return other in ("args", "run", "versions", "lowering", "cli", "cli.config_file")
     if room in GENERATION and other in GENERATION:
         return GENERATION.index(other) < GENERATION.index(room)
     return FLOORS[other] < FLOORS[room]

@@ -94,7 +94,7 @@ def play(way: str, folder: Path) -> Row:
     """Play two iterations; what is finished is left alone."""
     make_model_of(folder, way)
     log, metrics = folder / f"{way}.log", folder / way / f"iteration-{ITERATIONS - 1}" / "metrics.jsonl"
-    command = [ROOT / "scripts/iterate.sh", folder / f"{way}.yml", str(ITERATIONS)]
+    command = [ROOT / "scripts/iterate.sh", folder / f"{way}.yml"]
     with open(log, "w", encoding="utf-8") as out:
         arguments = ["--", "--num_processes", str(WAYS[way].processes)]
         done = subprocess.run([*command, *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=False)

@@ -1,28 +1,22 @@
-"""`axolotl spin …`, and the same as `python -m spin_plugin.cli …` without Axolotl's banner and start-up time."""
+"""`axolotl spin status`: the iterations of a run, read off its files."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from rich import box
 from rich.table import Table
 
-from spin_plugin.args import SpinArgs, parse_spin_block
-from spin_plugin.messages import SpinError, console, exit_in_one_line, say
+from spin_plugin.cli.config_file import CONFIG, read_config
+from spin_plugin.messages import console, exit_in_one_line
 from spin_plugin.run import RunDir
 
 METRIC_COLUMNS = {"loss": "spin/loss", "margin": "spin/reward_margin", "accuracy": "spin/accuracy"}
 
 
-@click.group()
-def spin() -> None:
-    """Look at Self-Play Fine-Tuning runs, or take iterations of them back."""
-
-
-@spin.command()
-@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.command()
+@CONFIG
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON, the last one of the output.")
 @exit_in_one_line
 def status(config: Path, as_json: bool) -> None:
@@ -32,45 +26,6 @@ def status(config: Path, as_json: bool) -> None:
         click.echo(json.dumps(content))
     else:
         console.print(_table(content))
-
-
-@spin.command()
-@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--iteration", type=click.IntRange(min=0), required=True, help="The first iteration to forget.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@exit_in_one_line
-def reset(config: Path, iteration: int, yes: bool) -> None:
-    """Remove an iteration, and all after it, from the run that CONFIG describes."""
-    _, run = read_config(config)
-    folders = [str(run.iteration(number).path) for number in run.started() if number >= iteration]
-    if not folders and run.finished() <= iteration:
-        raise SpinError(f"--iteration {iteration}: there is nothing of it in {run.root}")
-    with run.locked():
-        if not yes:
-            click.confirm(f"remove {', '.join(folders)} with everything in it?", abort=True)
-        run.reset(iteration)
-    say(f"iteration {iteration} and all after it are removed; `axolotl train {config}` plays it anew")
-
-
-def read_config(config: Path) -> tuple[SpinArgs, RunDir]:
-    """The `spin:` block and the run directory of a configuration file.
-
-    Raises:
-        SpinError: CONFIG is no SPIN configuration.
-    """
-    try:
-        cfg = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise SpinError(f"{config} is not readable YAML: {error}") from None
-    except UnicodeDecodeError:
-        raise SpinError(f"{config} is no text; name the YAML file that you train with") from None
-    if not isinstance(cfg, dict) or cfg.get("rl") != "spin" or not cfg.get("output_dir"):
-        raise SpinError(
-            f"{config} is no SPIN configuration: it needs `rl: spin` (in lower case), a `spin:` block and `output_dir`"
-        )
-    if not any(str(name).startswith("spin_plugin.") for name in cfg.get("plugins") or []):
-        raise SpinError(f"{config} does not load the plugin; add `plugins: [spin_plugin.SpinPlugin]`")
-    return parse_spin_block(cfg.get("spin")), RunDir(Path(cfg["output_dir"]))
 
 
 def run_status(config: Path) -> dict[str, Any]:
@@ -126,7 +81,3 @@ def _table(content: dict[str, Any]) -> Table:
         values = [f"{metrics[name]:.4f}" if name in metrics else "" for name in METRIC_COLUMNS.values()]
         table.add_row(str(entry["iteration"]), entry["state"], *described, *values)
     return table
-
-
-if __name__ == "__main__":
-    spin()

@@ -1,0 +1,48 @@
+"""The configuration file that a command is given, read without Axolotl."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from spin_plugin.args import SpinArgs, parse_spin_block
+from spin_plugin.messages import SpinError
+from spin_plugin.run import RunDir
+from spin_plugin.versions import discovers_plugins
+
+CONFIG = click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+
+
+def read_yaml(config: Path) -> dict[str, Any]:
+    """The content of a configuration file.
+
+    Raises:
+        SpinError: it is no YAML, or no mapping.
+    """
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise SpinError(f"{config} is not readable YAML: {error}") from None
+    except UnicodeDecodeError:
+        raise SpinError(f"{config} is no text; name the YAML file that you train with") from None
+    if not isinstance(content, dict):
+        raise SpinError(f"{config} is no configuration: it holds no keys")
+    return content
+
+
+def read_config(config: Path) -> tuple[SpinArgs, RunDir]:
+    """The `spin:` block and the run directory of a configuration file.
+
+    Raises:
+        SpinError: CONFIG is no SPIN configuration.
+    """
+    cfg = read_yaml(config)
+    if cfg.get("rl") != "spin" or not cfg.get("output_dir"):
+        raise SpinError(
+            f"{config} is no SPIN configuration: it needs `rl: spin` (in lower case), a `spin:` block and `output_dir`"
+        )
+    named = any(str(name).startswith("spin_plugin.") for name in cfg.get("plugins") or [])
+    if not (named or discovers_plugins()):
+        raise SpinError(f"{config} does not load the plugin; add `plugins: [spin_plugin.SpinPlugin]`")
+    return parse_spin_block(cfg.get("spin")), RunDir(Path(cfg["output_dir"]))
