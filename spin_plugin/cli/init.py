@@ -93,6 +93,8 @@ def edit(text: str, changes: Mapping[str, Any]) -> str:
             continue
         new = changes[key.value]
         start, end = key.start_mark.index, value.end_mark.index
+        if text[end - 1] == "\n":  # a block ends with its last line, a scalar before its comment
+            end -= 1
         if new is None:
             end = text.find("\n", end) + 1 or len(text)
         text = text[:start] + ("" if new is None else _line(key.value, new)) + text[end:]

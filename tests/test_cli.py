@@ -1,0 +1,294 @@
+"""`axolotl spin train`, `init`, `setup` and `config-schema`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from conftest import ROOT
+from tiny import chat_rows, spin_config, write_config, write_jsonl
+
+from spin_plugin.args import GenerationArgs, SpinArgs
+from spin_plugin.cli import spin
+from spin_plugin.cli.init import edit, spin_changes
+from spin_plugin.lowering import lower
+from spin_plugin.versions import discovers_plugins
+
+train_module = sys.modules["spin_plugin.cli.train"]  # the package has the command under this name
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(spin, [str(argument) for argument in arguments])
+
+
+# --- train -------------------------------------------------------------------------------------
+
+# Stands for `axolotl train`, which the slow tests run: notes how it was called, and finishes an iteration if told to.
+STAND_IN = """#!{python}
+import json, os, sys, time
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from spin_plugin.run import RunDir, RunState
+folder = Path({folder!r})
+with open(folder / "calls", "a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + "\\n")
+behaviour = (folder / "behaviour").read_text()
+if behaviour == "wait":
+    (folder / "pid").write_text(str(os.getpid()))
+    time.sleep(600)
+if behaviour == "fail":
+    sys.exit(3)
+if behaviour == "finish":
+    run = RunDir(folder / "run")
+    run.root.mkdir(exist_ok=True)
+    run.write_state(RunState({{}}, [{{"iteration": n}} for n in range(run.finished() + 1)], "0"))
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, llama: Path, chat_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of three iterations whose `axolotl train` is a stand-in that finishes one at a call."""
+    stand_in = tmp_path / "axolotl"
+    stand_in.write_text(STAND_IN.format(python=sys.executable, paths=[str(ROOT)], folder=str(tmp_path)))
+    stand_in.chmod(0o755)
+    (tmp_path / "behaviour").write_text("finish")
+    monkeypatch.setattr(train_module, "_axolotl", lambda: str(stand_in))
+    return write_config(tmp_path, spin_config(tmp_path, llama, chat_data, spin={"iterations": 3}))
+
+
+def calls(config: Path) -> list[list[str]]:
+    file = config.with_name("calls")
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_all_iterations_are_trained_one_command_each(config: Path) -> None:
+    assert invoke("train", config).exit_code == 0
+    assert calls(config) == [["train", str(config), "--", "--quiet"]] * 3
+    done = invoke("train", config)
+    assert done.exit_code == 0
+    assert "all 3 iterations" in done.output
+    assert len(calls(config)) == 3
+
+
+def test_so_many_iterations_as_asked_for(config: Path) -> None:
+    assert invoke("train", config, "--iterations", "2").exit_code == 0
+    assert len(calls(config)) == 2
+    assert invoke("train", config, "--iterations", "7").exit_code == 0
+    assert len(calls(config)) == 3
+    assert invoke("train", config, "--iterations", "0").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--num_processes", "8"], ["--launcher", "torchrun", "--", "--nproc_per_node=8"], ["--use-ray"]]
+)
+def test_arguments_of_the_launcher_are_handed_on(config: Path, arguments: list[str]) -> None:
+    assert invoke("train", config, "--iterations", "1", "--", *arguments).exit_code == 0
+    assert calls(config) == [["train", str(config), *arguments]]
+
+
+def test_first_failure_ends_it_with_its_exit_code(config: Path) -> None:
+    config.with_name("behaviour").write_text("fail")
+    assert invoke("train", config).exit_code == 3
+    assert len(calls(config)) == 1
+
+
+def test_iteration_that_was_not_finished_is_an_error_though_the_exit_code_is_0(config: Path) -> None:
+    config.with_name("behaviour").write_text("nothing")
+    done = invoke("train", config)
+    assert done.exit_code == 1
+    assert "iteration 0 was not finished" in done.output
+    assert len(calls(config)) == 1
+
+
+def test_sigterm_reaches_the_training(config: Path) -> None:
+    """Docker and Slurm send it to the first process only."""
+    config.with_name("behaviour").write_text("wait")
+    program = (
+        "import sys; from spin_plugin.cli import spin; module = sys.modules['spin_plugin.cli.train'];"
+        f"module._axolotl = lambda: {str(config.with_name('axolotl'))!r}; spin(['train', {str(config)!r}])"
+    )
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        pid = config.with_name("pid")
+        while not (pid.exists() and pid.read_text()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+# --- init --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sft(tmp_path: Path) -> dict[str, Any]:
+    data = write_jsonl(tmp_path / "chat.jsonl", chat_rows(2))
+    return {
+        "base_model": "org/base",
+        "output_dir": "./outputs/sft",
+        "datasets": [{"path": str(data), "ds_type": "json", "type": "chat_template"}],
+        "learning_rate": 2e-5,
+        "micro_batch_size": 2,
+    }
+
+
+def written(folder: Path, sft: dict[str, Any], text: str | None = None) -> tuple[Result, dict[str, Any]]:
+    config = folder / "sft.yml"
+    config.write_text(text or yaml.safe_dump(sft))
+    done = invoke("init", config)
+    target = folder / "sft-spin.yml"
+    return done, yaml.safe_load(target.read_text()) if target.exists() else {}
+
+
+def test_full_fine_tune_starts_from_the_sfts_result(tmp_path: Path, sft: dict[str, Any]) -> None:
+    done, config = written(tmp_path, sft | {"warmup_steps": 100, "hub_model_id": "me/sft", "revision_of_model": "abc"})
+    assert done.exit_code == 0, done.output
+    assert (config["base_model"], config["output_dir"]) == ("./outputs/sft", "./outputs/sft-spin")
+    assert config["learning_rate"] == pytest.approx(1e-6)
+    assert config["warmup_ratio"] == 0.1
+    assert not config.keys() & {"warmup_steps", "hub_model_id", "revision_of_model", "lora_model_dir"}
+    assert (config["rl"], config["spin"]) == ("spin", {"iterations": 3})
+    assert ("plugins" in config) is not discovers_plugins()
+    assert config["datasets"] == sft["datasets"]
+    assert "there is no model in outputs/sft yet" in done.output
+
+
+def test_adapter_goes_on_from_the_sfts_adapter(tmp_path: Path, sft: dict[str, Any]) -> None:
+    lora = {"adapter": "lora", "lora_r": 8, "learning_rate": 2e-4, "revision_of_model": "abc", "warmup_ratio": 0.03}
+    _, config = written(tmp_path, sft | lora)
+    assert (config["base_model"], config["lora_model_dir"]) == ("org/base", "./outputs/sft")
+    assert (config["adapter"], config["lora_r"], config["revision_of_model"]) == ("lora", 8, "abc")
+    assert config["learning_rate"] == pytest.approx(1e-5)
+    assert config["warmup_ratio"] == 0.03
+
+
+@pytest.mark.parametrize(("rate", "adapter", "expected"), [(1e-3, None, 5e-6), (1e-2, "lora", 1e-4)])
+def test_learning_rate_is_never_one_that_is_warned_of(
+    tmp_path: Path, sft: dict[str, Any], rate: float, adapter: str | None, expected: float
+) -> None:
+    changes = spin_changes(sft | {"learning_rate": rate, "adapter": adapter}, tmp_path)
+    assert changes["learning_rate"] == pytest.approx(expected)
+
+
+COMMENTED = """# our SFT
+base_model: org/base  # the base
+learning_rate: 2e-5 # tuned
+warmup_steps: 10 # goes
+datasets:
+  # the good ones
+  - path: {data}
+    ds_type: json
+    type: chat_template
+output_dir: outputs/sft
+"""
+
+
+def test_comments_and_order_stay(tmp_path: Path, sft: dict[str, Any]) -> None:
+    text = COMMENTED.format(data=sft["datasets"][0]["path"])
+    done, _ = written(tmp_path, {}, text)
+    assert done.exit_code == 0, done.output
+    changed = (tmp_path / "sft-spin.yml").read_text()
+    assert changed.startswith("# our SFT\nbase_model: outputs/sft  # the base\nlearning_rate: 1.0e-06 # tuned\n")
+    assert "  # the good ones\n" in changed
+    assert "warmup_steps" not in changed
+
+
+def test_edit_of_values_that_span_lines() -> None:
+    text = "a:\n  - 1\n  - 2\nb: {c: 1}\n\n# about d\nd: |\n  x\n  y\ne: 5"
+    changes = {"a": 3, "b": None, "d": [1], "f": {"g": 1}, "h": None}
+    assert yaml.safe_load(edit(text, changes)) == {"a": 3, "d": [1], "e": 5, "f": {"g": 1}}
+    assert "# about d" in edit(text, changes)
+
+
+def test_what_was_written_is_a_spin_configuration(tmp_path: Path, sft: dict[str, Any]) -> None:
+    _, config = written(tmp_path, sft | {"output_dir": str(tmp_path / "sft")})
+    assert lower(config).spin.iterations == 3
+
+
+def test_existing_file_is_left_alone(tmp_path: Path, sft: dict[str, Any]) -> None:
+    (tmp_path / "sft-spin.yml").write_text("mine")
+    done, _ = written(tmp_path, sft)
+    assert done.exit_code == 1
+    assert "sft-spin.yml exists" in done.output
+    assert (tmp_path / "sft-spin.yml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"output_dir": None}, "output_dir is missing"),
+        ({"rl": "dpo"}, "`rl: dpo` is no SFT configuration"),
+        ({"reward_model": True}, "reward_model: cannot be used"),
+        ({"datasets": [{"path": "nowhere.jsonl", "type": "alpaca"}]}, "nowhere.jsonl does not exist"),
+    ],
+)
+def test_what_is_no_sft_or_cannot_be_spin_is_refused_at_once(
+    tmp_path: Path, sft: dict[str, Any], change: dict[str, Any], told: str
+) -> None:
+    done, config = written(tmp_path, sft | change)
+    assert done.exit_code == 1
+    assert told in done.output
+    assert not config
+
+
+def test_starter_is_a_complete_configuration(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, chat_data: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert invoke("init").exit_code == 0
+    config = yaml.safe_load((tmp_path / "spin.yml").read_text())
+    assert ("plugins" in config) is not discovers_plugins()
+    config["datasets"][0]["path"] = str(chat_data)
+    config["base_model"] = str(llama)
+    assert lower(config).spin.iterations == 3
+
+
+# --- setup -------------------------------------------------------------------------------------
+
+
+def test_environment_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env/precious").touch()
+    done = invoke("setup", "--path", tmp_path / "env")
+    assert done.exit_code == 1
+    assert "was not made by this command" in done.output
+    assert (tmp_path / "env/precious").exists()
+
+
+def test_environment_that_is_complete_is_left_alone(vllm_python: Path) -> None:
+    """The one beside the checkout, made with Ray: complete with Ray and without."""
+    folder = vllm_python.parents[1]
+    before = (folder / "made-from").stat().st_mtime_ns
+    for options in ([], ["--ray"]):
+        done = invoke("setup", "--path", folder, *options)
+        assert done.exit_code == 0, done.output
+        assert "is ready" in done.output
+    assert (folder / "made-from").stat().st_mtime_ns == before
+
+
+# --- config-schema -----------------------------------------------------------------------------
+
+
+def test_schema_has_axolotls_keys_and_ours(tmp_path: Path) -> None:
+    assert invoke("config-schema", "--output", tmp_path / "schema.json").exit_code == 0
+    schema = json.loads((tmp_path / "schema.json").read_text())
+    assert {"base_model", "datasets", "vllm", "rl", "spin"} <= schema["properties"].keys()
+    block, generation = schema["$defs"]["SpinArgs"], schema["$defs"]["GenerationArgs"]
+    assert block["properties"].keys() == SpinArgs.model_fields.keys()
+    assert generation["properties"].keys() == GenerationArgs.model_fields.keys()
+    assert all(field["description"] for field in block["properties"].values())
+    assert {"const": "spin"} in schema["properties"]["rl"]["anyOf"]
+
+
+def test_schema_of_one_key() -> None:
+    done = invoke("config-schema", "--field", "spin")
+    assert "SpinArgs" in json.loads(done.output)["properties"]["spin"]["anyOf"][0]["$ref"]
+    assert invoke("config-schema", "--field", "spinn").exit_code == 1
