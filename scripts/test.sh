@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set everything up, then run all checks and tests.
 #
-#   scripts/test.sh                       # everything, about an hour on two cores
+#   scripts/test.sh                       # everything on two cores
 #   scripts/test.sh -m 'not slow'         # arguments go to pytest: only what takes seconds
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,4 +11,5 @@ source "${VENV:-.venv}/bin/activate"
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+# the order of the collection is kept: slow tests come first (tests/conftest.py)
+python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"

@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-# huggingface_hub reads its variables once, when `tiny` imports transformers.
-os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1"}
+# huggingface_hub and torch read their variables once, when `tiny` imports them. Tiny models gain nothing from a second
+# thread, and two threads wait long for each other where another test has one of the cores.
+os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
 
 from tiny import chat_rows, make_model, write_jsonl
 
@@ -22,6 +23,15 @@ sys.path.insert(0, str(ROOT))
 
 # What a machine with GPUs has; Axolotl's validators ask for it.
 GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For pytest-xdist with `--dist loadgroup`: the slow tests of a file, which share its costly fixtures, go to one
+    worker, and before all others, which then fill up the time."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class Finished:
 def run_command(*command: str | Path, folder: Path, environment: Mapping[str, str] | None = None) -> Finished:
     """Run a command in `folder` with the test interpreter's `bin` first on PATH."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    variables = os.environ | {"PATH": path, "OMP_NUM_THREADS": "2"} | dict(environment or {})
+    variables = os.environ | {"PATH": path} | dict(environment or {})
     done = subprocess.run(
         [str(part) for part in command],
         cwd=folder,
@@ -69,10 +79,8 @@ def play(command: Callable[..., Finished]) -> Callable[[Path, list[tuple[Path, i
         file = folder / "jobs.json"
         file.write_text(json.dumps(listed))
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-        done = command(
-            sys.executable, ROOT / "tests/several_processes.py", file, folder=folder, environment=environment
-        )
+        harness = ROOT / "tests/several_processes.py"
+        done = command(sys.executable, harness, file, folder=folder, environment={"PYTHONPATH": paths})
         logs = [log for config, _ in dict(jobs).items() for log in sorted(config.parent.glob("rank-*.log"))]
         telling = [log.read_text()[-2500:] for log in logs if re.search("rror", log.read_text())]
         assert done.code == 0, "\n".join([done.output[-2000:], *telling])

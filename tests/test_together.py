@@ -68,7 +68,7 @@ def together(tmp_path_factory: pytest.TempPathFactory, llama: Path, command: Cal
         job = {"config": str(write_config(folder / name, config | {"output_dir": str(run)})), "processes": 2}
         jobs += [job | {"kill": 1}, job | {"kill": 0}, job] if name == "killed" else [job]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {"PYTHONPATH": str(ROOT)}
     harness = ROOT / "tests/several_processes.py"
     done = command(sys.executable, harness, folder / "jobs.json", folder=folder, environment=environment)
     assert done.code == 1, f"one of them is refused\n{done.output[-3000:]}"
