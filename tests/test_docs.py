@@ -1,39 +1,55 @@
-"""What stands in README and docs is true: the reference is the model's, and every name in it exists."""
+"""What stands in README and docs is true: what is generated is up to date, and every name in it exists."""
 
 import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
+from spin_plugin.cli.init import STARTER
 
-def test_reference_is_generated_from_the_model() -> None:
-    check = [sys.executable, "scripts/make_reference.py", "--check"]
-    assert subprocess.run(check, cwd=ROOT, check=False).returncode == 0, "run `python scripts/make_reference.py`"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("script", ["scripts/make_reference.py", "scripts/tiny/plot.py"])
+def test_what_is_generated_is_up_to_date(script: str) -> None:
+    check = [sys.executable, script, "--check"]
+    assert subprocess.run(check, cwd=ROOT, check=False).returncode == 0, f"run `python {script}`"
 
 
 def test_every_path_the_documents_name_exists() -> None:
-    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    assert len(documents) > 2
-    for document in documents:
+    assert len(DOCUMENTS) > 6
+    for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         for path in re.findall(r"(?:spin_plugin|scripts|yaml_examples|tests|docs)/[\w./-]*\w", text):
             assert (ROOT / path).exists(), f"{document.name}: {path}"
 
 
-def test_file_map_of_the_readme_is_complete() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_every_link_within_the_documents_leads_somewhere() -> None:
+    """A file that exists and, behind `#`, one of its headings."""
+    followed = 0
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+            path, _, anchor = link.partition("#")
+            target = document.parent / path if path else document
+            assert target.exists(), f"{document.name}: {link}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+                anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+                assert anchor in anchors, f"{document.name}: {link}"
+            followed += 1
+    assert followed > 20
+
+
+def test_file_map_is_complete() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     modules = [*(ROOT / "spin_plugin").rglob("*.py"), *(ROOT / "scripts").glob("*.sh"), *ROOT.glob("yaml_examples/*")]
     missing = [path.name for path in modules if path.name != "__init__.py" and path.name not in text]
     assert not missing
 
 
-def test_every_test_of_the_fault_table_exists() -> None:
-    named = re.findall(r"`(test_\w+)`", (ROOT / "docs/faults.md").read_text(encoding="utf-8"))
-    tests = {
-        name
-        for file in (ROOT / "tests").glob("test_*.py")
-        for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
-    }
-    assert len(named) > 20
-    assert not set(named) - tests
+def test_the_readme_shows_the_starter_as_it_is() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks == [STARTER.read_text(encoding="utf-8")]

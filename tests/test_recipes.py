@@ -1,88 +1,177 @@
 """Every YAML of yaml_examples/: found by glob, lowered and validated by Axolotl, and played with a tiny model.
 
-The tiny recipe is played by test_quickstart.py, all others here: two iterations with their own keys, on a random model
-of the same architecture; those for several GPUs on two processes, ZeRO-3 and FSDP2 as the recipe says. What a CPU
-cannot is in `ON_CPU`; what lies below the `axolotl` command is in several_processes.py.
+The tiny recipe is played by test_quickstart.py, all others here with their own keys, on a random model of the same
+architecture that lies where the recipe names its model, and on data with UltraChat's files and columns; those for
+several GPUs on two processes, ZeRO-3 and FSDP2 as the recipe says. What a CPU cannot is in `ON_CPU`; what lies below
+the `axolotl` command is in several_processes.py.
 """
 
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from axolotl.integrations.base import PluginManager
+from click.testing import CliRunner
 from conftest import GPU, ROOT
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from tiny import byte_tokenizer, chat_rows, make_model, write_config, write_jsonl
+from transformers import AutoModelForCausalLM
 
+from spin_plugin.cli.init import init
 from spin_plugin.iteration import open_pairs
-from spin_plugin.lowering import lower
 from spin_plugin.run import RunDir
 
-RECIPES = sorted((ROOT / "yaml_examples").glob("*.yml"))
-SPIN_RECIPES = [path for path in RECIPES if yaml.safe_load(path.read_text()).get("rl") == "spin"]
+EXAMPLES = ROOT / "yaml_examples"
+RECIPES = sorted(EXAMPLES.glob("*.yml"))
+
+
+def recipe(name: str) -> dict[str, Any]:
+    return yaml.safe_load((EXAMPLES / name).read_text())
+
+
+SPIN = [path.name for path in RECIPES if recipe(path.name).get("rl") == "spin"]
+SFT = [path.name for path in RECIPES if path.name not in SPIN]
+PAIRS = {name: name.replace("sft-", "spin-") for name in SFT if name != "sft-tiny.yml"}
 
 
 def test_there_are_recipes() -> None:
-    names = {path.name for path in SPIN_RECIPES}
-    assert {"spin-tiny.yml", "spin-zephyr.yml", "spin-llama-8b-lora.yml", "spin-llama-8b-fsdp2.yml"} <= names
-    assert {"spin-qwen3-4b-qlora.yml", "spin-multi-turn.yml", "spin-from-sft.yml"} <= names
+    assert len(SPIN) > 4
+    assert len(PAIRS) > 2
+    assert {*PAIRS.values()} <= {*SPIN}
 
 
-@pytest.mark.parametrize("path", SPIN_RECIPES, ids=lambda path: path.name)
-def test_recipe_says_what_it_is_for(path: Path) -> None:
-    """Which machine, how much memory, and how long."""
-    opening = path.read_text().partition("base_model:")[0]
+@pytest.mark.parametrize("name", [*SPIN, *PAIRS])
+def test_recipe_says_what_it_is_for(name: str) -> None:
+    """Which machine, how much memory, and the command."""
+    opening = (EXAMPLES / name).read_text().partition("base_model:")[0]
     assert all(line.startswith("#") for line in opening.splitlines())
-    assert "Machine: " in opening
-    assert re.search(r"\d GB", opening)
-    assert re.search(r"Expected[^.]*(hour|minute|epoch)", opening)
+    assert re.search(r"Machine: .*\d GB", opening)
+    if name != "spin-tiny.yml":
+        assert f"train yaml_examples/{name}" in opening
 
 
-@pytest.mark.parametrize("path", SPIN_RECIPES, ids=lambda path: path.name)
-def test_recipe_is_lowered_and_valid(
-    path: Path, registered: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def validated(config: dict[str, Any]) -> Any:
+    """A configuration as Axolotl loads its plugins and validates it on a machine with eight GPUs."""
+    from axolotl.cli.config import prepare_plugins
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
-    from axolotl.utils.schemas.config import AxolotlInputConfig
 
-    monkeypatch.chdir(ROOT)
-    cfg = DictDefault(yaml.safe_load(path.read_text()) | {"output_dir": str(tmp_path)})
-    for dataset in cfg["datasets"]:  # quickstart.sh makes the tiny data
-        if dataset["path"].startswith("outputs/"):
-            dataset["path"] = str(write_jsonl(tmp_path / "data.jsonl", chat_rows(2)))
-    lower(cfg, AxolotlInputConfig.model_fields)
-    valid = validate_config(cfg, capabilities=GPU, env_capabilities={"torch_version": "2.13.0"})
+    cfg = DictDefault(config)
+    prepare_plugins(cfg)
+    return validate_config(cfg, capabilities=GPU, env_capabilities={"torch_version": "2.13.0"})
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory in which recipes find the files that they name, and no plugin loaded yet."""
+    (tmp_path / "yaml_examples").symlink_to(EXAMPLES)
+    (tmp_path / "outputs/tiny/data").mkdir(parents=True)
+    write_jsonl(tmp_path / "outputs/tiny/data/sft.jsonl", chat_rows(2))  # quickstart.sh makes it
+    monkeypatch.chdir(tmp_path)
+    PluginManager._instance = None
+    yield tmp_path
+    PluginManager._instance = None
+
+
+@pytest.mark.parametrize("name", SPIN)
+def test_recipe_is_lowered_and_valid(name: str, folder: Path) -> None:
+    place_models(recipe(name), folder)
+    valid = validated(recipe(name))
     assert valid.spin_iteration == 0
-    assert valid.spin["iterations"] == yaml.safe_load(path.read_text())["spin"]["iterations"]
+    assert valid.spin["iterations"] == recipe(name)["spin"]["iterations"]
     assert valid.rl is None
 
 
+@pytest.mark.parametrize("name", SFT)
+def test_sft_recipe_is_valid(name: str, folder: Path) -> None:
+    assert validated(recipe(name)).output_dir == recipe(name)["output_dir"]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_init_makes_the_spin_recipe_out_of_the_sft_recipe(name: str, folder: Path) -> None:
+    """Down to the choices of the game; SPIN does without packing, so there it may stay."""
+    made = initialised(name, folder)
+    expected = recipe(PAIRS[name])
+    assert float(made["learning_rate"]) == float(expected["learning_rate"])
+    own = {"plugins", "spin", "sample_packing", "learning_rate"}
+    assert {key: value for key, value in made.items() if key not in own} == {
+        key: value for key, value in expected.items() if key not in own
+    }
+    place_models(made, folder)
+    assert validated(made).spin_iteration == 0
+
+
+def initialised(name: str, folder: Path) -> dict[str, Any]:
+    """What `axolotl spin init` makes of an SFT recipe."""
+    target = folder / "made.yml"
+    done = CliRunner().invoke(init, [str(EXAMPLES / name), "--output", str(target)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return yaml.safe_load(target.read_text())
+
+
 def test_tiny_recipe_is_the_sft_recipe_plus_the_three_additions() -> None:
-    sft, spin = (yaml.safe_load((ROOT / "yaml_examples" / f"{name}-tiny.yml").read_text()) for name in ("sft", "spin"))
-    own = {"base_model", "output_dir", "plugins", "rl", "spin", "learning_rate", "num_epochs", "save_strategy",
+    sft, spin = recipe("sft-tiny.yml"), recipe("spin-tiny.yml")
+    own = {"base_model", "output_dir", "plugins", "rl", "spin", "vllm", "learning_rate", "num_epochs", "save_strategy",
            "save_total_limit", "dataset_prepared_path"}  # fmt: skip
     assert {key: value for key, value in sft.items() if key not in own} == {
         key: value for key, value in spin.items() if key not in own
     }
 
 
-# Architecture and number of processes.
+def ultrachat(folder: Path) -> Path:
+    """A dataset with the splits, files and columns of UltraChat-200k: 200 conversations of two turns to train on."""
+    conversations = [
+        {"prompt": row["messages"][0]["content"], "prompt_id": f"{number:064x}", "messages": row["messages"]}
+        for number, row in enumerate(chat_rows(202, turns=2))
+    ]
+    (folder / "data").mkdir(parents=True)
+    for split, rows in {"train_sft": conversations[:200], "test_sft": conversations[200:]}.items():
+        Dataset.from_list(rows).to_parquet(folder / f"data/{split}-00000-of-00001.parquet")
+    return folder
+
+
+def place_models(config: dict[str, Any], folder: Path, architecture: str = "llama") -> None:
+    """Put a tiny model, and an adapter, where a configuration names them; paths are relative to `folder`."""
+    # bitsandbytes 0.50 packs 4-bit weights on a CPU in blocks of 64
+    model = make_model(folder / config["base_model"], architecture, intermediate_size=128)
+    if adapter := config.get("lora_model_dir"):
+        kind = LoraConfig(
+            r=config["lora_r"],
+            lora_alpha=config["lora_alpha"],
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+            init_lora_weights=False,
+        )
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model), kind).save_pretrained(folder / adapter)
+
+
+@dataclass(frozen=True)
+class Play:
+    """How a recipe is played."""
+
+    architecture: str
+    processes: int = 1
+    iterations: int = 1
+
+
 PLAYED = {
-    "spin-zephyr.yml": ("mistral", 2),
-    "spin-llama-8b-lora.yml": ("llama", 1),
-    "spin-llama-8b-fsdp2.yml": ("llama", 2),
-    "spin-qwen3-4b-qlora.yml": ("qwen3", 1),
-    "spin-multi-turn.yml": ("qwen2", 1),
-    "spin-from-sft.yml": ("qwen2", 1),
+    "spin-zephyr.yml": Play("mistral", processes=2, iterations=2),
+    "spin-lora-24gb.yml": Play("qwen2", iterations=2),
+    "spin-qlora-16gb.yml": Play("qwen2"),
+    "spin-full-80gb.yml": Play("qwen2"),
+    "spin-fsdp2-8x80gb.yml": Play("qwen3", processes=2),
+    "sft-lora-24gb.yml": Play("qwen2"),  # what `axolotl spin init` makes of it
 }
 ON_CPU = {
     "bf16": False,
     "tf32": False,
-    "attn_implementation": "sdpa",
     "dataset_num_proc": 1,
     "sequence_len": 192,
     "gradient_accumulation_steps": 2,
@@ -90,61 +179,81 @@ ON_CPU = {
 }
 
 
-def scaled_down(name: str, folder: Path) -> dict[str, Any]:
-    """A recipe's own keys with another model, other data and lengths, and no GPU-only formats."""
-    recipe = yaml.safe_load((ROOT / "yaml_examples" / name).read_text())
-    recipe |= ON_CPU | {"output_dir": str(folder / "run")}
-    # bitsandbytes 0.50 packs 4-bit weights on a CPU in blocks of 64
-    recipe["base_model"] = str(make_model(folder / "model", PLAYED[name][0], intermediate_size=128))
-    recipe.pop("revision_of_model", None)
-    (dataset,) = recipe["datasets"]
-    dataset.pop("split", None)
-    dataset |= {"path": str(folder / "data.jsonl"), "ds_type": "json"}
-    if dataset["type"] == "alpaca":
-        rows = [{"instruction": f"count {n}", "input": "", "output": f"{n}, {n + 1}"} for n in range(16)]
-    else:
-        rows = chat_rows(16, turns=2)
-        recipe |= {"chat_template": "chatml", "eot_tokens": ["<|im_end|>"]}
-    write_jsonl(folder / "data.jsonl", rows)
-    if "deepspeed" in recipe:
-        recipe["deepspeed"] = json.loads((ROOT / recipe["deepspeed"]).read_text()) | {"bf16": {"enabled": False}}
-    recipe["spin"]["num_prompts"] = 12
-    generation = {"max_tokens": 12, "vllm_kwargs": {"kv_cache_memory_bytes": 64 << 20}}
-    recipe["spin"]["generation"] = recipe["spin"].get("generation", {}) | generation
-    return recipe
+def scaled_down(config: dict[str, Any], data: Path) -> dict[str, Any]:
+    """A recipe with UltraChat's likeness, fewer prompts and short lengths, and no GPU-only formats."""
+    config = config | ON_CPU
+    config.pop("revision_of_model", None)
+    config["datasets"][0]["path"] = str(data)
+    if config["chat_template"] == "tokenizer_default":  # the tiny tokenizer has none
+        config |= {"chat_template": "chatml", "eot_tokens": ["<|im_end|>"]}
+    if "deepspeed" in config:
+        config["deepspeed"] = json.loads((ROOT / config["deepspeed"]).read_text()) | {"bf16": {"enabled": False}}
+    config["spin"] |= {
+        "num_prompts": 12,
+        "generation": {"max_tokens": 12, "vllm_kwargs": {"kv_cache_memory_bytes": 64 << 20}},
+    }
+    return config
 
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory, play: Callable[..., None]) -> Path:
-    """A folder with the run of each recipe."""
+    """A folder with the run of each recipe in a folder of its name."""
     folder, jobs = tmp_path_factory.mktemp("recipes"), []
-    for name, (_, processes) in PLAYED.items():
+    data = ultrachat(folder / "ultrachat")
+    for name, how in PLAYED.items():
         own = folder / name
         own.mkdir()
-        jobs += 2 * [(write_config(own, scaled_down(name, own)), processes)]
+        config = scaled_down(recipe(name) if name in SPIN else initialised(name, own), data)
+        place_models(config, own, how.architecture)
+        jobs += how.iterations * [(write_config(own, config), how.processes)]
     play(folder, jobs)
     return folder
 
 
+def run_of(name: str, played: Path) -> RunDir:
+    config = yaml.safe_load((played / name / "config.yml").read_text())
+    return RunDir(played / name / config["output_dir"])
+
+
 def test_every_recipe_is_played() -> None:
-    assert {path.name for path in SPIN_RECIPES} == {*PLAYED, "spin-tiny.yml"}
+    assert {*SPIN} - {*PLAYED} == {"spin-tiny.yml"}
+
+
+def test_ultrachat_goes_through_the_dataset_block_of_the_paper_s_run(folder: Path) -> None:
+    """Only the dataset's path differs; of each conversation in the split the first turn is left."""
+    from axolotl.utils.config import normalize_config
+
+    from spin_plugin.args import SpinArgs
+    from spin_plugin.real import prepare_real
+
+    config = scaled_down(recipe("spin-zephyr.yml"), ultrachat(folder / "ultrachat"))
+    assert config["datasets"] == [{**recipe("spin-zephyr.yml")["datasets"][0], "path": str(folder / "ultrachat")}]
+    place_models(config, folder)
+    cfg = validated(config)
+    normalize_config(cfg)
+    real = prepare_real(cfg, RunDir(folder / "run"), SpinArgs(turns=config["spin"]["turns"]))
+    decode = byte_tokenizer().decode
+    assert {decode(row["prompt"]): decode(row["real"]) for row in real.train} == {
+        f"<|im_start|>user\ncount {n}<|im_end|>\n<|im_start|>assistant\n": f"{n} comes before {n + 1}<|im_end|>"
+        for n in range(200)
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLAYED)
-def test_recipe_plays_two_iterations(played: Path, name: str) -> None:
-    """With its own keys, the first loss of both ln 2: the policy is the opponent."""
-    recipe = yaml.safe_load((ROOT / "yaml_examples" / name).read_text())
-    run = RunDir(played / name / "run")
-    assert run.finished() == 2
-    for number in (0, 1):
+def test_recipe_plays(played: Path, name: str) -> None:
+    """With its own keys; the first loss of each iteration is ln 2: the policy is the opponent."""
+    config = yaml.safe_load((played / name / "config.yml").read_text())
+    run, iterations = run_of(name, played), PLAYED[name].iterations
+    assert run.finished() == iterations
+    for number in range(iterations):
         first = run.iteration(number).logged()[0]
         assert first["spin/loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert first["spin/reward_margin"] == pytest.approx(0, abs=1e-5)
         resolved = yaml.safe_load(run.iteration(number).config.read_text())
-        assert resolved["optimizer"] == recipe["optimizer"]
-        schedule = recipe["spin"].get("schedule") or [{}, {}]
-        assert float(resolved["learning_rate"]) == float(schedule[number].get("learning_rate", recipe["learning_rate"]))
+        assert resolved["optimizer"] == config["optimizer"]
+        scheduled = config["spin"].get("schedule", [{}] * iterations)[number]
+        assert float(resolved["learning_rate"]) == float(scheduled.get("learning_rate", config["learning_rate"]))
         pairs = open_pairs(run.iteration(number)).train
         assert len({(pair["example"], pair["iteration"]) for pair in pairs}) == 12 * (number + 1)
 
@@ -154,7 +263,7 @@ def test_turns_of_the_recipes(played: Path) -> None:
     """The paper's first turns alone have no answer before them, all turns do."""
     end = byte_tokenizer().convert_tokens_to_ids("<|im_end|>")
     answers = {
-        name: {list(pair["prompt"]).count(end) for pair in open_pairs(RunDir(played / name / "run").iteration(0)).train}
-        for name in ("spin-zephyr.yml", "spin-multi-turn.yml")
+        name: {list(pair["prompt"]).count(end) for pair in open_pairs(run_of(name, played).iteration(0)).train}
+        for name in ("spin-zephyr.yml", "spin-lora-24gb.yml")
     }
-    assert answers == {"spin-zephyr.yml": {1}, "spin-multi-turn.yml": {1, 3}}
+    assert answers == {"spin-zephyr.yml": {1}, "spin-lora-24gb.yml": {1, 3}}

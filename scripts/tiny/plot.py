@@ -1,0 +1,62 @@
+"""Draws docs/tiny.svg from the first table of docs/measurements.md: the tiny run's exact match, iteration by iteration.
+
+python scripts/tiny/plot.py            # writes the picture
+python scripts/tiny/plot.py --check    # exit code 1 if the picture is not that of the table
+"""
+
+import re
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PICTURE = DOCS / "tiny.svg"
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 240, 44, 122, 16, 32
+LOWEST, HIGHEST = 50, 90  # percent
+SERIES = {"in-domain": "#1f6feb", "out-of-domain": "#d1570a"}
+
+Row = tuple[str, list[float]]
+
+
+def rows(measurements: str) -> list[Row]:
+    """Model, and its exact match in the order of `SERIES`, of every line of the tiny run's table."""
+    lines = re.findall(r"^\| (SFT start|iteration \d+) \| ([\d.]+) \| ([\d.]+) \|", measurements, re.MULTILINE)
+    return [(name, [float(inside), float(outside)]) for name, inside, outside in lines]
+
+
+def draw(table: list[Row]) -> str:
+    """The picture as SVG. Gray text and lines are readable on white and on black."""
+    step = (WIDTH - LEFT - RIGHT) / (len(table) - 1)
+    across = [LEFT + number * step for number in range(len(table))]
+    parts = []
+    for percent in range(LOWEST, HIGHEST + 1, 10):
+        y = height_of(percent)
+        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#888" stroke-opacity="0.3"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{percent}%</text>')
+    for x, (name, _) in zip(across, table, strict=True):
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{name}</text>')
+    for number, (name, color) in enumerate(SERIES.items()):
+        heights = [height_of(values[number]) for _, values in table]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, heights, strict=True))
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
+        end = f"{name} {table[-1][1][number]:.1f}%"
+        parts.append(
+            f'<text x="{across[-1] + 8:.1f}" y="{heights[-1] + 2 + 6 * number:.1f}" style="fill:{color}">{end}</text>'
+        )
+    size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12" fill="#888">'
+    return "\n".join([opening, *parts, "</svg>"]) + "\n"
+
+
+def height_of(percent: float) -> float:
+    return TOP + (HIGHEST - percent) / (HIGHEST - LOWEST) * (HEIGHT - TOP - BOTTOM)
+
+
+def main() -> None:
+    picture = draw(rows((DOCS / "measurements.md").read_text(encoding="utf-8")))
+    if "--check" in sys.argv[1:]:
+        sys.exit(PICTURE.read_text(encoding="utf-8") != picture)
+    PICTURE.write_text(picture, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
