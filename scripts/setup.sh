@@ -4,7 +4,7 @@
 #   scripts/setup.sh          # arguments go to `axolotl spin setup`: --ray adds Ray
 #
 # The first Python of 3.12, 3.13 and 3.11 that runs is taken, and with it the newest Axolotl that it can have: 0.21, on
-# Python 3.11 0.19. PYTHON names another, VENV another folder than .venv. With an NVIDIA GPU one environment
+# Python 3.11 0.19. PYTHON names another, VENV another folder than .venv; a later run keeps its Python. With an NVIDIA GPU one environment
 # holds everything. Without one vLLM's CPU build needs its own, because its pins clash with Axolotl's. What is complete
 # is left alone, so a second run takes a moment; an interrupted one starts over.
 set -euo pipefail
@@ -30,6 +30,10 @@ find_python() {
     if [ -n "${PYTHON:-}" ]; then
         runs "$PYTHON" || fail "PYTHON=$PYTHON does not run, or is not Python 3.11 to 3.13"
         python=$PYTHON
+        return
+    fi
+    if runs "$venv/bin/python"; then # an environment keeps its Python
+        python=$("$venv/bin/python" -c 'import sys; print(sys._base_executable)')
         return
     fi
     for name in python3.12 python3.13 python3.11 python3 python; do  # 3.12 first: everything has wheels for it

@@ -2,18 +2,36 @@
 
 import json
 import math
+import shutil
+import sys
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, Finished
 
 pytestmark = pytest.mark.slow
+NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", "outputs", "*.egg-info", ".*_cache", ".hypothesis", "__pycache__")
 
 
-def test_quickstart_ends_in_a_better_model_and_a_second_run_changes_nothing(command: Callable[..., Finished]) -> None:
-    done = command(ROOT / "scripts/quickstart.sh", folder=ROOT)
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy in which nothing was run yet, beside vLLM's environment; Axolotl's is the one of this test."""
+    checkout = tmp_path / "spin-plugin"
+    shutil.copytree(ROOT, checkout, ignore=NOT_COPIED)
+    (checkout / ".venv-vllm").symlink_to(ROOT / ".venv-vllm")
+    return checkout
+
+
+def test_quickstart_ends_in_a_better_model_and_a_second_run_changes_nothing(
+    checkout: Path, command: Callable[..., Finished]
+) -> None:
+    here = {"VENV": sys.prefix}
+    done = command(checkout / "scripts/quickstart.sh", folder=checkout, environment=here)
     assert done.code == 0, done.output[-3000:]
-    run = ROOT / "outputs/spin-tiny"
+    assert f"axolotl {version('axolotl')}" in done.output
+    run = checkout / "outputs/spin-tiny"
     summary = json.loads((run / "summary.json").read_text())
     assert [entry["iteration"] for entry in summary["iterations"]] == [0, 1, 2, 3]
     means = [(entry["in_domain"] + entry["out_of_domain"]) / 2 for entry in (summary["sft"], *summary["iterations"])]
@@ -24,7 +42,7 @@ def test_quickstart_ends_in_a_better_model_and_a_second_run_changes_nothing(comm
         assert first["spin/reward_margin"] == pytest.approx(0, abs=1e-6)
 
     before = {path: path.read_bytes() for path in (run / "run.json", run / "summary.json")}
-    again = command(ROOT / "scripts/quickstart.sh", folder=ROOT)
+    again = command(checkout / "scripts/quickstart.sh", folder=checkout, environment=here)
     assert again.code == 0
     assert "all 4 iterations" in again.output
     assert {path: path.read_bytes() for path in before} == before
