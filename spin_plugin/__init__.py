@@ -1,4 +1,4 @@
-"""SPIN (Self-Play Fine-Tuning, arXiv 2401.01335) for Axolotl: `plugins: [spin_plugin.SpinPlugin]`."""
+"""SPIN (Self-Play Fine-Tuning, arXiv 2401.01335) for Axolotl: `rl: spin`."""
 
 from typing import Any
 

@@ -345,7 +345,8 @@ def announce(cfg: Any, lowered: Lowered) -> None:
         lowered: what it was lowered from.
     """
     number, spin = lowered.iteration, lowered.spin
-    opponent = lowered.config["base_model"] if number == 0 else f"the model of iteration {number - 1}"
+    adapter = f" with the adapter {cfg.lora_model_dir}" if cfg.adapter and cfg.lora_model_dir else ""
+    opponent = f"{lowered.config['base_model']}{adapter}" if number == 0 else f"the model of iteration {number - 1}"
     say(f"iteration {number} of 0…{spin.iterations - 1}, opponent: {opponent}")
     if number == 0 and (mixed := min(spin.history_iterations, spin.iterations - 1)):
         say(

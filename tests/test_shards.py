@@ -436,5 +436,5 @@ def test_environment_without_vllm_is_named(nowhere: Path) -> None:
 def test_no_vllm_at_all_names_every_way_out(nowhere: Path) -> None:
     with pytest.raises(SpinError) as caught:
         vllm_python(None)
-    for way in ("scripts/setup.sh", ".venv-vllm", "spin.generation.vllm_python", "SPIN_VLLM_PYTHON"):
+    for way in ("scripts/setup.sh", "axolotl spin setup", "spin.generation.vllm_python", "SPIN_VLLM_PYTHON"):
         assert way in str(caught.value)

@@ -9,10 +9,7 @@ from pathlib import Path
 from spin_plugin.messages import SpinError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-HOW_TO_GET_ONE = (
-    "make an environment for it with `scripts/setup.sh` of spin-plugin, or with "
-    "`python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm`"
-)
+HOW_TO_GET_ONE = "make an environment for it with `axolotl spin setup` (in a checkout: `scripts/setup.sh`)"
 
 
 def vllm_python(configured: str | None) -> Path:
