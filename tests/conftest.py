@@ -2,12 +2,12 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For pytest-xdist with `--dist loadgroup`: the slow tests of a file, which share its costly fixtures, go to one
     worker, and before all others, which then fill up the time."""
@@ -70,20 +71,47 @@ def command() -> Callable[..., Finished]:
     return run_command
 
 
-@pytest.fixture(scope="session")
-def play(command: Callable[..., Finished]) -> Callable[[Path, list[tuple[Path, int]]], None]:
-    """Play jobs, each a configuration and a number of processes, with one import of Axolotl (several_processes.py)."""
+Jobs = Callable[[list[dict[str, Any]]], dict[str, int]]
 
-    def play(folder: Path, jobs: list[tuple[Path, int]]) -> None:
-        listed = [{"config": str(config), "processes": processes} for config, processes in jobs]
-        file = folder / "jobs.json"
-        file.write_text(json.dumps(listed))
-        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        harness = ROOT / "tests/several_processes.py"
-        done = command(sys.executable, harness, file, folder=folder, environment={"PYTHONPATH": paths})
-        logs = [log for config, _ in dict(jobs).items() for log in sorted(config.parent.glob("rank-*.log"))]
-        telling = [log.read_text()[-2500:] for log in logs if re.search("rror", log.read_text())]
-        assert done.code == 0, "\n".join([done.output[-2000:], *telling])
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    """Play jobs with one import of Axolotl for all tests (several_processes.py); returns the exit codes of those that
+    failed, by their configurations."""
+    log = tmp_path_factory.mktemp("jobs") / "log"
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    with (
+        open(log, "w") as errors,
+        subprocess.Popen(
+            [sys.executable, ROOT / "tests/several_processes.py"],
+            env=os.environ | {"PYTHONPATH": paths},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            bufsize=1,
+        ) as server,
+    ):
+        assert server.stdin and server.stdout
+        orders, answers = server.stdin, server.stdout
+
+        def play(jobs: list[dict[str, Any]]) -> dict[str, int]:
+            orders.write(json.dumps(jobs) + "\n")
+            answer = answers.readline()
+            assert answer, log.read_text()[-3000:]
+            return json.loads(answer)
+
+        yield play
+
+
+@pytest.fixture(scope="session")
+def play(serve: Jobs) -> Callable[..., None]:
+    """Play jobs, each a configuration and a number of processes; keywords are of all of them. None may fail."""
+
+    def play(*jobs: tuple[Path, int], **more: Any) -> None:
+        failed = serve([{"config": str(config), "processes": processes} | more for config, processes in jobs])
+        logs = [log for config in failed for log in sorted(Path(config).parent.glob("rank-*.log"))]
+        assert not failed, "\n".join(log.read_text()[-2500:] for log in logs)
 
     return play
 

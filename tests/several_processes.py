@@ -1,16 +1,20 @@
-"""Axolotl's train command on several CPU processes, as `torchrun` would start them.
+"""Axolotl's commands on several CPU processes, as `torchrun` would start them.
 
-    python tests/several_processes.py JOBS.json        # [{"config": "a/config.yml", "processes": 2}, ...]
+    python tests/several_processes.py        # conftest.py's `serve` starts it, once for all tests of a worker
 
-Each job plays `axolotl.cli.train.do_cli(config)`, what `axolotl train` and its launchers call in each process. All jobs
-share one import of Axolotl: every rank is a fork of this process with the variables that torchrun sets. Where one
-rank fails the others of its job are ended, as torchrun does, and nothing that comes after it is played with the same
-config. A rank's output is added to `rank-N.log` beside the config. A job with `"kill": N` kills that rank when training
-has logged its first step, and no launcher ends the others.
+Each line of standard input is a list of jobs, `[{"config": "a/config.yml", "processes": 2}, ...]`, each of which plays
+`axolotl.cli.train.do_cli(config)`, what `axolotl train` and its launchers call in each process. `"command"` names
+another command, `"environment"` more variables. The answer is a line with the exit codes of those that failed, by their
+configs. All jobs share one import of Axolotl: every rank is a fork of this process with the variables that torchrun
+sets. Where one rank fails the others of its job are ended, as torchrun does, and nothing that comes after it in the
+line is played with the same config. A rank's output is added to `rank-N.log` beside the config. A job with `"kill": N`
+kills that rank when training has logged its first step, and no launcher ends the others.
 
 Axolotl 0.19 and accelerate take several processes for several GPUs. What differs from the command is `use_cpus`.
 """
 
+import gc
+import importlib
 import json
 import os
 import pickle
@@ -56,24 +60,25 @@ def use_cpus(*, sharded: bool) -> None:
     TorchBackend.all_gather_into_tensor = torch.no_grad()(TorchBackend.all_gather_into_tensor)
 
 
-def play(config: Path, processes: int, rank: int, port: int) -> None:
+def play(job: dict[str, Any], rank: int, port: int) -> None:
     """One rank of one job, in a process of its own."""
+    config, processes = Path(job["config"]), job["processes"]
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     log = os.open(config.parent / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.chdir(config.parent)
+    os.environ |= job.get("environment", {})
     sys.argv = ["axolotl"]
     settings = yaml.safe_load(config.read_text())
     if processes > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         use_cpus(sharded=bool(settings.get("fsdp_config") or settings.get("deepspeed")))
-    from axolotl.cli.train import do_cli
-
     if settings.get("use_ray"):
         as_ray_worker(config)
     else:
-        do_cli(str(config))
+        importlib.import_module(f"axolotl.cli.{job.get('command', 'train')}").do_cli(config=str(config))
 
 
 def as_ray_worker(config: Path) -> None:
@@ -98,17 +103,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(config: Path, processes: int) -> list[int]:
+def start(job: dict[str, Any]) -> list[int]:
     """Fork the ranks of a job; returns their process ids."""
     port, ranks = free_port(), []
-    for rank in range(processes):
+    for rank in range(job["processes"]):
         pid = os.fork()
         if pid:
             ranks.append(pid)
             continue
         code = 1
         try:
-            play(config, processes, rank, port)
+            play(job, rank, port)
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)
@@ -121,21 +126,21 @@ def start(config: Path, processes: int) -> list[int]:
     return ranks
 
 
-def wait(ranks: list[int]) -> bool:
-    """Whether all ranks came to a good end; when one does not, end the others."""
-    alive, good = set(ranks), True
+def wait(ranks: list[int]) -> int:
+    """The exit code of the first rank that failed, when the others are ended, or 0."""
+    alive, code = set(ranks), 0
     while alive:
         pid, status = os.wait()
         alive.discard(pid)
-        if status and good:
-            good = False
+        if status and not code:
+            code = os.waitstatus_to_exitcode(status)
             for other in alive:
                 os.kill(other, signal.SIGTERM)
-    return good
+    return code
 
 
-def kill_in_training(config: Path, ranks: list[int], killed: int) -> bool:
-    """Kill one rank alone after a step that no start before has logged. Whether all end, and none well."""
+def kill_in_training(config: Path, ranks: list[int], killed: int) -> int:
+    """Kill one rank alone after a step that no start before has logged. 0 if all end, and none well."""
     metrics = Path(yaml.safe_load(config.read_text())["output_dir"]) / "iteration-0/metrics.jsonl"
 
     def steps() -> int:
@@ -145,7 +150,8 @@ def kill_in_training(config: Path, ranks: list[int], killed: int) -> bool:
     while steps() <= before:
         time.sleep(0.01)
     os.kill(ranks[killed], signal.SIGKILL)
-    return all(os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks)
+    statuses = [os.waitpid(rank, 0)[1] for rank in ranks]
+    return int(not all(statuses))
 
 
 def import_axolotl() -> None:
@@ -160,18 +166,27 @@ def import_axolotl() -> None:
     import spin_plugin.trainer  # noqa: F401
 
 
-def main() -> None:
-    import_axolotl()
-    failed: set[str] = set()
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+def play_all(jobs: list[dict[str, Any]]) -> dict[str, int]:
+    """The exit codes of the jobs that failed."""
+    failed: dict[str, int] = {}
+    for job in jobs:
         config = job["config"]
         if config in failed:
             continue
-        ranks = start(Path(config), job["processes"])
-        good = kill_in_training(Path(config), ranks, job["kill"]) if "kill" in job else wait(ranks)
-        if not good:
-            failed.add(config)
-    sys.exit(len(failed))
+        ranks = start(job)
+        code = kill_in_training(Path(config), ranks, job["kill"]) if "kill" in job else wait(ranks)
+        if code:
+            failed[config] = code
+    return failed
+
+
+def main() -> None:
+    with os.fdopen(os.dup(1), "w", buffering=1) as answers:
+        os.dup2(2, 1)  # what Axolotl prints is no answer
+        import_axolotl()
+        gc.freeze()  # Axolotl collects garbage at every checkpoint: a second each time over all that was imported
+        for line in sys.stdin:
+            answers.write(json.dumps(play_all(json.loads(line))) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Finished
+from conftest import Jobs
 from safetensors.torch import load_file, save_file
 from tiny import chat_rows, spin_config, write_config, write_jsonl
 
-Command = Callable[..., Finished]
+from spin_plugin.versions import discovers_plugins
+
 Preprocess = Callable[[Path], str]
 
 
@@ -208,36 +209,30 @@ def test_an_iteration_that_is_all_warmup(
 
 
 @pytest.mark.slow
-def test_plugin_missing_from_the_list(tmp_path: Path, llama: Path, chat_data: Path, command: Command) -> None:
+@pytest.mark.skipif(discovers_plugins(), reason="Axolotl finds the plugin itself: test_other_runs.py")
+def test_plugin_missing_from_the_list(tmp_path: Path, llama: Path, chat_data: Path, serve: Jobs) -> None:
     """Without the plugin nobody lowers `rl: spin`: Axolotl itself refuses the value."""
-    write_config(tmp_path, spin_config(tmp_path, llama, chat_data, plugins=None))
-    done = command("axolotl", "train", "config.yml", "--launcher", "python", folder=tmp_path)
-    assert done.code != 0
+    refused = str(config(tmp_path, llama, chat_data, plugins=None))
+    assert refused in serve([{"config": refused, "processes": 1}])
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_vllm_refuses_to_start(
-    tmp_path: Path, llama: Path, chat_data: Path, command: Command, vllm_python: Path
+    tmp_path: Path, llama: Path, chat_data: Path, preprocess: Preprocess, vllm_python: Path
 ) -> None:
     spin = {"iterations": 1, "generation": {"vllm_kwargs": {"quantization": "nonsense"}}}
-    write_config(tmp_path, spin_config(tmp_path, llama, chat_data, spin=spin))
-    done = command("axolotl", "train", "config.yml", "--launcher", "python", folder=tmp_path)
-    assert done.code == 1
-    assert len(done.errors) == 1
-    assert "nonsense" in done.errors[0]
-    assert "vllm.log" in done.errors[0]
-    assert "Traceback" not in done.output
+    error = preprocess(config(tmp_path, llama, chat_data, spin=spin))
+    assert "nonsense" in error
+    assert "vllm.log" in error
 
 
 @pytest.mark.slow
 def test_conversations_of_several_turns_need_no_room_for_all(
-    tmp_path: Path, llama: Path, command: Command, vllm_python: Path
+    tmp_path: Path, llama: Path, play: Callable[..., None], vllm_python: Path
 ) -> None:
     """Single prompts that are too long are left out and counted; the others are played."""
     rows = [*chat_rows(4), *chat_rows(2, turns=8)]
     data = write_jsonl(tmp_path / "chat.jsonl", rows)
-    write_config(tmp_path, spin_config(tmp_path, llama, data))
-    done = command("axolotl", "preprocess", "config.yml", folder=tmp_path)
-    assert done.code == 0, done.output[-3000:]
-    assert "over sequence_len" in done.output
+    play((config(tmp_path, llama, data), 1), command="preprocess")
+    assert "over sequence_len" in (tmp_path / "rank-0.log").read_text()

@@ -92,12 +92,10 @@ def test_every_example_is_taken_or_refused_in_one_line(
     assert len(examples) > 200
     taken, refused = [], {}
     for name in sorted(examples):
-        if judge(examples[name]) is not None:
-            continue  # Axolotl does not take it either
         refusal = judge(with_additions(examples[name], tmp_path))
         if refusal is None:
             taken.append(name)
-        else:
+        elif judge(examples[name]) is None:  # else Axolotl does not take it either
             refused[name] = refusal
     assert len(taken) > 150
     for name, line in refused.items():

@@ -73,7 +73,7 @@ ROWS = st.lists(
 )
 
 
-@settings(ANY, max_examples=500)
+@settings(ANY, max_examples=150)
 @given(rows=ROWS, turns=st.sampled_from(["first", "last", "all"]), length=st.integers(1, 40))
 def test_any_rows_become_examples_or_are_counted(
     folder: Path, rows: list[tuple[list[int], list[bool]]], turns: str, length: int

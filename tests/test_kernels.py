@@ -76,6 +76,7 @@ LOWERED: list[dict[str, Any]] = [
 
 
 @known
+@pytest.mark.slow
 def test_a_kernel_is_found_for_every_row() -> None:
     """And once for all rows of several blocks, whatever their length."""
     for case, result in zip(LOWERED, played("lower", LOWERED), strict=True):
@@ -84,6 +85,7 @@ def test_a_kernel_is_found_for_every_row() -> None:
 
 
 @known
+@pytest.mark.slow
 def test_kernels_fit_the_card() -> None:
     limits = {86: 99, 90: 227, 120: 99}
     cases = [{"card": card, "size": size, "rows": [TWO_PAIRS]} for card, size in ((90, 128), (86, 256), (120, 256))]
@@ -97,6 +99,7 @@ def largest(result: dict[str, Any]) -> float:
 
 
 @known
+@pytest.mark.slow
 def test_kernels_give_the_references_values_and_gradients() -> None:
     """By the largest value, bf16's rounding is 0.8% at most; one block wrongly called full shows by ten times that."""
     cases: list[dict[str, Any]] = [

@@ -141,9 +141,7 @@ def test_resolved_configuration_is_saved(played: Path) -> None:
     assert config["spin"]["beta"] == 0.1
 
 
-def test_accumulation_changes_nothing(
-    played: Path, tmp_path: Path, llama: Path, chat_data: Path, command: Command
-) -> None:
+def test_accumulation_changes_nothing(tmp_path: Path, llama: Path, chat_data: Path, play: Callable[..., None]) -> None:
     """1 x 8 = 8 x 1, also in the last, incomplete batch of an epoch (23 pairs, 8 a step)."""
     curves, weights = [], []
     for micro, accumulation in ((8, 1), (1, 8)):
@@ -152,9 +150,7 @@ def test_accumulation_changes_nothing(
         spin = {"iterations": 1, "num_prompts": 23, "beta": 1.0, "generation": {"max_tokens": 12}}
         spin["generation"]["vllm_kwargs"] = {"kv_cache_memory_bytes": 64 << 20}
         changes = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation, "num_epochs": 2}
-        write_config(folder, spin_config(folder, llama, chat_data, spin=spin, **changes))
-        done = command("axolotl", "train", "config.yml", folder=folder)
-        assert done.code == 0, done.output[-3000:]
+        play((write_config(folder, spin_config(folder, llama, chat_data, spin=spin, **changes)), 1))
         curves.append([line["spin/loss"] for line in logged(folder / "run", 0) if "spin/loss" in line])
         weights.append(load_file(folder / "run/iteration-0/model.safetensors"))
     assert len(curves[0]) == 6
@@ -164,7 +160,7 @@ def test_accumulation_changes_nothing(
 
 
 def test_flat_and_padded_runs_follow_one_trajectory(
-    tmp_path: Path, llama: Path, chat_data: Path, command: Command
+    tmp_path: Path, llama: Path, chat_data: Path, play: Callable[..., None]
 ) -> None:
     """Two iterations with the shared prefix and without, held-out prompts too: the same responses, losses, weights."""
     runs = {}
@@ -173,9 +169,7 @@ def test_flat_and_padded_runs_follow_one_trajectory(
         folder.mkdir()
         config = spin_config(folder, llama, chat_data, val_set_size=4, eval_strategy="epoch")
         config["spin"] = config["spin"] | {"shared_prefix": form, "beta": 1.0}
-        write_config(folder, config)
-        done = command(ROOT / "scripts/iterate.sh", "config.yml", folder=folder)
-        assert done.code == 0, done.output[-3000:]
+        play(*2 * [(write_config(folder, config), 1)])
         runs[form] = folder / "run"
     for iteration in (0, 1):
         curves = [

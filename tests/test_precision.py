@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from axolotl.utils.dict import DictDefault
-from conftest import Finished
+from conftest import Jobs
 from safetensors.torch import load_file, save_file
 from tiny import FSDP2, LORA, chat_rows, spin_config, write_config, write_jsonl, zero
 from torch import nn
@@ -256,9 +256,7 @@ TOGETHER = {"ddp": BF16, "fsdp2": BF16 | FSDP2, "zero2": BF16 | zero(2, bf16=Tru
 
 
 @pytest.fixture(scope="module")
-def trained(
-    tmp_path_factory: pytest.TempPathFactory, llama: Path, command: Callable[..., Finished], play: Callable[..., None]
-) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, play: Callable[..., None]) -> Path:
     """A folder with the run of each way: one generation, then 96 steps at a small learning rate for each."""
     folder = tmp_path_factory.mktemp("precision")
     data = write_jsonl(folder / "chat.jsonl", chat_rows(24))
@@ -266,8 +264,7 @@ def trained(
         folder, llama, data, num_epochs=16, learning_rate=2e-5, save_strategy="epoch", save_total_limit=1
     )
     base["spin"] |= {"iterations": 1, "beta": 1.0}
-    done = command("axolotl", "preprocess", write_config(folder, base | BF16), folder=folder)
-    assert done.code == 0, done.output[-3000:]
+    play((write_config(folder, base | BF16), 1), command="preprocess")
     (folder / "run/run.json").unlink()  # the ways' configurations differ
     jobs = []
     for processes, ways in ((1, ALONE), (2, TOGETHER)):
@@ -275,7 +272,7 @@ def trained(
             shutil.copytree(folder / "run", folder / name / "run")
             own = base | changes | {"output_dir": str(folder / name / "run"), "micro_batch_size": 4 // processes}
             jobs.append((write_config(folder / name, own), processes))
-    play(folder, jobs)
+    play(*jobs)
     return folder
 
 
@@ -334,10 +331,11 @@ def test_an_adapter_is_trained_in_32_bits(trained: Path) -> None:
 
 @pytest.mark.slow
 def test_weights_of_16_bits_are_refused_before_anything_is_done(
-    tmp_path: Path, llama: Path, chat_data: Path, command: Callable[..., Finished]
+    tmp_path: Path, llama: Path, chat_data: Path, serve: Jobs
 ) -> None:
     config = write_config(tmp_path, spin_config(tmp_path, llama, chat_data, bf16="full"))
-    done = command("axolotl", "train", config, folder=tmp_path)
-    assert done.code == 1
-    assert len(done.errors) == 1 and "bf16: full" in done.errors[0]
+    assert serve([{"config": str(config), "processes": 1}]) == {str(config): 1}
+    said = (tmp_path / "rank-0.log").read_text()
+    (error,) = [line for line in said.splitlines() if line.startswith("spin: error: ")]
+    assert "bf16: full" in error
     assert not (tmp_path / "run").exists()

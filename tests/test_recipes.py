@@ -206,7 +206,7 @@ def played(tmp_path_factory: pytest.TempPathFactory, play: Callable[..., None]) 
         config = scaled_down(recipe(name) if name in SPIN else initialised(name, own), data)
         place_models(config, own, how.architecture)
         jobs += how.iterations * [(write_config(own, config), how.processes)]
-    play(folder, jobs)
+    play(*jobs)
     return folder
 
 

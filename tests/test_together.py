@@ -3,17 +3,15 @@
 Plugin, trainer and what `axolotl train` calls are the real ones (several_processes.py), the responses are vLLM's.
 """
 
-import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Finished
+from conftest import Jobs
 from safetensors.torch import load_file
 from tiny import chat_rows, spin_config, write_config, write_jsonl
 
@@ -51,14 +49,13 @@ CHANGES: dict[str, Callable[[list[Response]], list[Response]]] = {
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory, llama: Path, command: Callable[..., Finished]) -> Path:
-    """A folder with a run of each, all from one generation and one import of Axolotl."""
+def together(tmp_path_factory: pytest.TempPathFactory, llama: Path, play: Callable[..., None], serve: Jobs) -> Path:
+    """A folder with a run of each, all from one generation."""
     folder = tmp_path_factory.mktemp("together")
     data = write_jsonl(folder / "chat.jsonl", chat_rows(24))
     config = spin_config(folder, llama, data, val_set_size=4, num_epochs=3, micro_batch_size=2, save_steps=1)
     config["spin"] |= {"iterations": 1, "equal_pairs": "drop"}
-    done = command("axolotl", "preprocess", write_config(folder, config), folder=folder)
-    assert done.code == 0, done.output[-3000:]
+    play((write_config(folder, config), 1), command="preprocess")
     jobs = []
     for name, change in CHANGES.items():
         run = folder / name / "run"
@@ -67,11 +64,7 @@ def together(tmp_path_factory: pytest.TempPathFactory, llama: Path, command: Cal
         shards.write(0, change(shards.read(0)))
         job = {"config": str(write_config(folder / name, config | {"output_dir": str(run)})), "processes": 2}
         jobs += [job | {"kill": 1}, job | {"kill": 0}, job] if name == "killed" else [job]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    environment = {"PYTHONPATH": str(ROOT)}
-    harness = ROOT / "tests/several_processes.py"
-    done = command(sys.executable, harness, folder / "jobs.json", folder=folder, environment=environment)
-    assert done.code == 1, f"one of them is refused\n{done.output[-3000:]}"
+    assert list(serve(jobs)) == [str(folder / "wrong/config.yml")]
     return folder
 
 

@@ -35,7 +35,8 @@ class TwoRanks:
         self.logs = [folder / f"rank-{rank}.log" for rank in range(2)]
         for log in self.logs:
             log.unlink(missing_ok=True)
-        self.ranks = [psutil.Process(pid) for pid in several_processes.start(folder / "config.yml", 2)]
+        job = {"config": str(folder / "config.yml"), "processes": 2}
+        self.ranks = [psutil.Process(pid) for pid in several_processes.start(job)]
 
     def poll(self) -> int | None:
         """None while one lives, then the first exit code that is not 0."""
