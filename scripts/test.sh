@@ -11,5 +11,5 @@ source "${VENV:-.venv}/bin/activate"
 ruff check .
 ruff format --check .
 mypy
-# the order of the collection is kept: slow tests come first (tests/conftest.py)
-python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+# a file's tests share costly fixtures, so one worker has them; files with slow tests come first (tests/conftest.py)
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -25,12 +25,6 @@ sys.path.insert(0, str(ROOT))
 GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """For pytest-xdist's `--dist loadgroup`: the slow tests of a file share costly fixtures, so one worker has them."""
-    if item.get_closest_marker("slow"):
-        item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first: the short ones then fill up the time of the worker that is left without any."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
