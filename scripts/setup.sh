@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Set up the environments beside this checkout: .venv (Axolotl and spin-plugin) and, without a GPU, .venv-vllm (vLLM).
 #
-#   scripts/setup.sh          # arguments go to `axolotl spin setup`: --ray adds Ray
+#   scripts/setup.sh
+#   scripts/setup.sh --ray    # with Ray, for `generation: {backend: ray}`
 #
 # The first Python of 3.12, 3.13 and 3.11 that runs is taken, and with it the newest Axolotl that it can have: 0.21, on
-# Python 3.11 0.19. PYTHON names another, VENV another folder than .venv; a later run keeps its Python. With an NVIDIA GPU one environment
-# holds everything. Without one vLLM's CPU build needs its own, because its pins clash with Axolotl's. What is complete
-# is left alone, so a second run takes a moment; an interrupted one starts over.
+# Python 3.11 0.19. PYTHON names another, VENV another folder than .venv; a later run keeps its Python. With an NVIDIA
+# GPU and Python 3.12 or newer one environment holds everything, else vLLM needs its own, because its pins clash with
+# Axolotl's. What is complete is left alone, so a second run takes a moment; an interrupted one starts over.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
@@ -41,7 +42,7 @@ find_python() {
         for python in "$name" "$(from_pyenv "$name")"; do
             if runs "$python"; then return; fi
         done
-        echo "setup: $name is on PATH and does not run here; going on to the next one" >&2
+        echo "setup: $name does not run here, or is not Python 3.11 to 3.13; going on to the next one" >&2
     done
     fail "Python 3.11 to 3.13 is needed; name it in PYTHON"
 }
@@ -50,7 +51,9 @@ has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep
 
 find_python
 extras=deepspeed,test
-if has_gpu; then extras=vllm,$extras; fi
+one_environment() { has_gpu && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; }
+if one_environment; then extras=vllm,$extras; fi
+if one_environment && [ "${1:-}" = --ray ]; then extras=ray,$extras; fi
 # What the environment was made from: it is remade when that changes.
 wanted="$("$python" --version) [$extras] $(sed -n '/^dependencies/,/^\[project.entry/p' pyproject.toml | sha256sum | cut -d ' ' -f 1)"
 if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$wanted" ]; then
@@ -59,8 +62,10 @@ if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$wanted" ]; then
     fi
     echo "setup: $venv: Axolotl and spin-plugin on $("$python" --version)"
     echo "setup: 4 GB and a few minutes; 7 GB where pip finds only torch's CUDA build for this Python"
-    "$python" -m venv --clear "$venv"
-    touch "$venv/made-by-spin-plugin"
+    rm -rf "$venv"
+    mkdir -p "$venv"
+    touch "$venv/made-by-spin-plugin" # first, so that an interrupted one is known as ours
+    "$python" -m venv "$venv"
     if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 13))'; then
         # Axolotl 0.21 pins it. For 3.13 it has no wheel, and its build asks for a cffi that does not know 3.13.
         "$venv/bin/python" -m pip install --quiet 'cffi>=1.17,<2.1' setuptools wheel
@@ -71,7 +76,7 @@ if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$wanted" ]; then
     "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
     echo "$wanted" >"$venv/made-from"
 fi
-if ! has_gpu; then "$venv/bin/python" -m spin_plugin.cli setup --path .venv-vllm "$@"; fi
+if ! one_environment; then "$venv/bin/python" -m spin_plugin.cli setup --path .venv-vllm "$@"; fi
 echo "setup: $venv is ready: $("$venv/bin/python" -c '
 from importlib.metadata import version
 from platform import python_version

@@ -44,6 +44,7 @@ RUN_WIDE_KEYS = frozenset(
         "chat_template",
         "iterations",
         "schedule",
+        "vllm",
         "adapter",
         "adapter_chain",
         "lora_r",
@@ -119,6 +120,8 @@ class GenerationArgs(Block):
         for key in sorted(self.vllm_kwargs):
             if key in IN_VLLM_BLOCK:
                 raise ValueError(f"vllm_kwargs.{key}: write it in Axolotl's own block, `vllm: {{{key}: …}}`")
+            if key == "hf_token":  # Axolotl prints the configuration, and writes it to its log
+                raise ValueError("vllm_kwargs.hf_token: set the variable HF_TOKEN instead, which vLLM reads")
             if key in SET_BY_THE_PLUGIN:
                 raise ValueError(f"vllm_kwargs.{key} is set by the plugin; remove it")
         return self
@@ -206,6 +209,8 @@ class SpinArgs(Block):
         if self.schedule and len(self.schedule) != self.iterations:
             raise ValueError(f"schedule has {len(self.schedule)} entries for {self.iterations} iterations")
         for number, entry in enumerate(self.schedule):
+            if "rl_beta" in entry:
+                raise ValueError(f"schedule[{number}].rl_beta: write `beta`")
             if fixed := sorted(RUN_WIDE_KEYS & entry.keys()):
                 raise ValueError(f"schedule[{number}].{fixed[0]} cannot change between iterations")
         return self

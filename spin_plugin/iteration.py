@@ -153,7 +153,9 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real, revisi
                 say(f"responses have at most {max_tokens:,} tokens: 1.5 times the 99th percentile of the real ones")
             python = vllm_python(options.vllm_python)
             _require_sound_opponent(cfg, adapter, run.weights)
-            require_space(run.root, _bytes_needed(cfg, spin, count, merges=adapter is not None and not job.adapter))
+            require_space(
+                run.root, _bytes_needed(cfg, spin, count, max_tokens, merges=adapter is not None and not job.adapter)
+            )
             if adapter and not job.adapter and not whole.exists():
                 merge(cfg, Path(adapter), whole)
             return python
@@ -271,7 +273,7 @@ def _require_sound_opponent(cfg: Any, adapter: str | None, memory: Path) -> None
         require_complete_adapter(Path(adapter), str(base), revision=cfg.revision_of_model, trust_remote_code=code)
 
 
-def _bytes_needed(cfg: Any, spin: SpinArgs, responses: int, *, merges: bool) -> Space:
+def _bytes_needed(cfg: Any, spin: SpinArgs, responses: int, max_tokens: int, *, merges: bool) -> Space:
     """What an iteration writes: surely the model at its end, at most also all these responses and checkpoints.
 
     Args:
@@ -286,7 +288,7 @@ def _bytes_needed(cfg: Any, spin: SpinArgs, responses: int, *, merges: bool) -> 
         model = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     elif writes_model:
         model = bytes_of_weights(str(cfg.base_model), cfg.revision_of_model)
-    tokens = responses * min(cfg.sequence_len, spin.generation.max_tokens or cfg.sequence_len)
+    tokens = responses * min(cfg.sequence_len, max_tokens)
     pairs = responses * (1 + spin.history_iterations) * 2 * cfg.sequence_len
     masters = cfg.torch_dtype in HALF and not (cfg.adapter or is_lean(cfg))
     grows = masters and str(load_model_config(cfg).dtype).removeprefix("torch.") in ("bfloat16", "float16")

@@ -7,14 +7,14 @@ hooks provide data, trainer and collator.
 
 import copy
 from collections.abc import Iterable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spin_plugin.args import SpinArgs, parse_spin_block, parse_vllm_block
 from spin_plugin.checkpoint import check_model_dir
 from spin_plugin.messages import SpinError, say, warn
-from spin_plugin.run import RunDir, without_secrets
+from spin_plugin.run import RunDir, same_value, without_secrets
 
 PLUGIN = "spin_plugin.SpinPlugin"
 
@@ -87,7 +87,7 @@ class Lowered:
     """The user's configuration without secrets, as run.json keeps it."""
     unused_vllm_keys: tuple[str, ...] = ()
     """What the `vllm:` block says about a server."""
-    written: dict[str, Any] | None = None
+    written: dict[str, Any] = field(default_factory=dict, repr=False)
     """The user's configuration as it was, until Axolotl has validated the lowered one."""
 
     @property
@@ -124,11 +124,10 @@ def lower(cfg: MutableMapping[str, Any], known_axolotl_keys: Iterable[str] = ())
     cfg["load_best_model_at_end"] = bool(cfg.get("load_best_model_at_end"))
     current = min(iteration, spin.iterations - 1)
     for key, value in spin.axolotl_overrides(current).items():
-        if key == "rl_beta":
-            raise SpinError(f"spin.schedule[{current}].rl_beta: write `beta`")
         cfg[key] = value
-    refuse(cfg)  # the schedule may have brought in what is refused
-    vllm, unused = parse_vllm_block(_plain(cfg.pop("vllm", None)) or {})
+    for entry in spin.schedule:  # what it brings in later is refused now
+        refuse({**cfg, **entry})
+    vllm, unused = parse_vllm_block(_plain(cfg.get("vllm")) or {})
     _refuse_what_cannot_be_merged(cfg, spin)
     cfg.update(SFT_ONLY)
     _start_from_opponent(cfg, run, iteration, merged=spin.adapter_chain == "merge")
@@ -142,12 +141,15 @@ def lower(cfg: MutableMapping[str, Any], known_axolotl_keys: Iterable[str] = ())
 
 def put_back(cfg: MutableMapping[str, Any], lowered: Lowered) -> None:
     """Undo `lower`: Axolotl refuses the configuration, and whoever reads it next finds what the user wrote."""
-    cfg.clear()
-    cfg.update(lowered.written or {})
+    if lowered.written:
+        cfg.clear()
+        cfg.update(lowered.written)
 
 
 def restore(cfg: Mapping[str, Any]) -> Lowered:
     """The same for a configuration that was lowered in another process (a Ray worker)."""
+    if cfg.get("spin_config") is None:
+        raise SpinError("this is the resolved configuration of one iteration; train with the one that you wrote")
     spin = parse_spin_block(_plain(cfg["spin"]))
     return Lowered(RunDir(Path(cfg["output_dir"])), spin, int(cfg["spin_iteration"]), _plain(cfg["spin_config"]))
 
@@ -163,10 +165,14 @@ def _plain(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
+def names_the_plugin(cfg: Mapping[str, Any]) -> bool:
+    """Whether `plugins:` lists ours."""
+    return any(str(name).replace(":", ".") == PLUGIN for name in cfg.get("plugins") or [])
+
+
 def concerns_spin(cfg: Mapping[str, Any]) -> bool:
     """Whether a raw configuration asks for SPIN, by any of the keys that somebody who wants it writes."""
-    named = any(str(name).replace(":", ".") == PLUGIN for name in cfg.get("plugins") or [])
-    return named or cfg.get("spin") is not None or str(cfg.get("rl")).strip().lower() == "spin"
+    return names_the_plugin(cfg) or "spin" in cfg or str(cfg.get("rl")).strip().lower() == "spin"
 
 
 def _take_rl_beta(cfg: MutableMapping[str, Any]) -> None:
@@ -174,7 +180,7 @@ def _take_rl_beta(cfg: MutableMapping[str, Any]) -> None:
     rl_beta, block = cfg.pop("rl_beta", None), cfg["spin"]
     if rl_beta is None or not isinstance(block, Mapping):
         return
-    if block.get("beta") not in (None, rl_beta):
+    if block.get("beta") is not None and not same_value(block["beta"], rl_beta):
         raise SpinError(f"rl_beta: {rl_beta} and spin.beta: {block['beta']} differ; remove one of them")
     cfg["spin"] = {**block, "beta": rl_beta}
 

@@ -389,7 +389,7 @@ FREE_VLLM_KWARGS = frozenset(
     {
         "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill",
         "cpu_offload_gb", "disable_log_stats", "disable_custom_all_reduce", "block_size",
-        "distributed_executor_backend", "pipeline_parallel_size", "hf_token", "download_dir", "load_format",
+        "distributed_executor_backend", "pipeline_parallel_size", "download_dir", "load_format",
     }
 )  # fmt: skip
 SECRET_PARTS = ("token", "api_key", "password", "secret", "credential")
@@ -425,6 +425,8 @@ def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
         and not key.startswith(FREE_PREFIXES)
         and value is not None
     }
+    # Since Axolotl 0.21 nobody needs to name the plugin.
+    binding["plugins"] = [name for name in binding.get("plugins") or [] if not str(name).startswith("spin_plugin")]
     # A step that does not fit into memory may be cut into more and smaller micro-batches: its pairs stay the same.
     factors = [binding.pop(key, None) for key in ("micro_batch_size", "gradient_accumulation_steps")]
     binding["micro_batch_size × gradient_accumulation_steps"] = _product(factors)
@@ -451,17 +453,17 @@ def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], begun: int
     More iterations may be added; the schedule of the `begun` first ones may not change.
     """
     old, new = (_as_json(_binding(config)) for config in (before, now))
-    keys = [key for key in sorted(old.keys() | new.keys()) if not _same(old.get(key), new.get(key))]
-    differs = not all(_same(_scheduled(before, number), _scheduled(now, number)) for number in range(begun))
+    keys = [key for key in sorted(old.keys() | new.keys()) if not same_value(old.get(key), new.get(key))]
+    differs = not all(same_value(_scheduled(before, number), _scheduled(now, number)) for number in range(begun))
     return keys + (["spin.schedule"] if differs else [])
 
 
-def _same(old: Any, new: Any) -> bool:
+def same_value(old: Any, new: Any) -> bool:
     """Whether two values of a configuration mean the same; `5e-5` is a text in YAML and 0.00005 a number."""
     if isinstance(old, dict) and isinstance(new, dict):
-        return old.keys() == new.keys() and all(_same(old[key], new[key]) for key in old)
+        return old.keys() == new.keys() and all(same_value(old[key], new[key]) for key in old)
     if isinstance(old, list) and isinstance(new, list):
-        return len(old) == len(new) and all(map(_same, old, new))
+        return len(old) == len(new) and all(map(same_value, old, new))
     if isinstance(old, str) != isinstance(new, str):
         with suppress(ValueError, TypeError):
             return float(old) == float(new)

@@ -1,4 +1,4 @@
-"""Which versions of Axolotl the plugin is tested with, and where they differ."""
+"""Which versions of Axolotl are supported (0.19 and 0.21 run all tests), and where they differ."""
 
 from importlib.metadata import version
 

@@ -168,6 +168,13 @@ def test_vllm_argument_that_the_plugin_sets_is_refused(key: str) -> None:
     assert f"vllm_kwargs.{key} is set by the plugin" in error_of({"generation": {"vllm_kwargs": {key: 1}}})
 
 
+def test_token_in_the_configuration_is_refused() -> None:
+    """Axolotl prints the configuration."""
+    message = error_of({"generation": {"vllm_kwargs": {"hf_token": "hf_secret"}}})
+    assert "HF_TOKEN" in message
+    assert "secret" not in message
+
+
 @pytest.mark.parametrize("key", sorted(IN_VLLM_BLOCK))
 def test_vllm_argument_that_axolotl_has_a_word_for_is_sent_there(key: str) -> None:
     assert f"`vllm: {{{key}: …}}`" in error_of({"generation": {"vllm_kwargs": {key: 1}}})

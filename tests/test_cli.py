@@ -1,7 +1,6 @@
 """`axolotl spin train`, `init`, `setup` and `config-schema`."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from click.testing import CliRunner, Result
@@ -32,7 +32,7 @@ def invoke(*arguments: str | Path) -> Result:
 
 # Stands for `axolotl train`, which the slow tests run: notes how it was called, and finishes an iteration if told to.
 STAND_IN = """#!{python}
-import json, os, sys, time
+import json, os, subprocess, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
 from spin_plugin.run import RunDir, RunState
@@ -40,9 +40,10 @@ folder = Path({folder!r})
 with open(folder / "calls", "a") as calls:
     calls.write(json.dumps(sys.argv[1:]) + "\\n")
 behaviour = (folder / "behaviour").read_text()
-if behaviour == "wait":
-    (folder / "pid").write_text(str(os.getpid()))
-    time.sleep(600)
+if behaviour == "wait":  # as accelerate's launcher, which hands no signal on
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (folder / "pids").write_text(json.dumps([os.getpid(), child.pid]))
+    sys.exit(child.wait())
 if behaviour == "fail":
     sys.exit(3)
 if behaviour == "finish":
@@ -107,22 +108,22 @@ def test_iteration_that_was_not_finished_is_an_error_though_the_exit_code_is_0(c
     assert len(calls(config)) == 1
 
 
-def test_sigterm_reaches_the_training(config: Path) -> None:
-    """Docker and Slurm send it to the first process only."""
+def test_sigterm_ends_the_training(config: Path) -> None:
+    """Docker and Slurm send it to the first process only, the launcher hands it to nobody."""
     config.with_name("behaviour").write_text("wait")
     program = (
         "import sys; from spin_plugin.cli import spin; module = sys.modules['spin_plugin.cli.train'];"
         f"module._axolotl = lambda: {str(config.with_name('axolotl'))!r}; spin(['train', {str(config)!r}])"
     )
     with subprocess.Popen([sys.executable, "-c", program]) as process:
-        pid = config.with_name("pid")
-        while not (pid.exists() and pid.read_text()):
+        pids = config.with_name("pids")
+        while not (pids.exists() and pids.read_text()):
             assert process.poll() is None
             time.sleep(0.05)
         process.terminate()
         assert process.wait(60) == 128 + signal.SIGTERM
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
+    assert not [pid for pid in json.loads(pids.read_text()) if psutil.pid_exists(pid)]
+    assert len(calls(config)) == 1
 
 
 # --- init --------------------------------------------------------------------------------------
@@ -208,6 +209,31 @@ def test_edit_of_values_that_span_lines() -> None:
     assert "# about d" in edit(text, changes)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rate: &rate 2e-4\nbase_model: b\noutput_dir: o\nlearning_rate: *rate\ndatasets: [{path: d}]\n",
+        "base_model: &b x\nname: *b\noutput_dir: o\nlearning_rate: 1e-5\ndatasets: [{path: d}]\n",
+        "{base_model: b, output_dir: o, learning_rate: 1e-5, datasets: [{path: d}]}\n",
+        "x: &x {warmup_steps: 3}\n<<: *x\nbase_model: b\noutput_dir: o\nlearning_rate: 1e-5\ndatasets: [{path: d}]\n",
+    ],
+)
+def test_yaml_that_cannot_be_edited_is_refused_and_nothing_is_written(tmp_path: Path, text: str) -> None:
+    done, config = written(tmp_path, {}, text)
+    assert done.exit_code == 1
+    assert "cannot be edited" in done.output
+    assert not config
+
+
+def test_place_that_does_not_exist_is_named(tmp_path: Path, sft: dict[str, Any]) -> None:
+    config = tmp_path / "sft.yml"
+    config.write_text(yaml.safe_dump(sft))
+    for command in (["init", config], ["config-schema"]):
+        done = invoke(*command, "--output", tmp_path / "nowhere/spin.yml")
+        assert done.exit_code == 1
+        assert "there is no directory" in done.output
+
+
 def test_what_was_written_is_a_spin_configuration(tmp_path: Path, sft: dict[str, Any]) -> None:
     _, config = written(tmp_path, sft | {"output_dir": str(tmp_path / "sft")})
     assert lower(config).spin.iterations == 3
@@ -226,6 +252,7 @@ def test_existing_file_is_left_alone(tmp_path: Path, sft: dict[str, Any]) -> Non
     [
         ({"output_dir": None}, "output_dir is missing"),
         ({"rl": "dpo"}, "`rl: dpo` is no SFT configuration"),
+        ({"learning_rate": "fast"}, "learning_rate: fast is no number"),
         ({"reward_model": True}, "reward_model: cannot be used"),
         ({"datasets": [{"path": "nowhere.jsonl", "type": "alpaca"}]}, "nowhere.jsonl does not exist"),
     ],

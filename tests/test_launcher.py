@@ -647,9 +647,9 @@ PREFIX = "(EngineCore_DP0 pid=4711) ERROR 11-22 12:00:09 [core.py:708] "
     [
         (
             "ValueError: No available memory for the cache blocks. Try increasing it.",
-            "raise spin.generation.gpu_memory_",
+            "raise vllm.gpu_memory_",
         ),
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB.", "lower spin.generation.gpu_memory_"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB.", "lower vllm.gpu_memory_"),
         ("ValueError: Free memory on device (1/80 GiB) on startup is less than desired.", "free the GPU or lower"),
         (
             "ValueError: To serve at least one request with the models's max seq len (9), 1 GiB is needed.",
@@ -690,7 +690,7 @@ def test_signal_wins_over_what_the_log_says(tmp_path: Path) -> None:
     log = tmp_path / "vllm.log"
     log.write_text("ValueError: Tokenizer not available\n")
     cause = cause_of_death(log, -signal.SIGKILL)
-    assert cause.startswith("it was killed by signal 9 (Killed; out of memory?); lower spin.generation.gpu_memory_")
+    assert cause.startswith("it was killed by signal 9 (Killed; out of memory?); lower vllm.gpu_memory_")
     assert cause_of_death(log, -signal.SIGTERM) == f"it was killed by signal 15 (Terminated); its log is {log}"
 
 
@@ -715,7 +715,7 @@ def test_options_are_called_by_the_names_they_have_here(tmp_path: Path) -> None:
     )
     cause = cause_of_death(log, 1)
     assert "--gpu" not in cause
-    assert "(0.92, 21.6 GiB).; free memory, or lower spin.generation.gpu_memory_utilization" in cause
+    assert "(0.92, 21.6 GiB).; free memory, or lower vllm.gpu_memory_utilization" in cause
 
 
 def test_long_cause_is_cut_between_words(tmp_path: Path) -> None:

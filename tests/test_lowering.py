@@ -522,14 +522,30 @@ def test_rl_beta_is_taken_as_beta(config: Config) -> None:
 
 def test_two_values_of_beta_are_refused(config: Config) -> None:
     assert "rl_beta: 0.2 and spin.beta: 0.3 differ" in error_of(config(spin={"beta": 0.3}, rl_beta=0.2))
-    assert "schedule[0].rl_beta" in error_of(config(spin={"iterations": 1, "schedule": [{"rl_beta": 0.2}]}))
+    assert error_of(config(rl_beta="3e-1", spin={"beta": 0.2})) != ""
+    lower(config(rl_beta="3e-1", spin={"beta": 0.3}))  # `3e-1` is a text in YAML
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({"rl_beta": 0.2}, "schedule[1].rl_beta: write `beta`"),
+        ({"vllm": {"tensor_parallel_size": 2}}, "schedule[1].vllm cannot change"),
+        ({"trl": {"beta": 1}}, "trl: cannot be used"),
+        ({"bf16": "full"}, "bf16: full"),
+    ],
+)
+def test_what_the_schedule_brings_in_later_is_refused_at_the_start(
+    config: Config, entry: dict[str, Any], told: str
+) -> None:
+    assert told in error_of(config(spin={"iterations": 2, "schedule": [{}, entry]}))
 
 
 def test_vllm_block_is_kept_without_its_server_and_said(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = config(vllm={"host": "0.0.0.0", "port": 8000, "tensor_parallel_size": 2})
     assert "not used: vllm.host, vllm.port: " in announced(cfg, capsys)
     assert cfg["spin_vllm"] == {"tensor_parallel_size": 2}
-    assert cfg.get("vllm") is None, "Axolotl would fill in the defaults of a server"
+    assert cfg["vllm"]["host"] == "0.0.0.0", "`axolotl vllm-serve` reads it"
     assert "vllm.tensor_parallel_sise" in error_of(config(vllm={"tensor_parallel_sise": 2}))
 
 
@@ -542,6 +558,7 @@ def test_vllm_block_is_kept_without_its_server_and_said(config: Config, capsys: 
         ({}, True),
         ({"plugins": None}, True),
         ({"spin": None}, True),
+        ({"rl": None, "plugins": None, "spin": {}}, True),
         ({"rl": None, "plugins": None}, True),
         ({"rl": None, "spin": None}, True),
         ({"rl": "SPIN", "spin": None, "plugins": None}, True),
@@ -566,3 +583,12 @@ def test_configuration_that_axolotl_refuses_is_handed_back_as_it_was(config: Con
     plugin.on_config_validation_error(cfg)
     assert json.loads(json.dumps(cfg)) == before
     assert plugin.get_input_args() is None
+    assert "hf_secret" not in repr(lower(cfg))
+
+
+def test_resolved_configuration_of_an_iteration_is_no_start(config: Config) -> None:
+    cfg = config()
+    lower(cfg)
+    del cfg["spin_config"]
+    with pytest.raises(SpinError, match="train with the one that you wrote"):
+        restore(cfg)

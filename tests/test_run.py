@@ -406,6 +406,14 @@ def test_number_that_yaml_reads_as_text_is_the_number() -> None:
 # --- secrets -----------------------------------------------------------------------------------
 
 
+def test_naming_the_plugin_or_not_is_the_same_run() -> None:
+    """Axolotl 0.21 finds it by itself."""
+    ours, other = "spin_plugin.SpinPlugin", "axolotl.integrations.liger.LigerPlugin"
+    for before, now in (([ours], None), ([ours, other], [other]), (None, [ours])):
+        assert differing_keys(stored(CONFIG | {"plugins": before}), without_secrets(CONFIG | {"plugins": now}), 1) == []
+    assert differing_keys(stored(CONFIG), without_secrets(CONFIG | {"plugins": [other]}), 1) == ["plugins"]
+
+
 def test_secrets_are_left_out_at_every_depth() -> None:
     config = {
         "base_model": "m",
@@ -414,7 +422,7 @@ def test_secrets_are_left_out_at_every_depth() -> None:
         "hub_token": "secret",
         "db_password": "secret",
         "client_secret": "secret",
-        "spin": {"generation": {"vllm_kwargs": {"hf_token": "secret", "max_num_seqs": 4}}},
+        "spin": {"generation": {"vllm_kwargs": {"api_key": "secret", "max_num_seqs": 4}}},
         "datasets": [{"path": "d", "storage_options": {"aws_secret": "secret", "key": 1}}],
     }
     kept = without_secrets(config)

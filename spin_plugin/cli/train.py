@@ -5,10 +5,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 import click
+import psutil
 
 from spin_plugin.cli.config_file import CONFIG, read_config
 from spin_plugin.messages import INTERRUPTED, SpinError, exit_in_one_line, say
@@ -59,19 +60,41 @@ def _axolotl() -> str:
 
 
 def _run(command: list[str]) -> int:
-    """The exit code of a command. It gets the signals by which Docker and Slurm end a job."""
+    """The exit code of a command, which gets the signal by which Docker and Slurm end a job."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # `axolotl train` starts accelerate
-    with subprocess.Popen(command, env=os.environ | {"PATH": path}) as child:
-
-        def hand_on(number: int, _frame: FrameType | None) -> None:
-            child.send_signal(number)
-
-        earlier = signal.signal(signal.SIGTERM, hand_on)
-        try:
-            code = child.wait()
-        except KeyboardInterrupt:  # the terminal has sent it to the child, too
-            child.wait()
-            return INTERRUPTED
-        finally:
-            signal.signal(signal.SIGTERM, earlier)
+    received: list[int] = []
+    earlier = signal.signal(signal.SIGTERM, lambda number, _frame: received.append(number))
+    try:
+        with subprocess.Popen(command, env=os.environ | {"PATH": path}) as child:
+            try:
+                while (code := _wait(child)) is None and not received:
+                    pass
+                if received:
+                    _end_family(child)
+            except KeyboardInterrupt:  # the terminal has sent it to the child, too
+                child.wait()
+                return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+    if received:
+        return 128 + received[0]
+    assert code is not None
     return code if code >= 0 else 128 - code
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int | None:
+    """The exit code of a child, or None after a moment."""
+    with suppress(subprocess.TimeoutExpired):
+        return child.wait(timeout=0.2)
+    return None
+
+
+def _end_family(child: subprocess.Popen[bytes]) -> None:
+    """End a command and all below it: accelerate's launcher hands no signal on to the training that it started."""
+    with suppress(psutil.NoSuchProcess):
+        family = psutil.Process(child.pid).children(recursive=True)
+        child.terminate()
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        psutil.wait_procs(family, timeout=60)

@@ -8,7 +8,7 @@ SMALLER = "lower vllm.gpu_memory_utilization or vllm.max_model_len"
 ENGINE_DIED = "its engine process died (killed, or short of memory?)"
 ADVICE = {
     "No module named 'ray'": "install it with pip as `ray[data]` into vLLM's environment, or set "
-    "spin.generation.engine to vllm",
+    "spin.generation.backend to local",
     "out of memory": SMALLER,
     "EngineCore encountered an issue": ENGINE_DIED,
     "Socket operation on non-socket": ENGINE_DIED,  # it was just being asked (vllm 0.32)
