@@ -38,6 +38,7 @@ def alone(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_everything_is_right_with_torch_and_transformers_alone(
     command: Callable[..., Finished], alone: dict[str, str], tmp_path: Path
 ) -> None:

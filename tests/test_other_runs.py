@@ -63,6 +63,7 @@ with open(sys.argv[2], "w") as file:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_configuration_is_read_as_without_us(method: str, tmp_path: Path, llama: Path, chat_data: Path) -> None:
     """By Axolotl itself, which finds us or not."""
