@@ -10,7 +10,7 @@ sets. Where one rank fails the others of its job are ended, as torchrun does, an
 line is played with the same config. A rank's output is added to `rank-N.log` beside the config. A job with `"kill": N`
 kills that rank when training has logged its first step, and no launcher ends the others.
 
-Axolotl 0.19 and accelerate take several processes for several GPUs. What differs from the command is `use_cpus`.
+Axolotl and accelerate take several processes for several GPUs. What differs from the command is `use_cpus`.
 """
 
 import gc
@@ -30,12 +30,15 @@ import yaml
 
 
 def use_cpus(*, sharded: bool) -> None:
-    """The places that stand between Axolotl 0.19 and several processes without a GPU."""
+    """The places that stand between Axolotl and several processes without a GPU."""
+    import axolotl.utils.environment
     from accelerate import PartialState
     from accelerate.parallelism_config import ParallelismConfig
     from accelerate.utils import DistributedType
     from axolotl.loaders.model import ModelLoader
 
+    # Axolotl asks CUDA how two GPUs reach each other, which torch's CUDA build does not answer in a fork
+    axolotl.utils.environment.check_cuda_p2p_support = lambda: True
     # Axolotl places the model on the device with the rank's number
     placed = ModelLoader._set_device_map_config
 
