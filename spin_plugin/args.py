@@ -3,14 +3,10 @@
 The reference in docs/reference.md is generated from these classes (`python scripts/make_reference.py`).
 """
 
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
-
-from spin_plugin.messages import SpinError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # What `generation.vllm_kwargs` may not say, and where it is said instead.
 IN_VLLM_BLOCK = frozenset(
@@ -243,86 +239,3 @@ class SpinPluginArgs(BaseModel):
     """Set by the plugin: what the `vllm:` block says, without the defaults that Axolotl fills in for its server."""
     spin_config: dict[str, Any] | None = None
     """Set by the plugin: the configuration as the user wrote it, for a Ray worker that sees only the lowered one."""
-
-
-def parse_spin_block(block: object, known_axolotl_keys: Iterable[str] = ()) -> SpinArgs:
-    """The typed block.
-
-    Args:
-        block: what stands under `spin:` in the YAML.
-        known_axolotl_keys: what an entry of `schedule` may name besides `spin` keys; empty: not checked.
-
-    Raises:
-        SpinError: one line with every wrong key, its value and the nearest known key.
-    """
-    if not isinstance(block, Mapping):
-        raise SpinError("spin: must be a mapping, for example `spin: {iterations: 3}`")
-    try:
-        args = SpinArgs.model_validate(dict(block))
-    except ValidationError as error:
-        raise SpinError(_described(error)) from None
-    known = set(known_axolotl_keys)
-    for number, entry in enumerate(args.schedule):
-        try:
-            args.at(number)
-        except ValidationError as error:
-            raise SpinError(_described(error, f"schedule[{number}]")) from None
-        unknown = sorted(entry.keys() - known - SpinArgs.model_fields.keys()) if known else []
-        if unknown:
-            raise SpinError(_unknown_key(f"spin.schedule[{number}]", unknown[0], known | SpinArgs.model_fields.keys()))
-    return args
-
-
-def parse_vllm_block(block: object) -> tuple[VllmArgs, tuple[str, ...]]:
-    """What Axolotl's `vllm:` block says of how vLLM runs, and the keys in it that are for a server.
-
-    Raises:
-        SpinError: one line with every wrong key, its value and the nearest known key.
-    """
-    if not isinstance(block, Mapping):
-        raise SpinError("vllm: must be a mapping, for example `vllm: {tensor_parallel_size: 2}`")
-    used = {key: value for key, value in block.items() if key not in VLLM_SERVER_KEYS and value is not None}
-    for key in sorted(map(str, used.keys() - VllmArgs.model_fields.keys())):
-        raise SpinError(
-            f"{_unknown_key('vllm', key, VllmArgs.model_fields)}; arguments of vLLM's `LLM` stand in "
-            "spin.generation.vllm_kwargs"
-        )
-    try:
-        args = VllmArgs.model_validate(used)
-    except ValidationError as error:
-        raise SpinError("; ".join(_describe(detail, "vllm") for detail in error.errors())) from None
-    return args, tuple(sorted(key for key in block if key in VLLM_SERVER_KEYS))
-
-
-def _described(error: ValidationError, place: str = "") -> str:
-    """Every wrong value in words, in one line."""
-    parent = f"spin.{place}" if place else "spin"
-    return "; ".join(_describe(detail, parent) for detail in error.errors())
-
-
-def _describe(detail: ErrorDetails, parent: str) -> str:
-    """One wrong value of the block in words."""
-    path = [str(part) for part in detail["loc"]]
-    name = ".".join([parent, *path])
-    if detail["type"] == "extra_forbidden":
-        fields = GenerationArgs.model_fields if path[0] == "generation" else SpinArgs.model_fields
-        return _unknown_key(".".join([parent, *path[:-1]]), path[-1], fields)
-    message = detail["msg"].removeprefix("Value error, ")
-    if not path or detail["type"] == "value_error":
-        return f"{name}: {message}"
-    value = repr(detail["input"])
-    return f"{name}: {message[0].lower()}{message[1:]} (got {value if len(value) <= 60 else value[:60] + '…'})"
-
-
-def _unknown_key(parent: str, key: str, known: Iterable[str]) -> str:
-    known = set(known)
-    for fields, place in (
-        (SpinArgs.model_fields, "`spin` itself: write it beside `generation`"),
-        (GenerationArgs.model_fields, f"`spin.generation`: write `generation: {{{key}: …}}`"),
-        (VllmArgs.model_fields, f"Axolotl's own block: write `vllm: {{{key}: …}}` beside `spin`"),
-    ):
-        if key in fields and key not in known:
-            return f"{parent}.{key}: there is no such key; it belongs to {place}"
-    near = get_close_matches(key, list(known), n=1, cutoff=0.5)
-    hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(sorted(known))}"
-    return f"{parent}.{key}: there is no such key; {hint}"

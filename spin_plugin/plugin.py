@@ -5,8 +5,10 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
 
-from spin_plugin.lowering import Lowered, announce, concerns_spin, lower, put_back, refuse_other_trainers, restore
-from spin_plugin.messages import SpinError, exit_in_one_line, say
+from spin_plugin.config.announce import announce
+from spin_plugin.config.lower import Lowered, concerns_spin, lower, put_back, restore
+from spin_plugin.config.refuse import refuse_other_trainers
+from spin_plugin.console import SpinError, exit_in_one_line, say
 
 
 class SpinPlugin(BasePlugin):
@@ -17,7 +19,7 @@ class SpinPlugin(BasePlugin):
         self.lowered: Lowered | None = None
         """What `rl: spin` was lowered to; None in a run that is not SPIN."""
         self.game: Any = None
-        """The iteration being played (`spin_plugin.game.Game`); None in commands that do not train."""
+        """The iteration being played (`spin_plugin.training.iteration.Game`); None in commands that do not train."""
 
     @exit_in_one_line
     def register(self, cfg: Any) -> None:
@@ -51,8 +53,8 @@ class SpinPlugin(BasePlugin):
 
         from axolotl.common.datasets import TrainDatasetMeta
 
-        from spin_plugin.game import Game
-        from spin_plugin.processes import rank
+        from spin_plugin.run.processes import rank
+        from spin_plugin.training.iteration import Game
 
         if lowered.all_finished:
             if rank() == 0:
@@ -73,14 +75,14 @@ class SpinPlugin(BasePlugin):
     def get_trainer_cls(self, cfg: Any) -> Any:
         if self.game is None:
             return None
-        from spin_plugin.trainer import SpinTrainer
+        from spin_plugin.training.trainer import SpinTrainer
 
         return SpinTrainer
 
     def get_collator_cls_and_kwargs(self, cfg: Any, is_eval: bool = False) -> Any:
         if self.game is None:
             return None
-        from spin_plugin.layout import PairCollator
+        from spin_plugin.model.layout import PairCollator
 
         return PairCollator, {}
 
@@ -101,7 +103,7 @@ class SpinPlugin(BasePlugin):
     def post_model_load(self, cfg: Any, model: Any) -> None:
         """Nothing has wrapped the model yet."""
         if self.game is not None:
-            from spin_plugin.precision import keep_masters
+            from spin_plugin.training.precision import keep_masters
 
             keep_masters(cfg, model)
 

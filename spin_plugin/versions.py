@@ -5,7 +5,7 @@ from importlib.metadata import version
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from spin_plugin.messages import SpinError
+from spin_plugin.console import SpinError
 
 SUPPORTED = SpecifierSet(">=0.19,<0.22")
 FIRST_TO_DISCOVER_PLUGINS = Version("0.21")

@@ -129,7 +129,7 @@ def family() -> Family:
 @pytest.fixture(scope="session")
 def vllm_python() -> Path:
     """vLLM's interpreter; without one the tests fail, they are never skipped."""
-    from spin_plugin.generation.interpreter import vllm_python
+    from spin_plugin.generation.python import vllm_python
 
     return vllm_python(None)
 

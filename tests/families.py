@@ -13,11 +13,11 @@ from tiny import SMALL
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from spin_plugin.head import install, logps
-from spin_plugin.layout import Pair, flat_batch, padded_batch
-from spin_plugin.loss import response_logps
-from spin_plugin.messages import SpinError
-from spin_plugin.select import choose_forms
+from spin_plugin.console import SpinError
+from spin_plugin.model.forward import install, logps
+from spin_plugin.model.layout import Pair, flat_batch, padded_batch
+from spin_plugin.model.logprobs import response_logps
+from spin_plugin.model.select import choose_forms
 
 PAD = SMALL["pad_token_id"]
 

@@ -22,11 +22,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spin_plugin import attention, flex
-from spin_plugin.attention import enable
-from spin_plugin.head import install, logps
-from spin_plugin.layout import PairCollator
-from spin_plugin.loss import metric_sums, spin_terms
+from spin_plugin.model import attention, flex
+from spin_plugin.model.attention import enable
+from spin_plugin.model.forward import install, logps
+from spin_plugin.model.layout import PairCollator
+from spin_plugin.objective.losses import spin_terms
+from spin_plugin.objective.metrics import metric_sums
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},

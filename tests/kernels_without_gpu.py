@@ -49,7 +49,7 @@ from torch.nn.attention import flex_attention as torch_flex  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from spin_plugin import attention, flex  # noqa: E402
+from spin_plugin.model import attention, flex  # noqa: E402
 
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KB a block may have, by compute capability."""

@@ -165,8 +165,8 @@ def import_axolotl() -> None:
     import axolotl.loaders
     import axolotl.train  # noqa: F401
 
-    import spin_plugin.game
-    import spin_plugin.trainer  # noqa: F401
+    import spin_plugin.training.iteration
+    import spin_plugin.training.trainer  # noqa: F401
 
 
 def play_all(jobs: list[dict[str, Any]]) -> dict[str, int]:

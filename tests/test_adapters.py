@@ -16,14 +16,14 @@ from test_pipeline import logged
 from tiny import LORA, make_model, spin_config, write_config
 from transformers import AutoModelForCausalLM
 
-from spin_plugin.agreement import EXACT, comparable, distance, require_agreement
+from spin_plugin.console import SpinError
+from spin_plugin.generation.dispatcher import generate
 from spin_plugin.generation.job import Job, Request
-from spin_plugin.generation.launcher import generate
 from spin_plugin.generation.shards import Shards
-from spin_plugin.iteration import open_pairs
-from spin_plugin.merge import merge, served_by_vllm
-from spin_plugin.messages import SpinError
-from spin_plugin.run import RunDir
+from spin_plugin.opponent.agreement import EXACT, comparable, distance, require_agreement
+from spin_plugin.opponent.merge import merge, served_by_vllm
+from spin_plugin.run.directory import RunDir
+from spin_plugin.training.prepare import open_pairs
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},

@@ -12,7 +12,13 @@ from tiny import SMALL
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_plugin.agreement import (
+from spin_plugin.console import SpinError
+from spin_plugin.data.pairs import Synthetic, build_pairs
+from spin_plugin.data.table import EXAMPLE_SCHEMA, open_table, table_writer
+from spin_plugin.generation.job import SCORED
+from spin_plugin.model.forward import install, logps
+from spin_plugin.model.layout import Pair, by_token, flat_batch, padded_batch
+from spin_plugin.opponent.agreement import (
     COMPARED,
     EXACT,
     ROUNDED,
@@ -22,11 +28,6 @@ from spin_plugin.agreement import (
     distance,
     require_agreement,
 )
-from spin_plugin.generation.job import SCORED
-from spin_plugin.head import install, logps
-from spin_plugin.layout import Pair, by_token, flat_batch, padded_batch
-from spin_plugin.messages import SpinError
-from spin_plugin.pairs import EXAMPLE_SCHEMA, Synthetic, build_pairs, open_table, table_writer
 
 END = 2
 Response = dict[str, Any]

@@ -17,10 +17,9 @@ from spin_plugin.args import (
     GenerationArgs,
     SpinArgs,
     VllmArgs,
-    parse_spin_block,
-    parse_vllm_block,
 )
-from spin_plugin.messages import SpinError
+from spin_plugin.config.parse import parse_spin_block, parse_vllm_block
+from spin_plugin.console import SpinError
 
 
 def error_of(block: object, known: tuple[str, ...] = ()) -> str:

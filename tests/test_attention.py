@@ -15,17 +15,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from spin_plugin import attention, flex
-from spin_plugin.attention import (
-    Scores,
-    SharedPrefix,
-    attend,
-    dense_attention,
-    dense_mask,
-    enable,
-    unsupported_reason,
-)
-from spin_plugin.flex import BLOCK
+from spin_plugin.model import attention, flex
+from spin_plugin.model.attention import Scores, SharedPrefix, attend, dense_attention, dense_mask, enable
+from spin_plugin.model.flex import BLOCK
+from spin_plugin.model.support import unsupported_reason
 
 WINDOWS = [None, 1, 5, 150]
 

@@ -174,7 +174,8 @@ def test_status_of_a_file_that_is_no_configuration(tmp_path: Path, content: byte
 
 
 def test_output_dir_of_another_config(tmp_path: Path, llama: Path, chat_data: Path, preprocess: Preprocess) -> None:
-    from spin_plugin.run import RunDir, RunState
+    from spin_plugin.run.directory import RunDir
+    from spin_plugin.run.state import RunState
 
     run = tmp_path / "run"
     first = spin_config(tmp_path, llama, chat_data)
@@ -195,8 +196,8 @@ def test_an_iteration_that_is_all_warmup(
 ) -> None:
     from axolotl.utils.dict import DictDefault
 
-    from spin_plugin.game import Game
-    from spin_plugin.lowering import lower
+    from spin_plugin.config.lower import lower
+    from spin_plugin.training.iteration import Game
 
     cfg = DictDefault(spin_config(tmp_path, llama, chat_data, max_steps=4, world_size=1))
     game = Game(cfg, lower(cfg))

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from tiny import SMALL, byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from spin_plugin.checkpoint import check_model_dir, check_safetensors, why_incomplete
-from spin_plugin.messages import SpinError
+from spin_plugin.console import SpinError
+from spin_plugin.run.checkpoint import check_model_dir, check_safetensors, why_incomplete
 
 
 def refused(check: Callable[[], None], *parts: str | Path) -> None:

@@ -18,7 +18,7 @@ from tiny import chat_rows, spin_config, write_config, write_jsonl
 from spin_plugin.args import GenerationArgs, SpinArgs
 from spin_plugin.cli import spin
 from spin_plugin.cli.init import edit, spin_changes
-from spin_plugin.lowering import lower
+from spin_plugin.config.lower import lower
 from spin_plugin.versions import discovers_plugins
 
 train_module = sys.modules["spin_plugin.cli.train"]  # the package has the command under this name
@@ -35,7 +35,8 @@ STAND_IN = """#!{python}
 import json, os, subprocess, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
-from spin_plugin.run import RunDir, RunState
+from spin_plugin.run.directory import RunDir
+from spin_plugin.run.state import RunState
 folder = Path({folder!r})
 with open(folder / "calls", "a") as calls:
     calls.write(json.dumps(sys.argv[1:]) + "\\n")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from spin_plugin.console import SpinError
 from spin_plugin.generation import devices
 from spin_plugin.generation.devices import places, visible_gpus
-from spin_plugin.messages import SpinError
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from spin_plugin.messages import DISK, SpinError, exit_in_one_line
-from spin_plugin.run import IterationDir, RunDir, write_whole
-from spin_plugin.space import Space, require_space
+from spin_plugin.console import DISK, SpinError, exit_in_one_line
+from spin_plugin.run.atomic import write_whole
+from spin_plugin.run.directory import IterationDir, RunDir
+from spin_plugin.run.disk import Space, require_space
 
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 
@@ -39,8 +40,10 @@ FULL = """
     from pathlib import Path
     import numpy as np
     from spin_plugin.generation.shards import Shards
-    from spin_plugin.messages import exit_in_one_line
-    from spin_plugin.run import RunDir, RunState, make_folder_whole, write_whole
+    from spin_plugin.console import exit_in_one_line
+    from spin_plugin.run.directory import RunDir
+    from spin_plugin.run.state import RunState
+    from spin_plugin.run.atomic import make_folder_whole, write_whole
 
     root = Path(sys.argv[1])
     run, shards = RunDir(root), Shards(root / "iteration-0/synthetic")
@@ -52,12 +55,12 @@ FULL = """
     before = {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
     def store() -> None:
-        from spin_plugin.opponent import OpponentStore
+        from spin_plugin.opponent.store import OpponentStore
         import torch
         OpponentStore(root / "opponent", 300_000, "key").save(torch.zeros(2, 300_000))
 
     def arrow(folder) -> None:
-        from spin_plugin.pairs import PAIR_SCHEMA, table_writer
+        from spin_plugin.data.table import PAIR_SCHEMA, table_writer
         with table_writer(folder / "train.arrow", PAIR_SCHEMA) as write:
             row = {"prompt": list(range(400_000)), "real": [], "synthetic": []}
             write({name: [row.get(name, 0)] for name in PAIR_SCHEMA.names})
@@ -98,8 +101,8 @@ def test_checkpoint_that_finds_no_room_is_named(tmp_path: Path) -> None:
     program = """
         import sys, torch
         from safetensors.torch import save_file
-        from spin_plugin.messages import SpinError
-        from spin_plugin.trainer import naming_the_disk
+        from spin_plugin.console import SpinError
+        from spin_plugin.training.saving import naming_the_disk
         tensors = {"a": torch.zeros(1_000_000)}
         for save in (lambda file: save_file(tensors, file), lambda file: torch.save(tensors, file)):
             try:
@@ -135,8 +138,8 @@ def test_read_only_directory_is_refused_before_any_work(tmp_path: Path) -> None:
     program = """
         import subprocess, sys
         from pathlib import Path
-        from spin_plugin.messages import exit_in_one_line
-        from spin_plugin.run import RunDir
+        from spin_plugin.console import exit_in_one_line
+        from spin_plugin.run.directory import RunDir
         subprocess.run(["mount", "-o", "remount,ro", sys.argv[1]], check=True)
         exit_in_one_line(RunDir(Path(sys.argv[1]) / "outputs/run").require_writable)()
     """
@@ -196,7 +199,7 @@ def test_clock_that_jumps_does_not_change_which_checkpoint_is_the_newest(tmp_pat
     """transformers sorts them by time before it removes the oldest; the clock was changed after the second one."""
     from transformers.trainer_utils import sort_checkpoints
 
-    from spin_plugin.trainer import mend_times
+    from spin_plugin.training.saving import mend_times
 
     now = time.time()
     for step, age in ((7, 30), (14, 20), (100, 10)):

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from conftest import Family
 
-from spin_plugin.generation import launcher
+from spin_plugin.console import SpinError
+from spin_plugin.generation import dispatcher
+from spin_plugin.generation.dispatcher import generate
 from spin_plugin.generation.job import SHARD, Job, Request
-from spin_plugin.generation.launcher import generate
 from spin_plugin.generation.progress import Progress
 from spin_plugin.generation.shards import Shards
-from spin_plugin.messages import SpinError
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Event], None]:
                 if moment == "advance" and self.done == 1:
                     event()
 
-        monkeypatch.setattr(launcher, "Progress", Watched)
+        monkeypatch.setattr(dispatcher, "Progress", Watched)
 
     return install
 

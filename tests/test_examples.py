@@ -15,7 +15,7 @@ import axolotl
 import pytest
 import yaml
 
-from spin_plugin.messages import console
+from spin_plugin.console import console
 from spin_plugin.versions import discovers_plugins
 
 # What such a machine has; the validators ask for it.

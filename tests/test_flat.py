@@ -12,11 +12,12 @@ from tiny import SMALL, byte_tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spin_plugin.attention import enable
-from spin_plugin.head import install, logps
-from spin_plugin.layout import Pair, PairCollator, flat_batch, padded_batch
-from spin_plugin.loss import response_logps, spin_terms
-from spin_plugin.select import choose_forms
+from spin_plugin.model.attention import enable
+from spin_plugin.model.forward import install, logps
+from spin_plugin.model.layout import Pair, PairCollator, flat_batch, padded_batch
+from spin_plugin.model.logprobs import response_logps
+from spin_plugin.model.select import choose_forms
+from spin_plugin.objective.losses import spin_terms
 
 PAD = 0
 

@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_args import BLOCKS, LEAVES
 
-from spin_plugin.lowering import lower
-from spin_plugin.messages import SpinError
-from spin_plugin.pairs import open_table, write_examples
+from spin_plugin.config.lower import lower
+from spin_plugin.console import SpinError
+from spin_plugin.data.examples import write_examples
+from spin_plugin.data.table import open_table
 
 ANY = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]

@@ -14,8 +14,8 @@ import yaml
 from conftest import GPU, ROOT, Finished
 from torch.nn.functional import softplus
 
-from spin_plugin.agreement import Distance, require_agreement
-from spin_plugin.lowering import lower
+from spin_plugin.config.lower import lower
+from spin_plugin.opponent.agreement import Distance, require_agreement
 
 
 @pytest.fixture

@@ -13,11 +13,12 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from spin_plugin import head
-from spin_plugin.head import LogitMap, install, logps
-from spin_plugin.layout import Pair, flat_batch, padded_batch
-from spin_plugin.loss import response_logps
-from spin_plugin.select import choose_forms
+from spin_plugin.model import forward, head
+from spin_plugin.model.forward import install, logps
+from spin_plugin.model.head import LogitMap
+from spin_plugin.model.layout import Pair, flat_batch, padded_batch
+from spin_plugin.model.logprobs import response_logps
+from spin_plugin.model.select import choose_forms
 
 PAIRS = [Pair([5, 6, 7], [8, 9, 1], [10, 1]), Pair([11], [1], [12, 13, 14, 15, 16, 1]), Pair([3] * 5, [4] * 7, [9] * 3)]
 PAD = 0
@@ -271,7 +272,7 @@ def test_forms_that_differ_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> Non
     """A model that nothing speaks against, and whose flat row is wrong all the same."""
     model = make()
     install(model)
-    monkeypatch.setattr(head, "flat_inputs", lambda spans, tokens: {"spans": None})
+    monkeypatch.setattr(forward, "flat_inputs", lambda spans, tokens: {"spans": None})
     forms = choose_forms(model, [PAIRS], wanted=True, pad_token_id=PAD)
     assert not forms.shared_prefix
     assert "a row of LlamaForCausalLM differs from one sequence at a time by" in str(forms.no_shared_prefix_because)

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from tiny import make_model, spin_config, write_config
 from transformers import AutoModelForCausalLM
 
-from spin_plugin.generation import launcher
-from spin_plugin.hub import bytes_of_weights, commit_of, pin
-from spin_plugin.messages import SpinError
+from spin_plugin.console import SpinError
+from spin_plugin.generation import dispatcher
+from spin_plugin.opponent.hub import bytes_of_weights, commit_of, pin
 
 NAME = "org/tiny"
 OLD, NEW = "a" * 40, "b" * 40
@@ -123,7 +123,7 @@ def preprocess(
     from axolotl.utils.tee import close_debug_log
 
     (tmp_path / "worker.py").write_text(WORKER)
-    monkeypatch.setattr(launcher, "WORKER", tmp_path / "worker.py")
+    monkeypatch.setattr(dispatcher, "WORKER", tmp_path / "worker.py")
     monkeypatch.setattr(sys, "argv", ["axolotl"])
 
     def run(config: Path) -> list[str]:

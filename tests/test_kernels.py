@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton
 
-from spin_plugin.flex import kernel_options
+from spin_plugin.model.flex import kernel_options
 
 HERE = Path(__file__).parent
 known = pytest.mark.skipif(

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from spin_plugin.generation import engine, launcher
-from spin_plugin.generation.cause import cause_of_death
+from spin_plugin.console import SpinError
+from spin_plugin.generation import dispatcher, engine
+from spin_plugin.generation.diagnosis import cause_of_death
+from spin_plugin.generation.dispatcher import generate
 from spin_plugin.generation.job import SCORED, SHARD, Job, Request, scored
-from spin_plugin.generation.launcher import generate
 from spin_plugin.generation.shards import Shards
-from spin_plugin.messages import SpinError
 
 TOTAL = 2 * SHARD + 88  # two whole shards and a short one
 JOB = Job(
@@ -81,7 +81,7 @@ Use = Callable[[str], None]
 @pytest.fixture
 def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Use:
     """Make a script's end the worker of the next `generate`."""
-    monkeypatch.setattr(launcher, "WORKER", tmp_path / "worker.py")
+    monkeypatch.setattr(dispatcher, "WORKER", tmp_path / "worker.py")
     return lambda body: write_worker(tmp_path, body)
 
 
@@ -548,15 +548,15 @@ def test_interrupt_ends_the_worker(use: Use, shards: Shards, tmp_path: Path) -> 
 LAUNCH = """
 import sys
 from pathlib import Path
-from spin_plugin.generation import launcher
+from spin_plugin.generation import dispatcher
 from spin_plugin.generation.job import Job, Request
 from spin_plugin.generation.shards import Shards
 
 folder = Path(sys.argv[1])
-launcher.WORKER = folder / "worker.py"
+dispatcher.WORKER = folder / "worker.py"
 job = Job(0, {}, None, "abc", {}, 1, "def")
 requests = lambda: iter([Request(0, "train", 0, [1], 4, 0)])
-launcher.generate(job, Shards(folder / "synthetic"), requests, lambda: Path(sys.executable))
+dispatcher.generate(job, Shards(folder / "synthetic"), requests, lambda: Path(sys.executable))
 """
 
 

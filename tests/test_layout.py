@@ -8,8 +8,9 @@ from tiny import SMALL, byte_tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_plugin.layout import Pair, PairCollator, padded_batch
-from spin_plugin.loss import response_logps, spin_terms
+from spin_plugin.model.layout import Pair, PairCollator, padded_batch
+from spin_plugin.model.logprobs import response_logps
+from spin_plugin.objective.losses import spin_terms
 
 PAD = 99
 

@@ -14,7 +14,7 @@ subprocess.run([sys.executable, "-c", sys.argv[1]])
 """
 TRAINING = """
 import subprocess, sys, time
-from spin_plugin.processes import end_with_launcher
+from spin_plugin.run.processes import end_with_launcher
 end_with_launcher()
 helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
 print("ready", flush=True)

@@ -9,8 +9,10 @@ from tiny import SMALL
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_plugin.layout import Pair, padded_batch
-from spin_plugin.loss import LOSSES, METRICS, SATURATED_BELOW, metric_sums, response_logps, spin_terms
+from spin_plugin.model.layout import Pair, padded_batch
+from spin_plugin.model.logprobs import response_logps
+from spin_plugin.objective.losses import LOSSES, spin_terms
+from spin_plugin.objective.metrics import METRICS, SATURATED_BELOW, metric_sums
 
 LN2 = math.log(2)
 NAMES = sorted(LOSSES)

@@ -15,21 +15,14 @@ from safetensors.torch import save_file
 from tiny import spin_config
 
 from spin_plugin import SpinPlugin
-from spin_plugin.lowering import (
-    LORA_KERNELS,
-    NO_PROMPT_TYPES,
-    PLUGIN,
-    REFUSED,
-    Lowered,
-    announce,
-    concerns_spin,
-    lower,
-    refuse_other_trainers,
-    restore,
-)
-from spin_plugin.merge import merge
-from spin_plugin.messages import SpinError
-from spin_plugin.run import RunDir, RunState, differing_keys
+from spin_plugin.config.announce import announce
+from spin_plugin.config.identity import differing_keys
+from spin_plugin.config.lower import LORA_KERNELS, PLUGIN, Lowered, concerns_spin, lower, restore
+from spin_plugin.config.refuse import NO_PROMPT_TYPES, REFUSED, refuse_other_trainers
+from spin_plugin.console import SpinError
+from spin_plugin.opponent.merge import merge
+from spin_plugin.run.directory import RunDir
+from spin_plugin.run.state import RunState
 
 Config = Callable[..., MutableMapping[str, Any]]
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spin_plugin.messages import SpinError
-from spin_plugin.opponent import FEW, PARTS, SCORING_FACTOR, OpponentStore, fill, missing, scoring_tokens, shares
+from spin_plugin.console import SpinError
+from spin_plugin.opponent.scoring import SCORING_FACTOR, fill, missing, scoring_tokens, shares
+from spin_plugin.opponent.store import FEW, PARTS, OpponentStore
 
 PAIRS = 10 * FEW + 3
 
@@ -143,7 +144,7 @@ def test_broken_opponent_is_refused_and_nothing_of_it_stored(store: OpponentStor
 
 
 def test_key_is_of_the_pairs_content_and_the_weights(tmp_path: Path) -> None:
-    from spin_plugin.iteration import PairsOnDisk
+    from spin_plugin.training.prepare import PairsOnDisk
 
     def key(weights: str, content: bytes, folder: str) -> str:
         (tmp_path / folder).mkdir(exist_ok=True)

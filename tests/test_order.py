@@ -5,7 +5,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from spin_plugin.order import BalancedSampler, balanced, counted, steps_in_epoch
+from spin_plugin.data.order import BalancedSampler, balanced, counted, steps_in_epoch
 
 
 def test_balanced_by_hand() -> None:

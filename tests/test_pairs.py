@@ -12,22 +12,17 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spin_plugin.messages import SpinError
-from spin_plugin.pairs import (
-    BLOCK,
+from spin_plugin.console import SpinError
+from spin_plugin.data.examples import (
     IGNORED,
     ExampleCounts,
-    PairStats,
-    Synthetic,
-    build_pairs,
     choose_prompts,
     find_end_tokens,
-    open_table,
-    read_stats,
     trained_spans,
     write_examples,
-    write_stats,
 )
+from spin_plugin.data.pairs import PairStats, Synthetic, build_pairs, read_stats, write_stats
+from spin_plugin.data.table import BLOCK, open_table
 
 END = 2  # the end token of these rows
 Turns = Literal["first", "last", "all"]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tiny import chat_rows, spin_config, write_config, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from spin_plugin.iteration import open_pairs
-from spin_plugin.run import RunDir
+from spin_plugin.run.directory import RunDir
+from spin_plugin.training.prepare import open_pairs
 
 pytestmark = pytest.mark.slow
 Command = Callable[..., Finished]

@@ -15,18 +15,16 @@ from safetensors.torch import load_file, save_file
 from tiny import FSDP2, LORA, chat_rows, spin_config, write_config, write_jsonl, zero
 from torch import nn
 
-from spin_plugin.messages import SpinError
-from spin_plugin.precision import (
+from spin_plugin.console import SpinError
+from spin_plugin.run.directory import RunDir
+from spin_plugin.training.precision import (
     is_lean,
     keep_masters,
     keep_results_in_32_bits,
     require_masters,
     require_moving_weights,
-    round_masters,
-    rounded_stochastically,
-    store_in_16_bits,
 )
-from spin_plugin.run import RunDir
+from spin_plugin.training.saving import round_masters, rounded_stochastically, store_in_16_bits
 
 STOCHASTIC = {"optimizer": "adamw_torch_8bit", "optim_args": {"bf16_stochastic_round": True}}
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import FSDP2, LORA, chat_rows, spin_config, write_config, write_jsonl, zero
 
-from spin_plugin.run import RunDir
+from spin_plugin.run.directory import RunDir
 
 pytestmark = pytest.mark.slow
 

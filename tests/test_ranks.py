@@ -16,16 +16,16 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from spin_plugin.messages import SpinError
-from spin_plugin.processes import GO_ON, Ranks
-from spin_plugin.run import RunDir
+from spin_plugin.console import SpinError
+from spin_plugin.run.directory import RunDir
+from spin_plugin.run.processes import GO_ON, Ranks
 
 # A rank of three. It prints what it does, then does what a line of its input says.
 RANK = """
 import os, subprocess, sys, time
 from pathlib import Path
-from spin_plugin import processes
-from spin_plugin.run import RunDir
+from spin_plugin.run import processes
+from spin_plugin.run.directory import RunDir
 
 processes.SECONDS_BETWEEN_LOOKS = 0.05
 {changes}
@@ -249,7 +249,7 @@ def test_others_wait_until_the_first_has_prepared(start: Start) -> None:
 
 def test_the_first_process_waits_until_the_others_have_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr("spin_plugin.processes.SECONDS_UNTIL_SAVED", 0.0)
+    monkeypatch.setattr("spin_plugin.run.processes.SECONDS_UNTIL_SAVED", 0.0)
     ranks = Ranks(RunDir(tmp_path), "start")
     ranks.folder.mkdir(parents=True)
     monkeypatch.setenv("RANK", "1")

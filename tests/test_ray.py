@@ -8,9 +8,9 @@ import psutil
 import pytest
 from conftest import Family
 
-from spin_plugin.generation import launcher
+from spin_plugin.generation import dispatcher
+from spin_plugin.generation.dispatcher import generate
 from spin_plugin.generation.job import SHARD, Job, Request
-from spin_plugin.generation.launcher import generate
 from spin_plugin.generation.progress import Progress
 from spin_plugin.generation.shards import Shards
 
@@ -44,7 +44,7 @@ def test_one_of_two_actors_is_killed(
                 first, _ = (child for child in started if "MapWorker" in " ".join(child.cmdline()))
                 first.kill()
 
-    monkeypatch.setattr(launcher, "Progress", Watched)
+    monkeypatch.setattr(dispatcher, "Progress", Watched)
     engine = {"model": str(llama), "skip_tokenizer_init": True, "generation_config": "vllm", "dtype": "float32"}
     engine |= {"max_model_len": 64, "seed": 0, "max_num_seqs": 8}
     sampling: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "stop_token_ids": [258]}

@@ -25,8 +25,8 @@ from tiny import byte_tokenizer, chat_rows, make_model, write_config, write_json
 from transformers import AutoModelForCausalLM
 
 from spin_plugin.cli.init import init
-from spin_plugin.iteration import open_pairs
-from spin_plugin.run import RunDir
+from spin_plugin.run.directory import RunDir
+from spin_plugin.training.prepare import open_pairs
 
 EXAMPLES = ROOT / "yaml_examples"
 RECIPES = sorted(EXAMPLES.glob("*.yml"))
@@ -224,7 +224,7 @@ def test_ultrachat_goes_through_the_dataset_block_of_the_paper_s_run(folder: Pat
     from axolotl.utils.config import normalize_config
 
     from spin_plugin.args import SpinArgs
-    from spin_plugin.real import prepare_real
+    from spin_plugin.data.real import prepare_real
 
     config = scaled_down(recipe("spin-zephyr.yml"), ultrachat(folder / "ultrachat"))
     assert config["datasets"] == [{**recipe("spin-zephyr.yml")["datasets"][0], "path": str(folder / "ultrachat")}]

@@ -7,9 +7,10 @@ import yaml
 from click.testing import CliRunner, Result
 from test_run import content, finished_iteration, other_process_holds
 
-import spin_plugin.run
+import spin_plugin.run.directory
 from spin_plugin.cli import spin
-from spin_plugin.run import RunDir, RunState
+from spin_plugin.run.directory import RunDir
+from spin_plugin.run.state import RunState
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_killed_in_the_middle_the_run_goes_on_before_the_iteration(
 ) -> None:
     """The marker goes first, folders from the newest to the oldest, each in one step."""
     removed: list[Path] = []
-    whole = spin_plugin.run.remove_whole
+    whole = spin_plugin.run.directory.remove_whole
 
     def killed(path: Path) -> None:
         if len(removed) == folders:
@@ -99,7 +100,7 @@ def test_killed_in_the_middle_the_run_goes_on_before_the_iteration(
         whole(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(spin_plugin.run, "remove_whole", killed)
+        patched.setattr(spin_plugin.run.directory, "remove_whole", killed)
         with pytest.raises(KeyboardInterrupt):
             run.reset(0)
     assert run.finished() == 0

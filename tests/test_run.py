@@ -15,18 +15,12 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from spin_plugin.messages import SpinError
-from spin_plugin.run import (
-    FORMAT,
-    IterationDir,
-    RunDir,
-    RunState,
-    differing_keys,
-    make_folder_whole,
-    set_aside,
-    without_secrets,
-    write_whole,
-)
+from spin_plugin.config.identity import differing_keys
+from spin_plugin.config.plain import without_secrets
+from spin_plugin.console import SpinError
+from spin_plugin.run.atomic import make_folder_whole, set_aside, write_whole
+from spin_plugin.run.directory import IterationDir, RunDir
+from spin_plugin.run.state import FORMAT, RunState
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -205,7 +199,7 @@ HOLD = """
 import sys
 import time
 from pathlib import Path
-from spin_plugin.run import RunDir
+from spin_plugin.run.directory import RunDir
 with RunDir(Path(sys.argv[1])).locked():
     print("held", flush=True)
     sys.stdin.read()

@@ -12,11 +12,12 @@ from conftest import ROOT
 from families import PAD, SHOWN, build, judge
 from torch import Tensor, nn
 
-from spin_plugin import attention, select
-from spin_plugin.head import install
-from spin_plugin.layout import Pair
-from spin_plugin.messages import SpinError
-from spin_plugin.select import ROW, Forms, choose_forms, probe
+from spin_plugin.console import SpinError
+from spin_plugin.model import attention, select
+from spin_plugin.model.forward import install
+from spin_plugin.model.layout import Pair
+from spin_plugin.model.probe import ROW, probe
+from spin_plugin.model.select import Forms, choose_forms
 
 # --- the pairs that are compared -----------------------------------------------------------------
 
@@ -235,8 +236,8 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from families import PAD, SHOWN, build
 from spin_plugin import attention
-from spin_plugin.head import install
-from spin_plugin.select import choose_forms
+from spin_plugin.model.forward import install
+from spin_plugin.model.select import choose_forms
 
 def fail(*_states):
     raise LookupError("no kernel for this card")

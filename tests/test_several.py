@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from spin_plugin.console import SpinError
 from spin_plugin.generation.job import SHARD
 from spin_plugin.generation.shards import Shards
-from spin_plugin.messages import SpinError
 
 
 @pytest.mark.parametrize("gone", ["a shard", "the folder"])
@@ -29,7 +29,7 @@ def test_responses_that_are_gone_never_leave_the_mixing_in_silence(tmp_path: Pat
 def test_dropout_is_silenced_in_modules_and_in_plain_numbers() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from spin_plugin.trainer import silence_dropout
+    from spin_plugin.training.trainer import silence_dropout
 
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, attention_dropout=0.25, **small)).train()

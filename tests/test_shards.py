@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT
 from datasets import Dataset
 
-from spin_plugin.generation import interpreter
-from spin_plugin.generation.interpreter import vllm_python
+from spin_plugin.console import SpinError
+from spin_plugin.generation import python as interpreter
 from spin_plugin.generation.job import (
     SHARD,
     Job,
@@ -28,8 +28,8 @@ from spin_plugin.generation.job import (
     requests_for,
     shards_of,
 )
+from spin_plugin.generation.python import vllm_python
 from spin_plugin.generation.shards import Shards
-from spin_plugin.messages import SpinError
 
 JOB = Job(
     iteration=1,

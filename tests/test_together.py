@@ -15,10 +15,10 @@ from conftest import Jobs
 from safetensors.torch import load_file
 from tiny import chat_rows, spin_config, write_config, write_jsonl
 
-from spin_plugin.agreement import EXACT
 from spin_plugin.generation.shards import Shards
-from spin_plugin.processes import GO_ON
-from spin_plugin.run import RunDir
+from spin_plugin.opponent.agreement import EXACT
+from spin_plugin.run.directory import RunDir
+from spin_plugin.run.processes import GO_ON
 
 pytestmark = pytest.mark.slow
 Response = dict[str, Any]

@@ -11,9 +11,9 @@ import torch
 from tiny import byte_tokenizer, chat_rows, make_model, spin_config, write_config, write_jsonl
 from transformers import AutoTokenizer
 
-from spin_plugin.iteration import open_pairs
-from spin_plugin.layout import PairCollator
-from spin_plugin.run import RunDir
+from spin_plugin.model.layout import PairCollator
+from spin_plugin.run.directory import RunDir
+from spin_plugin.training.prepare import open_pairs
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,15 @@ from safetensors.torch import load_file, save_file
 from tiny import SMALL, make_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from spin_plugin import weights
-from spin_plugin.messages import SpinError
-from spin_plugin.weights import fingerprint, model_class, require_complete, require_complete_adapter, require_finite
+from spin_plugin.console import SpinError
+from spin_plugin.opponent import weights
+from spin_plugin.opponent.weights import (
+    fingerprint,
+    model_class,
+    require_complete,
+    require_complete_adapter,
+    require_finite,
+)
 
 FLOATS = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn
@@ -67,7 +73,7 @@ def test_every_finite_number_passes(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_numbers_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spin_plugin.weights.BLOCK", 7)
+    monkeypatch.setattr("spin_plugin.opponent.weights.BLOCK", 7)
     for place in (0, 6, 7, 19):
         numbers = torch.ones(20)
         numbers[place] = torch.nan
@@ -194,7 +200,7 @@ def test_missing_tensor_of_an_adapter_is_named(llama: Path, adapter: Path) -> No
 
 
 def test_index_that_promises_more_than_the_files_hold(tmp_path: Path, llama: Path) -> None:
-    from spin_plugin.checkpoint import check_model_dir
+    from spin_plugin.run.checkpoint import check_model_dir
 
     model = tmp_path / "model"
     AutoModelForCausalLM.from_pretrained(llama).save_pretrained(model, max_shard_size="100KB")

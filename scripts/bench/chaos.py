@@ -225,8 +225,8 @@ def outcome(run: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from spin_plugin.generation.shards import Shards
-    from spin_plugin.iteration import open_pairs
-    from spin_plugin.run import RunDir
+    from spin_plugin.run.directory import RunDir
+    from spin_plugin.training.prepare import open_pairs
 
     folder = RunDir(run).iteration(0)
     responses = list(Shards(folder.synthetic).responses())

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_plugin.generation.interpreter import vllm_python
+from spin_plugin.generation.dispatcher import generate
 from spin_plugin.generation.job import Job, Request
-from spin_plugin.generation.launcher import generate
+from spin_plugin.generation.python import vllm_python
 from spin_plugin.generation.shards import Shards
 
 BARE = """

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 from datasets import disable_progress_bars
 
+from spin_plugin.data.pairs import Synthetic, build_pairs
+from spin_plugin.data.table import EXAMPLE_SCHEMA, open_table, table_writer
 from spin_plugin.generation.job import SHARD
 from spin_plugin.generation.shards import Shards
-from spin_plugin.pairs import EXAMPLE_SCHEMA, Synthetic, build_pairs, open_table, table_writer
 
 SIZES = (25_000, 100_000)
 PROMPT, REAL, SYNTHETIC = 160, 240, 200  # tokens; 600 a pair

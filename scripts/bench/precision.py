@@ -26,11 +26,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_plugin.attention import enable
-from spin_plugin.head import install, logps
-from spin_plugin.layout import Pair, flat_batch
-from spin_plugin.loss import spin_terms
-from spin_plugin.precision import round_masters
+from spin_plugin.model.attention import enable
+from spin_plugin.model.forward import install, logps
+from spin_plugin.model.layout import Pair, flat_batch
+from spin_plugin.objective.losses import spin_terms
+from spin_plugin.training.saving import round_masters
 
 RATES = (5e-7, 2e-6, 1e-5)
 BETA = 0.1

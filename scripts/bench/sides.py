@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from spin_plugin.attention import enable
-from spin_plugin.head import install, logps
-from spin_plugin.layout import Pair, flat_batch, padded_batch
-from spin_plugin.loss import spin_terms
+from spin_plugin.model.attention import enable
+from spin_plugin.model.forward import install, logps
+from spin_plugin.model.layout import Pair, flat_batch, padded_batch
+from spin_plugin.objective.losses import spin_terms
 
 MEDIANS, SIGMA = (120, 245, 200), 0.6  # prompt, real, synthetic
 LONGEST_PROMPT, LONGEST = 512, 1024  # TRL's default is to cut sequences at 1024, too

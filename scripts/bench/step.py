@@ -44,7 +44,7 @@ import torch
 import transformers
 from sides import PAD, SIDES, Batches, Step, draw_pairs, make_model
 
-from spin_plugin.layout import Pair, padded_batch
+from spin_plugin.model.layout import Pair, padded_batch
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {"layers": 6, "hidden": 512, "vocab": 32_000, "dtype": "float32"},

@@ -16,10 +16,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts/bench")]
 
 from sides import BETA, draw_pairs  # noqa: E402
 
-from spin_plugin.attention import enable  # noqa: E402
-from spin_plugin.head import install, logps  # noqa: E402
-from spin_plugin.layout import Pair  # noqa: E402
-from spin_plugin.loss import spin_terms  # noqa: E402
+from spin_plugin.model.attention import enable  # noqa: E402
+from spin_plugin.model.forward import install, logps  # noqa: E402
+from spin_plugin.model.layout import Pair  # noqa: E402
+from spin_plugin.objective.losses import spin_terms  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

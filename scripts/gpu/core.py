@@ -10,9 +10,9 @@ from sides import PAD
 from torch import Tensor
 from torch.nn.functional import linear
 
-from spin_plugin.attention import Scores, SharedPrefix, attend, dense_attention, dense_mask
-from spin_plugin.head import logps
-from spin_plugin.layout import padded_batch
+from spin_plugin.model.attention import Scores, SharedPrefix, attend, dense_attention, dense_mask
+from spin_plugin.model.forward import logps
+from spin_plugin.model.layout import padded_batch
 
 KEY_HEADS = 2
 SOFTCAP = 2.0  # products have size 1: it bends them

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from spin_plugin.head import logps
-from spin_plugin.layout import flat_batch
-from spin_plugin.loss import metric_sums, spin_terms
+from spin_plugin.model.forward import logps
+from spin_plugin.model.layout import flat_batch
+from spin_plugin.objective.losses import spin_terms
+from spin_plugin.objective.metrics import metric_sums
 
 TINY = ["--layers", "1", "--hidden", "128", "--vocab", "500", "--dtype", "bfloat16"]
 COMPARED = ("ours", "padded", "official", "floor")

@@ -12,9 +12,9 @@ from cases import Case, Found, Setting, drawn, first_loss, in_bf16, llama, moved
 from sides import BETA
 from torch import Tensor
 
-from spin_plugin.head import logps
-from spin_plugin.layout import flat_batch
-from spin_plugin.loss import spin_terms
+from spin_plugin.model.forward import logps
+from spin_plugin.model.layout import flat_batch
+from spin_plugin.objective.losses import spin_terms
 
 GRAPHS = (
     8  # compilations that are expected at most: one or many blocks, with and without gradients, static then dynamic

@@ -6,10 +6,11 @@ from typing import Any
 import click
 import yaml
 
-from spin_plugin.args import SpinArgs, parse_spin_block
-from spin_plugin.lowering import names_the_plugin
-from spin_plugin.messages import SpinError
-from spin_plugin.run import RunDir
+from spin_plugin.args import SpinArgs
+from spin_plugin.config.lower import names_the_plugin
+from spin_plugin.config.parse import parse_spin_block
+from spin_plugin.console import SpinError
+from spin_plugin.run.directory import RunDir
 from spin_plugin.versions import discovers_plugins
 
 CONFIG = click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))

@@ -8,10 +8,12 @@ from typing import Any
 import click
 import yaml
 
-from spin_plugin.args import parse_spin_block
 from spin_plugin.cli.config_file import read_yaml
-from spin_plugin.lowering import HIGHEST_LEARNING_RATE, PLUGIN, refuse
-from spin_plugin.messages import SpinError, exit_in_one_line, say, warn
+from spin_plugin.config.announce import HIGHEST_LEARNING_RATE
+from spin_plugin.config.lower import PLUGIN
+from spin_plugin.config.parse import parse_spin_block
+from spin_plugin.config.refuse import refuse
+from spin_plugin.console import SpinError, exit_in_one_line, say, warn
 from spin_plugin.versions import discovers_plugins
 
 STARTER = Path(__file__).with_name("starter.yml")

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from spin_plugin.cli.config_file import CONFIG, read_config
-from spin_plugin.messages import SpinError, exit_in_one_line, say
+from spin_plugin.console import SpinError, exit_in_one_line, say
 
 
 @click.command()

@@ -8,7 +8,7 @@ import click
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, JsonSchemaWarningKind
 from pydantic_core import PydanticSerializationError, core_schema
 
-from spin_plugin.messages import SpinError, exit_in_one_line, say
+from spin_plugin.console import SpinError, exit_in_one_line, say
 
 
 class _Schema(GenerateJsonSchema):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from spin_plugin.messages import SpinError, exit_in_one_line, say
+from spin_plugin.console import SpinError, exit_in_one_line, say
 
 # The tested versions.
 VLLM_GPU = "vllm>=0.20.2,<0.33"

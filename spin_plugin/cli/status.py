@@ -9,8 +9,8 @@ from rich import box
 from rich.table import Table
 
 from spin_plugin.cli.config_file import CONFIG, read_config
-from spin_plugin.messages import console, exit_in_one_line
-from spin_plugin.run import RunDir
+from spin_plugin.console import console, exit_in_one_line
+from spin_plugin.run.directory import RunDir
 
 METRIC_COLUMNS = {"loss": "spin/loss", "margin": "spin/reward_margin", "accuracy": "spin/accuracy"}
 

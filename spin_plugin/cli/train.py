@@ -12,7 +12,7 @@ import click
 import psutil
 
 from spin_plugin.cli.config_file import CONFIG, read_config
-from spin_plugin.messages import INTERRUPTED, SpinError, exit_in_one_line, say
+from spin_plugin.console import INTERRUPTED, SpinError, exit_in_one_line, say
 
 # Without it `accelerate launch` adds a stack trace of its own to the one-line error of the command below it.
 QUIET = ("--", "--quiet")

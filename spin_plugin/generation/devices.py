@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
-from spin_plugin.messages import SpinError
+from spin_plugin.console import SpinError
 
 
 @dataclass(frozen=True)

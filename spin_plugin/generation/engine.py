@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 
-from spin_plugin.generation.cause import cause_of_death, is_about_the_adapter, is_short_of_memory
-from spin_plugin.messages import warn
-from spin_plugin.run import SECRET_PARTS
+from spin_plugin.config.plain import SECRET_PARTS
+from spin_plugin.console import warn
+from spin_plugin.generation.diagnosis import cause_of_death, is_about_the_adapter, is_short_of_memory
 
 # Set by torchrun, accelerate and Axolotl for training; vLLM would take them for its own. Axolotl's choice of an
 # allocator (expandable segments) breaks vLLM's tensor parallelism.

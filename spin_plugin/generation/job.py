@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spin_plugin.run import without_secrets
+from spin_plugin.config.plain import without_secrets
 
 SHARD = 256  # requests in a shard: what can be lost at most when a run is killed
 # vLLM says of so many responses how likely their tokens are (agreement.py). Where one of a batch is scored all of it

@@ -6,7 +6,7 @@ from types import TracebackType
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from spin_plugin.messages import console, say
+from spin_plugin.console import console, say
 
 SECONDS_BETWEEN_LINES = 20.0
 

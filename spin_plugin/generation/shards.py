@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spin_plugin.console import SpinError, warn
 from spin_plugin.generation.job import Job, shards_of
-from spin_plugin.messages import SpinError, warn
-from spin_plugin.run import remove_whole, set_aside, write_whole
+from spin_plugin.run.atomic import remove_whole, set_aside, write_whole
 
 # The iteration that is being played draws a damaged shard anew by itself; this is about an earlier one's.
 WAY_OUT = "restore it from a backup or set spin.history_iterations to 0"

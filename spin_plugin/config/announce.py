@@ -1,0 +1,36 @@
+"""What an iteration says before it starts."""
+
+from typing import Any
+
+from spin_plugin.config.lower import Lowered
+from spin_plugin.console import say, warn
+
+# Above it a warning says so. The paper's full fine-tune of 7B has 5e-7.
+HIGHEST_LEARNING_RATE = {"full": 5e-6, "adapter": 1e-4}
+
+
+def announce(cfg: Any, lowered: Lowered) -> None:
+    """Say what the command is about to do, and what may surprise in it.
+
+    Args:
+        cfg: Axolotl's validated configuration.
+        lowered: what it was lowered from.
+    """
+    number, spin = lowered.iteration, lowered.spin
+    adapter = f" with the adapter {cfg.lora_model_dir}" if cfg.adapter and cfg.lora_model_dir else ""
+    opponent = f"{lowered.config['base_model']}{adapter}" if number == 0 else f"the model of iteration {number - 1}"
+    say(f"iteration {number} of 0…{spin.iterations - 1}, opponent: {opponent}")
+    if number == 0 and (mixed := min(spin.history_iterations, spin.iterations - 1)):
+        say(
+            f"later iterations also train on the responses of up to {mixed} before them, which costs up to {1 + mixed} "
+            f"times this one (spin.history_iterations: {spin.history_iterations}; 0 leaves them out)"
+        )
+    if lowered.unused_vllm_keys:
+        keys = ", ".join(f"vllm.{key}" for key in lowered.unused_vllm_keys)
+        say(f"not used: {keys}: SPIN runs vLLM itself and needs no server")
+    highest = HIGHEST_LEARNING_RATE["adapter" if cfg.adapter else "full"]
+    if cfg.learning_rate > highest and (number == 0 or "learning_rate" in spin.axolotl_overrides(number)):
+        warn(
+            f"learning_rate {cfg.learning_rate:g} is high for SPIN, where most runs collapse above {highest:g} "
+            f"({'with an adapter' if cfg.adapter else 'full fine-tune'}); take a tenth to a fortieth of the SFT's"
+        )

@@ -1,0 +1,125 @@
+"""Tokenised SFT rows become examples: a prompt and its real response."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from datasets import Dataset
+
+from spin_plugin.console import SpinError
+from spin_plugin.data.table import EXAMPLE_SCHEMA, blocks, table_writer
+
+IGNORED = -100  # the label of a token that SFT does not train on
+
+
+def trained_spans(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """Start and end of every run of tokens that the labels train on."""
+    trained = np.concatenate(([False], np.asarray(labels) != IGNORED, [False]))
+    edges = np.flatnonzero(trained[1:] != trained[:-1])
+    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+
+
+@dataclass
+class ExampleCounts:
+    """What became of the SFT rows."""
+
+    rows: int = 0
+    examples: int = 0
+    no_response: int = 0
+    no_prompt: int = 0
+    too_long: int = 0
+    ends: Counter[int] = field(default_factory=Counter)
+    """Last token of every real response."""
+
+    def described(self) -> str:
+        """One line with what was left out and why."""
+        left_out = {
+            "without a trained response": self.no_response,
+            "without a prompt": self.no_prompt,
+            "over sequence_len": self.too_long,
+        }
+        parts = [f"{count:,} {why}" for why, count in left_out.items() if count]
+        return f"{self.examples:,} prompts from {self.rows:,} rows" + (
+            f"; left out: {', '.join(parts)}" if parts else ""
+        )
+
+
+def write_examples(
+    rows: Dataset, path: Path, *, turns: Literal["first", "last", "all"], sequence_len: int
+) -> ExampleCounts:
+    """Split SFT rows into prompts and real responses.
+
+    The prompt is everything before a span that the labels train on, earlier turns included; the real
+    response is the span. A row with several trained spans gives one example for each of the chosen turns.
+    """
+    counts = ExampleCounts(rows=len(rows))
+    with table_writer(path, EXAMPLE_SCHEMA) as write:
+        for block in blocks(rows, ("input_ids", "labels")):
+            examples = [
+                example
+                for ids, labels in zip(block["input_ids"], block["labels"], strict=True)
+                for example in _examples_of_row(ids, labels, turns, sequence_len, counts)
+            ]
+            write({"prompt": [prompt for prompt, _ in examples], "real": [real for _, real in examples]})
+    return counts
+
+
+def _examples_of_row(
+    ids: Sequence[int], labels: Sequence[int], turns: str, sequence_len: int, counts: ExampleCounts
+) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    spans = trained_spans(labels)
+    counts.no_response += not spans
+    chosen = {"first": spans[:1], "last": spans[-1:], "all": spans}[turns]
+    for start, end in chosen:
+        if start == 0:
+            counts.no_prompt += 1
+        elif end > sequence_len:
+            counts.too_long += 1
+        else:
+            counts.examples += 1
+            counts.ends[int(ids[end - 1])] += 1
+            yield ids[:start], ids[start:end]
+
+
+def find_end_tokens(examples: Dataset, ends: Counter[int], special: Iterable[int]) -> list[int]:
+    """The tokens that end the real responses of this dataset: where the opponent has to stop too.
+
+    A last token counts when it never stands inside a response, or when it is one of the tokenizer's
+    special tokens; so a full stop that happens to be last is no end token.
+
+    Raises:
+        SpinError: fewer than 9 in 10 real responses end in such a token.
+    """
+    total = sum(ends.values())
+    candidates = {token for token, count in ends.items() if count >= 0.01 * total}
+    inside: set[int] = set()
+    for block in blocks(examples, ("real",)):
+        for real in block["real"]:
+            inside.update(candidates.intersection(np.asarray(real[:-1]).tolist()))
+    common = {token for token in candidates - inside if ends[token] > 1 or total == 1}
+    found = sorted(candidates & (set(special) | common), key=lambda token: -ends[token])
+    covered = sum(ends[token] for token in found)
+    if covered < 0.9 * total:
+        raise SpinError(
+            f"datasets: only {covered:,} of {total:,} real responses end in an end token, so generation would not know "
+            "where to stop; train on the end token (chat_template: `train_on_eos: turn` or `eot_tokens`, "
+            "input_output: put it into the last segment)"
+        )
+    return found
+
+
+def choose_prompts(available: int, wanted: int | None, *, seed: int, draw: int) -> np.ndarray:
+    """Ids of the prompts an iteration plays, ascending.
+
+    Args:
+        available: number of examples.
+        wanted: `num_prompts`; None or more than there are: all.
+        seed: the run's seed.
+        draw: 0, or the iteration's number where prompts are drawn anew in each.
+    """
+    if wanted is None or wanted >= available:
+        return np.arange(available)
+    return np.sort(np.random.default_rng([seed, draw]).choice(available, wanted, replace=False))

@@ -1,0 +1,153 @@
+"""Tokenised SFT rows and synthetic responses become pairs, on disk and memory-mapped.
+
+    SFT rows (input_ids, labels) --examples--> prompt, real response        `real/`
+    examples + synthetic responses --build_pairs--> prompt, real, synthetic  `iteration-t/pairs/`
+
+Token ids are never turned into text and back. Everything streams: what lies in memory is one block
+of rows, however many pairs there are.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+
+from spin_plugin.data.table import BLOCK, PAIR_SCHEMA, table_writer
+
+
+class Synthetic(NamedTuple):
+    """One synthetic response as it was drawn."""
+
+    example: int
+    iteration: int
+    tokens: list[int]
+    cut: bool
+    """Stopped by its budget, so it has no end token."""
+
+
+@dataclass
+class PairStats:
+    """What became of the synthetic responses, and what the pairs look like. Shares are in 0..1 of the responses."""
+
+    responses: int = 0
+    pairs: int = 0
+    empty: int = 0
+    equal: int = 0
+    over_length: int = 0
+    cut: int = 0
+    equal_dropped: bool = True
+    real_mean: float = 0.0
+    real_p95: float = 0.0
+    synthetic_mean: float = 0.0
+    synthetic_p95: float = 0.0
+
+    def share(self, count: int) -> float:
+        return count / self.responses if self.responses else 0.0
+
+    def described(self) -> str:
+        """The iteration's line of statistics."""
+        dropped = "dropped" if self.equal_dropped else "kept"
+        parts = [
+            f"{self.pairs:,} pairs from {self.responses:,} synthetic responses",
+            f"real {self.real_mean:.1f} tokens (p95 {self.real_p95:.0f})",
+            f"synthetic {self.synthetic_mean:.1f} (p95 {self.synthetic_p95:.0f})",
+            f"cut by budget {self.share(self.cut):.1%}",
+            f"equal {self.share(self.equal):.1%} ({dropped})",
+            f"empty {self.share(self.empty):.1%}",
+        ]
+        if self.over_length:
+            parts.append(f"over sequence_len {self.share(self.over_length):.1%}")
+        return ", ".join(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def build_pairs(
+    examples: Dataset,
+    synthetic: Iterable[Synthetic],
+    path: Path,
+    *,
+    end_tokens: Sequence[int],
+    sequence_len: int,
+    keep_equal: bool,
+) -> PairStats:
+    """Join synthetic responses with their prompts and real responses, leave out what cannot teach, store.
+
+    Args:
+        examples: `real/`, indexed by example id.
+        synthetic: responses of this and of earlier iterations, in the order in which the pairs are numbered.
+        path: the Arrow file to write.
+        end_tokens: a response that holds nothing else is empty.
+        sequence_len: longest prompt plus response.
+        keep_equal: keep pairs whose two responses are the same.
+    """
+    stats = PairStats(equal_dropped=not keep_equal)
+    lengths: dict[str, list[int]] = {"real": [], "synthetic": []}
+    with table_writer(path, PAIR_SCHEMA) as write:
+        for block in _batched(synthetic, BLOCK):
+            columns = _join(examples, block, stats, set(end_tokens), sequence_len, keep_equal)
+            for side, seen in lengths.items():
+                seen.extend(len(tokens) for tokens in columns[side])
+            write(columns)
+    for side, seen in lengths.items():
+        if seen:
+            setattr(stats, f"{side}_mean", float(np.mean(seen)))
+            setattr(stats, f"{side}_p95", float(np.percentile(seen, 95)))
+    return stats
+
+
+def _join(
+    examples: Dataset,
+    block: Sequence[Synthetic],
+    stats: PairStats,
+    end_tokens: set[int],
+    sequence_len: int,
+    keep_equal: bool,
+) -> dict[str, list[Any]]:
+    """The pairs of one block of responses, as columns."""
+    columns: dict[str, list[Any]] = {name: [] for name in PAIR_SCHEMA.names}
+    rows = examples.with_format("arrow")[[response.example for response in block]]
+    prompts, reals = rows["prompt"].to_pylist(), rows["real"].to_pylist()
+    for response, prompt, real in zip(block, prompts, reals, strict=True):
+        stats.responses += 1
+        stats.cut += response.cut
+        empty = not response.tokens or (len(response.tokens) == 1 and response.tokens[0] in end_tokens)
+        equal = response.tokens == real
+        over = len(prompt) + max(len(real), len(response.tokens)) > sequence_len
+        stats.empty += empty
+        stats.equal += equal
+        stats.over_length += over
+        if empty or over or (equal and not keep_equal):
+            continue
+        length = len(prompt) + len(real) + len(response.tokens)
+        pair = (prompt, real, response.tokens, stats.pairs, response.example, response.iteration, length)
+        for name, value in zip(PAIR_SCHEMA.names, pair, strict=True):
+            columns[name].append(value)
+        stats.pairs += 1
+    return columns
+
+
+def _batched(items: Iterable[Synthetic], size: int) -> Iterator[list[Synthetic]]:
+    block: list[Synthetic] = []
+    for item in items:
+        block.append(item)
+        if len(block) == size:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def write_stats(path: Path, stats: dict[str, PairStats]) -> None:
+    """Statistics of the train and eval pairs, beside them."""
+    path.write_text(json.dumps({name: value.as_dict() for name, value in stats.items()}, indent=2), encoding="utf-8")
+
+
+def read_stats(path: Path) -> dict[str, PairStats]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {name: PairStats(**value) for name, value in content.items()}

@@ -1,0 +1,212 @@
+"""Attention of a flat row: both responses of a pair see its prompt and themselves, nothing else.
+
+Importing the module registers the function with transformers' AttentionInterface under `NAME`; `enable`
+makes a model use it. A forward is flat when it is given `spans` (see `spin_plugin.model.layout.flat_batch`) as
+a keyword, which transformers hands down to every attention layer; without it the function is plain SDPA,
+so that the same model also takes padded batches.
+
+`dense_mask` and `dense_attention` are the slow, obvious reference of the fast paths: two SDPA calls a pair
+on a CPU, FlexAttention with a block mask on CUDA.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from spin_plugin.model.flex import Ranges, block_mask, flex
+from spin_plugin.model.support import causal_lm
+
+NAME = "spin_shared_prefix"
+
+
+# --- the reference -----------------------------------------------------------------------------
+
+
+def dense_mask(spans: Tensor, tokens: int, window: int | None = None) -> Tensor:
+    """[T, T] boolean: may query (row) see key (column)? Of spans [B, 4], positions limited to `window`."""
+    mask = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for start, prompt, real, synthetic in spans.tolist():
+        middle = start + prompt + real
+        for response in (range(start + prompt, middle), range(middle, middle + synthetic)):
+            sequence = [*range(start, start + prompt), *response]  # as if the response stood alone
+            for position, query in enumerate(sequence):
+                first = 0 if window is None else max(0, position + 1 - window)
+                mask[query, sequence[first : position + 1]] = True
+    return mask
+
+
+class Scores(NamedTuple):
+    """What a layer does to the products of queries and keys before the softmax."""
+
+    scaling: float | None = None  # None is 1 / sqrt(head size)
+    window: int | None = None  # positions that a query sees at most, itself included
+    softcap: float | None = None
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Gemma 2's soft-capping."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scores: Scores) -> Tensor:
+    """Softmax attention written out: [1, H, Q, D] of query [1, H, Q, D], key and value [1, H or fewer, S, D]."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    products = query @ key.mT * (query.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling)
+    weights = _capped(products, scores.softcap).masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
+    return weights.to(value.dtype) @ value
+
+
+# --- what the layers share ---------------------------------------------------------------------
+
+
+class SharedPrefix:
+    """The spans [B, 4] of a row of T tokens and what follows from them, once for all layers and recomputations."""
+
+    def __init__(self, spans: Tensor, tokens: int) -> None:
+        self.spans, self.tokens = spans, tokens
+        self._block_masks: dict[int | None, BlockMask] = {}
+
+    @cached_property
+    def rows(self) -> list[list[int]]:
+        """The spans as numbers; waits for the device, so only the CPU path asks."""
+        return self.spans.tolist()
+
+    def ranges(self, window: int | None) -> Ranges:
+        """The mask as ranges of keys. Prompt and real response are one run of own keys."""
+        start, prompt, real, synthetic = self.spans.int().unbind(1)
+        pair = torch.repeat_interleave(prompt + real + synthetic, output_size=self.tokens)  # no wait for the device
+        token = torch.arange(self.tokens, dtype=torch.int32, device=self.spans.device)
+        start, prompt, real = start[pair], prompt[pair], real[pair]
+        second = token >= start + prompt + real
+        prompt_from, prompt_to = start, torch.where(second, start + prompt, start)
+        own_from = torch.where(second, start + prompt + real, start)
+        if window is not None:
+            # a key's distance in the sequence: the real response does not count between prompt and synthetic
+            prompt_from = prompt_from.maximum(token - real + 1 - window)
+            own_from = own_from.maximum(token + 1 - window)
+        return Ranges(prompt_from, prompt_to, own_from)
+
+    def block_mask(self, window: int | None) -> BlockMask:
+        """FlexAttention's block mask, straight from the ranges."""
+        if window not in self._block_masks:
+            self._block_masks[window] = block_mask(self.ranges(window), self.tokens)
+        return self._block_masks[window]
+
+
+# --- the attention function --------------------------------------------------------------------
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    spans: Tensor | SharedPrefix | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: [1, T, H, D] of query [1, H, T, D], key and value [1, H or fewer, T, D].
+
+    Args:
+        attention_mask, dropout: for padded batches only; noise would make the policy differ from the opponent.
+        spans: [B, 4] of a flat row, better as the `SharedPrefix` that all layers share.
+
+    Raises:
+        ValueError: the model asks for attention sinks or a position bias in a flat row.
+    """
+    if spans is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    refused = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
+    if refused:
+        raise ValueError(f"a flat row cannot have {refused[0]}; set spin.shared_prefix: off")
+    shared = SharedPrefix(spans, query.shape[2]) if isinstance(spans, Tensor) else spans
+    assert query.shape[0] == 1 and key.shape[2] == shared.tokens, "a flat batch is one row, without a cache"
+    attention: Callable[..., Tensor] = _by_blocks if query.is_cuda else _by_pair
+    output = attention(query, key, value, shared, Scores(scaling, sliding_window, softcap))
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _by_pair(query: Tensor, key: Tensor, value: Tensor, shared: SharedPrefix, scores: Scores) -> Tensor:
+    """[1, H, T, D]: SDPA twice a pair, over the keys that are seen and the corners of the masks.
+
+    `split` and not slices: the gradient of a slice is as long as the row, which costs half the time.
+    """
+    sizes = [size for _, prompt, real, synthetic in shared.rows for size in (prompt + real, synthetic)]
+    parts = zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True)
+    outputs = []
+    for _, prompt, *_ in shared.rows:
+        first_query, first_key, first_value = next(parts)
+        outputs.append(_causal(first_query, first_key, first_value, scores))
+        second_query, second_key, second_value = next(parts)
+        keys = torch.cat([first_key[:, :, :prompt], second_key], dim=2)
+        values = torch.cat([first_value[:, :, :prompt], second_value], dim=2)
+        outputs.append(_causal(second_query, keys, values, scores))
+    return torch.cat(outputs, dim=2)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    """Causal attention of the last Q of S positions to all S."""
+    (queries, keys), mask, window = (query.shape[2], key.shape[2]), None, scores.window
+    if queries < keys or scores.softcap is not None or (window is not None and window < keys):
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+        mask = mask if window is None else mask.triu(keys - queries + 1 - window)
+    if mask is not None and scores.softcap is not None:  # SDPA has no soft-capping
+        return dense_attention(query, key, value, mask, scores)
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scores.scaling, enable_gqa=grouped
+    )
+
+
+def computes_in(states: Tensor) -> torch.dtype:
+    """The format in which attention computes: autocast's, where queries and keys are still in that of the positions."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, shared: SharedPrefix, scores: Scores) -> Tensor:
+    """[1, H, T, D]: FlexAttention over the blocks that have a seen key."""
+    heads, dtype = query.shape[1], computes_in(query)
+    query, key, value = (states.to(dtype) for states in (query, key, value))  # the kernel's options depend on it
+    if heads & (heads - 1):
+        # transformers' own FlexAttention does not trust grouped heads that are no power of 2 either
+        key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
+
+    def capped(score: Tensor, _batch: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
+        return _capped(score, scores.softcap)
+
+    score_mod = None if scores.softcap is None else capped
+    return flex(query, key, value, shared.block_mask(scores.window), scores.scaling, score_mod)
+
+
+AttentionInterface.register(NAME, attend)
+# For padded batches. For flat ones `flat_inputs` says "here is your mask", and none is built.
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def flat_inputs(spans: Tensor, tokens: int) -> dict[str, Any]:
+    """The keywords that make a forward flat: the spans for all layers, and a stand-in for a mask.
+
+    transformers takes a mask of four dimensions as it is; without, it would see positions start anew and
+    build a boolean [T, T].
+    """
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=spans.device)
+    return {"spans": SharedPrefix(spans, tokens), "attention_mask": mask}
+
+
+def enable(model: nn.Module) -> None:
+    """Make the model attend by `attend`; for good, as gradient checkpointing runs layers outside of the forward."""
+    causal_lm(model).set_attn_implementation(NAME)

@@ -1,0 +1,93 @@
+"""The forward that gives log-probabilities of responses instead of logits."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from spin_plugin.model.attention import flat_inputs
+from spin_plugin.model.head import LogitMap, head_logps, linear_forward
+from spin_plugin.model.logprobs import response_logps
+from spin_plugin.model.support import causal_lm
+
+# --- the forward ---------------------------------------------------------------------------------
+
+
+def install(model: nn.Module) -> None:
+    """Teach the causal LM inside `model` the keyword `spin_batch`. Before it is wrapped for training, and once."""
+    inner = causal_lm(model)
+    if hasattr(inner, "spin_own_logits"):
+        return
+    head, decoder = inner.get_output_embeddings(), inner.get_decoder()
+    # without a head, or with one that the decoder applies itself (Llama 4), only the model's own way is left
+    inner.spin_own_logits = head is None or any(module is head for module in decoder.modules())
+    inner.spin_earlier_forward = inner.__dict__.get("forward")
+
+    # wraps: others read the forward's signature
+    @wraps(type(inner).forward)
+    def forward(self: Any, *args: Any, spin_batch: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
+        return _forward(self, spin_batch, *args, **kwargs)
+
+    # bound methods, and nothing of the instance in a closure: a deep copy of the model binds its own
+    inner.forward = MethodType(forward, inner)
+    if getattr(type(head), "forward", None) is nn.Linear.forward and "forward" not in head.__dict__:
+        head.forward = MethodType(linear_forward, head)
+
+
+def _forward(
+    self: Any, batch: dict[str, Tensor] | None, *args: Any, own_logits: bool | None = None, **kwargs: Any
+) -> Any:
+    original = self.spin_earlier_forward or MethodType(type(self).forward, self)
+    if batch is None:
+        return original(*args, **kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes many as None
+    if isinstance(kwargs.get("spans"), Tensor):
+        kwargs |= flat_inputs(kwargs["spans"], kwargs["input_ids"].shape[1])
+    if self.spin_own_logits if own_logits is None else own_logits:
+        return _own_logps(original, batch, kwargs)
+    hidden = self.get_decoder()(**kwargs)[0].flatten(0, 1)[batch["keep"]]
+    logit_map = LogitMap.of(self.config.get_text_config())
+    return head_logps(self.get_output_embeddings(), hidden, batch, logit_map)
+
+
+def _own_logps(original: Callable[..., Any], batch: dict[str, Tensor], inputs: dict[str, Any]) -> Tensor:
+    """[R] from the model's own logits, at the kept positions alone where it can."""
+    takes = inspect.signature(original).parameters
+    if "output_router_logits" in takes:  # for an auxiliary loss that SPIN has not, and with a mask that a row has not
+        inputs = inputs | {"output_router_logits": False}
+    if len(inputs["input_ids"]) == 1 and "logits_to_keep" in takes:
+        logits = original(**inputs, logits_to_keep=batch["keep"]).logits[0]
+    else:
+        logits = original(**inputs).logits.flatten(0, 1)[batch["keep"]]
+    return response_logps(logits, batch["targets"], batch["segments"], batch["lengths"].numel())
+
+
+def logps(model: nn.Module, batch: dict[str, Tensor], *, own_logits: bool | None = None) -> Tensor:
+    """[2, B] summed log-probabilities of the real and synthetic responses, fp32; [1] of a sequence alone.
+
+    Args:
+        model: as it is trained, wrapped by whatever; `install` has been called.
+        batch: of `layout.padded_batch`, `layout.flat_batch` or `layout.single_batch`.
+        own_logits: whether to use the model's own logits instead of the chunked head; None is what was
+            found out by `select.choose_forms`.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "spans") if name in batch}
+    named = {name: batch[name] for name in ("keep", "targets", "segments", "lengths")}
+    found: Tensor = model(**inputs, use_cache=False, spin_batch=named, own_logits=own_logits)
+    return found.view(batch["lengths"].shape)
+
+
+def silence_dropout(module: nn.Module) -> float:
+    """Noise would make the policy differ from the opponent before any step; returns the largest rate there was.
+
+    Some models hold the rate as a plain number (`attention_dropout`) and hand it to the attention function.
+    """
+    plain = [name for name, value in vars(module).items() if name.endswith("dropout") and isinstance(value, float)]
+    names = [*plain, "p"] if isinstance(module, nn.Dropout) else plain
+    largest = max((getattr(module, name) for name in names), default=0.0)
+    for name in names:
+        setattr(module, name, 0.0)
+    return float(largest)

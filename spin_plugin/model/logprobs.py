@@ -1,0 +1,21 @@
+"""Log-probabilities of responses from logits."""
+
+import torch
+from torch import Tensor
+
+
+def response_logps(logits: Tensor, targets: Tensor, segments: Tensor, responses: int) -> Tensor:
+    """Sum the log-probabilities of response tokens, per response, in fp32.
+
+    Args:
+        logits: [K, V] logits at the K positions that predict a response token.
+        targets: [K] the tokens they predict.
+        segments: [K] which of the responses each belongs to, in 0..responses-1.
+        responses: number of responses.
+
+    Returns:
+        [responses] log p(y|x), a sum over the response's tokens, its end token included.
+    """
+    logits = logits.float()
+    chosen = logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+    return torch.zeros(responses, device=logits.device).index_add(0, segments, chosen)

@@ -1,0 +1,1 @@
+"""The opponent: which weights it has, and what it says of the pairs."""

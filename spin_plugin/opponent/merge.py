@@ -1,0 +1,82 @@
+"""Base model plus adapter as one checkpoint: where vLLM cannot serve the adapter, and for `adapter_chain: merge`."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from spin_plugin.console import SpinError, say
+from spin_plugin.run.atomic import make_folder_whole
+from spin_plugin.run.checkpoint import check_safetensors, check_weights
+
+# Of peft's adapter_config.json: what vLLM's LoRA knows nothing of. Versions before 0.32 would pass over a rank or an
+# alpha of single modules in silence, and draw from another opponent.
+NOT_SERVED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters")
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+             "*.model", "tekken.json")  # fmt: skip
+
+
+def served_by_vllm(adapter: Path) -> bool:
+    """Whether vLLM can draw from base model plus adapter as they are."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return not any(config.get(key) for key in NOT_SERVED)
+
+
+def merge(cfg: Any, adapter: Path, target: Path, *, tokenizer: Path | None = None) -> None:
+    """Write the base model of `cfg`, unquantised, with an adapter merged into it; Axolotl's own merge.
+
+    Args:
+        cfg: Axolotl's configuration.
+        adapter: the adapter's directory.
+        target: where the model goes, whole.
+        tokenizer: a directory whose tokenizer it gets; None: the base model's.
+
+    Raises:
+        SpinError: what would be written is not base model plus adapter.
+    """
+    import torch
+    from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient
+
+    if cfg.gptq:
+        raise SpinError("gptq: vLLM cannot serve this adapter, and nothing can be merged into a GPTQ model")
+    _require_mergeable(cfg, adapter)
+    say(f"merging {adapter} into its base model")
+
+    def fill(folder: Path) -> None:
+        merge_lora_sharded_efficient(
+            base_model_path=cfg.base_model,
+            lora_adapter_path=adapter,
+            output_path=folder,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            trust_remote_code=bool(cfg.trust_remote_code),
+            revision=cfg.revision_of_model,
+        )
+        for file in (file for pattern in TOKENIZER if tokenizer for file in tokenizer.glob(pattern)):
+            shutil.copy(file, folder)
+
+    make_folder_whole(target, fill)
+
+
+def _require_mergeable(cfg: Any, adapter: Path) -> None:
+    """Axolotl 0.19 goes through the tensors of the base model and passes over what it finds no tensor for: an
+    embedding's LoRA, and all that concerns a head which is the embedding.
+
+    Raises:
+        SpinError: the result would not be base model plus adapter.
+    """
+    from transformers import AutoConfig
+
+    hub = {"revision": cfg.revision_of_model, "trust_remote_code": bool(cfg.trust_remote_code)}
+    tied = AutoConfig.from_pretrained(cfg.base_model, **hub).get_text_config().tie_word_embeddings
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    names = [name for file in check_weights(adapter, "adapter_model") for name in check_safetensors(file)]
+    lost = {
+        "the LoRA of an embedding": any("lora_embedding" in name for name in names),
+        "the LoRA of a head that is the embedding": tied and any("lm_head.lora" in name for name in names),
+        "a saved embedding or head, which are one here (without peft_ensure_weight_tying)": tied
+        and not settings.get("ensure_weight_tying")
+        and bool({"lm_head", "embed_tokens"} & set(settings.get("modules_to_save") or ())),
+    }
+    for what, is_lost in lost.items():
+        if is_lost:
+            raise SpinError(f"{adapter} cannot be merged into its base model: {what} would be lost")

@@ -1,0 +1,48 @@
+"""run.json: the configuration of a run and its finished iterations; written last, read first."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spin_plugin.console import SpinError
+from spin_plugin.run.atomic import write_whole
+
+FORMAT = 2
+
+
+@dataclass
+class RunState:
+    """What run.json holds."""
+
+    config: dict[str, Any]
+    finished: list[dict[str, Any]] = field(default_factory=list)
+    version: str = ""
+
+
+def read_state(file: Path) -> RunState | None:
+    """The run's state, None where no run was started.
+
+    Raises:
+        SpinError: run.json is not ours or was damaged.
+    """
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise SpinError(
+                f"{file} was written by another version of spin-plugin ({content.get('version')}); finish the run with "
+                "that version or use another output_dir"
+            )
+        if not isinstance(content["config"], dict) or not isinstance(content["finished"], list):
+            raise TypeError("config or finished is of another type")
+        return RunState(content["config"], content["finished"], content["version"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise SpinError(f"{file} is damaged ({error}); restore it from a backup or use another output_dir") from None
+
+
+def write_state(file: Path, state: RunState) -> None:
+    """Replace run.json in one step."""
+    content = {"format": FORMAT, "version": state.version, "config": state.config, "finished": state.finished}
+    write_whole(file, json.dumps(content, indent=2, default=str) + "\n")

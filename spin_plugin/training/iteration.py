@@ -1,0 +1,239 @@
+"""The iteration being played by this command: from the run directory's lock to its last line."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spin_plugin import __version__
+from spin_plugin.config.identity import differing_keys
+from spin_plugin.config.lower import Lowered
+from spin_plugin.console import SpinError, say, warn
+from spin_plugin.data.order import steps_in_epoch
+from spin_plugin.generation.shards import Shards
+from spin_plugin.opponent.agreement import comparable, distance, require_agreement
+from spin_plugin.opponent.hub import pin
+from spin_plugin.opponent.merge import merge
+from spin_plugin.opponent.weights import require_finite
+from spin_plugin.run.atomic import flush, remove_whole, write_whole
+from spin_plugin.run.checkpoint import check_model_dir, why_incomplete
+from spin_plugin.run.directory import IterationDir
+from spin_plugin.run.processes import Ranks, end_with_launcher, name_of_start, rank
+from spin_plugin.run.state import RunState
+from spin_plugin.training.precision import HALF, is_lean, require_moving_weights
+from spin_plugin.training.prepare import PairsOnDisk, open_pairs, prepare_iteration
+from spin_plugin.training.saving import store_in_16_bits
+
+
+class Game:
+    """What the plugin's hooks share while one iteration is prepared, trained and finished."""
+
+    def __init__(self, cfg: Any, lowered: Lowered) -> None:
+        self.cfg, self.lowered, self.first = cfg, lowered, rank() == 0
+        self.spin = lowered.spin.at(lowered.iteration)
+        self.folder: IterationDir = lowered.run.iteration(lowered.iteration)
+        self.pairs: PairsOnDisk
+        self.ranks: Ranks
+        self.held = ExitStack()
+        self.kept: list[str] = []
+        """Tensors that the architecture wants in 32 bits, whatever the format of the model."""
+
+    # --- before training ---------------------------------------------------------------------
+
+    def prepare(self, *, for_training: bool) -> None:
+        """Claim the run directory, make the pairs, and point Axolotl at the iteration.
+
+        Raises:
+            SpinError: the directory is in use or belongs to another configuration, or the data cannot be used.
+        """
+        run, number = self.lowered.run, self.lowered.iteration
+        require_moving_weights(self.cfg)
+        end_with_launcher()
+        self.ranks = Ranks(run, name_of_start())
+        self.ranks.join()
+        if self.first:
+            self.held.enter_context(run.locked())
+            self._claim()
+            self.ranks.forget_earlier_starts()
+            self.pairs = prepare_iteration(self.cfg, run, self.spin, number)
+            if for_training:
+                self._remove_incomplete_checkpoints()  # before the other processes look for one
+            self.ranks.tell_prepared()
+        else:
+            self.ranks.wait_until_prepared()
+            self.pairs = open_pairs(self.folder)
+            pin(self.cfg, self.pairs.revision)
+        self.cfg.output_dir = str(self.folder.path)
+        if self.pairs.eval is None:
+            self.cfg.val_set_size, self.cfg.test_datasets = 0, None
+        if for_training:
+            self._resume()
+        else:
+            self.ranks.leave()
+            self.held.close()
+
+    def _claim(self) -> None:
+        """Write run.json on the first start; refuse another configuration afterwards."""
+        run, state = self.lowered.run, self.lowered.run.read_state()
+        if state is None:
+            if any(run.root.glob("*.safetensors")) or (run.root / "config.json").exists():
+                raise SpinError(f"output_dir {run.root} holds a model that is not a SPIN run; use another output_dir")
+            run.write_state(RunState(self.lowered.config, [], __version__))
+            return
+        begun = len(state.finished) + self.folder.path.exists()
+        keys = differing_keys(state.config, self.lowered.config, begun)
+        if len(state.finished) != self.lowered.iteration:
+            raise SpinError(
+                f"iteration {self.lowered.iteration} was finished by another process; run the same command again"
+            )
+        if not state.finished and not run.holds_responses():
+            remove_whole(run.real)  # nothing was drawn yet: configuration and data may change
+        elif keys:
+            raise SpinError(
+                f"output_dir {run.root} belongs to a run with another configuration; these keys differ: "
+                f"{', '.join(keys)}. Use another output_dir, put the keys back to finish that run, or remove it with "
+                "`axolotl spin reset CONFIG --iteration 0`"
+            )
+        run.write_state(RunState(self.lowered.config, state.finished, state.version))
+
+    def _remove_incomplete_checkpoints(self) -> None:
+        """Leave nothing but places to go on from: what was cut off in the middle of its save is of no use."""
+        for checkpoint in self.folder.checkpoints():
+            if reason := why_incomplete(checkpoint):
+                warn(f"training cannot go on from {checkpoint.name}, which is removed: {reason}")
+                remove_whole(checkpoint)
+
+    def _resume(self) -> None:
+        """Go on from the last checkpoint; forget what was logged after it."""
+        checkpoint = next(reversed(self.folder.checkpoints()), None)
+        self.cfg.auto_resume_from_checkpoints = False
+        self.cfg.resume_from_checkpoint = str(checkpoint) if checkpoint else None
+        if not self.first:
+            return
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
+        # The summary at the end of training is written again.
+        kept = [entry for entry in self.folder.logged() if entry["step"] <= step and "train_runtime" not in entry]
+        write_whole(self.folder.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
+        if checkpoint:
+            say(f"iteration {self.lowered.iteration}: resuming at step {step}")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the iteration."""
+        an_epoch = steps_in_epoch(
+            len(self.pairs.train),
+            micro_batch=self.cfg.micro_batch_size,
+            ranks=self.cfg.world_size,
+            accumulated=self.cfg.gradient_accumulation_steps,
+        )
+        steps = math.ceil(self.cfg.num_epochs * an_epoch)
+        return min(steps, self.cfg.max_steps) if self.cfg.max_steps else steps
+
+    # --- training ----------------------------------------------------------------------------
+
+    def look_at_formats(self, model: Any) -> None:
+        """Note what has 32 bits although the model was loaded in 16, before Axolotl and the masters change that."""
+        if self.cfg.torch_dtype in HALF and not self.cfg.deepspeed:
+            self.kept = [name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32]
+
+    def equip(self, trainer: Any) -> None:
+        """Hand the trainer its block and files."""
+        from spin_plugin.training.precision import SameNoise
+        from spin_plugin.training.saving import RoundAtTheEnd
+        from spin_plugin.training.trainer import SpinTrainer
+
+        assert isinstance(trainer, SpinTrainer)  # other plugins' were refused
+        trainer.spin = self.spin
+        trainer.opponent_files = self.pairs.opponent_files
+        trainer.opponent_key = self.pairs.opponent_key
+        trainer.judge_opponent = self._judge_opponent
+        trainer.metrics_file = self.folder.metrics
+        if self.cfg.torch_dtype == torch.bfloat16 and not self.cfg.adapter:
+            trainer.add_callback(RoundAtTheEnd(self.kept))
+        if is_lean(self.cfg):
+            trainer.add_callback(SameNoise())
+        if self.first:
+            self._warn_of_warmup(trainer.args.get_warmup_steps(self.steps))
+
+    def _judge_opponent(self, policy: Callable[[list[dict[str, Any]]], list[Tensor]]) -> None:
+        """Compare what the policy says of the tokens of some responses, before its first step, with what vLLM said.
+
+        All processes call it, and `policy` in it for the same pairs.
+        """
+        number, shards = self.lowered.iteration, Shards(self.folder.synthetic)
+        pairs, drawn = comparable(shards.responses(), self.pairs.train, number)
+        logps = policy(pairs)
+        precision = {(shards.manifest() or {}).get("engine", {}).get("dtype"), str(self.cfg.torch_dtype)}
+        if self.first:
+            require_agreement(
+                distance(drawn, logps),
+                number,
+                # on a GPU fp32 may be TF32, here or in vLLM
+                exact={name.removeprefix("torch.") for name in precision if name} == {"float32"}
+                and not any(values.is_cuda for values in logps),
+                quantised=bool(self.cfg.load_in_4bit or self.cfg.load_in_8bit or self.cfg.fp8),
+            )
+
+    def _warn_of_warmup(self, warmup: int) -> None:
+        """transformers' schedules begin at 0, so a short iteration may be over before anything was learned."""
+        if 0 < warmup >= self.steps:
+            warn(
+                f"all {self.steps} steps of the iteration are warm-up, so the learning rate never reaches "
+                f"{self.cfg.learning_rate}; lower warmup_steps or warmup_ratio, or take smaller batches or more epochs"
+            )
+
+    # --- after training ----------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Check what was saved, then mark the iteration as finished: the marker is written last."""
+        run, number = self.lowered.run, self.lowered.iteration
+        if not self.first:
+            self.ranks.tell_saved()
+            return self.ranks.leave()
+        self.ranks.wait_until_saved()
+        self.ranks.leave()
+        self._require_no_watchdog()
+        files = check_model_dir(self.folder.path, adapter=bool(self.cfg.adapter))
+        if self.cfg.torch_dtype in HALF and not self.cfg.adapter:
+            store_in_16_bits(self.folder.path, files, self.cfg.torch_dtype, self.kept)
+        require_finite(files, run.weights)
+        flush(self.folder.path.iterdir())
+        if self.cfg.adapter and self.spin.adapter_chain == "merge":
+            merge(self.cfg, self.folder.path, self.folder.merged, tokenizer=self.folder.path)
+        state = run.read_state()
+        assert state is not None
+        assert len(state.finished) == number
+        metrics = self.folder.last_metrics()
+        stats = {split: value.as_dict() for split, value in self.pairs.stats.items() if value.responses}
+        finished_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        state.finished.append({"iteration": number, "finished_at": finished_at, "pairs": stats, "metrics": metrics})
+        run.link_newest(number)
+        run.write_state(state)
+        self.held.close()
+        left = self.lowered.spin.iterations - number - 1
+        shown = [
+            f"{key} {metrics[f'spin/{key}']:.4f}"
+            for key in ("loss", "reward_margin", "accuracy")
+            if f"spin/{key}" in metrics
+        ]
+        train = self.pairs.stats["train"]
+        if shown and train.equal and not train.equal_dropped:
+            shown[-1] += f" of at most {1 - train.equal / train.pairs:.4f}, as equal responses cannot be told apart"
+        say(
+            f"iteration {number} finished, last epoch: {', '.join(shown)}; model in "
+            f"{self.folder.path}; {f'{left} to go: run the same command again' if left else 'that was the last one'}"
+        )
+
+    def _require_no_watchdog(self) -> None:
+        """Axolotl's watchdog ends a training that diverges as if it had come to its end."""
+        step = max((entry["step"] for entry in self.folder.logged()), default=0)
+        if self.cfg.loss_watchdog_threshold is not None and not self.cfg.early_stopping_patience and step < self.steps:
+            raise SpinError(
+                f"loss_watchdog_threshold: training was ended at step {step} of {self.steps}; lower the learning_rate "
+                "in spin.schedule and take the iteration back with `axolotl spin reset`"
+            )

@@ -1,0 +1,162 @@
+"""One iteration up to training: tokenised data, the opponent's responses, pairs, all on disk."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+
+from spin_plugin.args import SpinArgs
+from spin_plugin.config.plain import without_secrets
+from spin_plugin.console import SpinError, say, warn
+from spin_plugin.data.pairs import PairStats, Synthetic, build_pairs, read_stats, write_stats
+from spin_plugin.data.real import Real, prepare_real
+from spin_plugin.data.table import open_table
+from spin_plugin.generation.job import Job
+from spin_plugin.generation.shards import Shards
+from spin_plugin.opponent.hub import pin
+from spin_plugin.run.atomic import make_folder_whole, set_aside, write_whole
+from spin_plugin.run.directory import IterationDir, RunDir
+from spin_plugin.training.generate import _draw, base_revision
+
+SPLITS = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class PairsOnDisk:
+    """The pairs of an iteration, memory-mapped."""
+
+    train: Dataset
+    eval: Dataset | None
+    stats: dict[str, PairStats]
+    opponent_files: dict[str, Path]
+    weights: str
+    """Fingerprint of the opponent's weights."""
+    revision: str | None = None
+    """Commit of a base model on the hub, which all processes load."""
+
+    def opponent_key(self, split: str) -> str:
+        """What the opponent's log-probabilities of a split depend on: its weights, and every token of the pairs."""
+        pairs = self.opponent_files[split].with_name(f"{split}.arrow")
+        with open(pairs, "rb") as content:
+            return f"{self.weights}/{hashlib.file_digest(content, 'sha256').hexdigest()}"
+
+
+def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> PairsOnDisk:
+    """Everything before training; what is on disk already is kept.
+
+    Args:
+        cfg: Axolotl's validated configuration.
+        run: the run directory.
+        spin: the block as it stands in this iteration.
+        number: the iteration.
+
+    Raises:
+        SpinError: the data cannot be used, or vLLM is missing or died.
+    """
+    folder = run.iteration(number)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    revision = base_revision(cfg, run, number)
+    pin(cfg, revision)
+    resolved = {key: value for key, value in without_secrets(cfg).items() if key != "spin_config"}
+    write_whole(folder.config, yaml.safe_dump(json.loads(json.dumps(resolved, default=str))))
+    real = prepare_real(cfg, run, spin)
+    job = _draw(cfg, run, spin, number, real, revision)
+    sources = range(max(0, number - spin.history_iterations), number + 1)
+    key = _pairs_key(run, sources, job, spin, cfg)
+    if reason := _why_anew(folder, key):
+        _set_training_aside(folder, number, reason)
+        make_folder_whole(folder.pairs, partial(_write_pairs, run, spin, cfg.sequence_len, real, sources, key))
+    found = open_pairs(folder)
+    say(f"iteration {number}: {found.stats['train'].described()}")
+    if not len(found.train):
+        raise SpinError(
+            "no pair is left to train on (see the statistics above); where all responses equal the real ones the "
+            "opponent already reproduces the data, and where all are over sequence_len, raise it"
+        )
+    return found
+
+
+def open_pairs(folder: IterationDir) -> PairsOnDisk:
+    """The pairs of an iteration that was prepared."""
+    tables = {split: open_table(folder.pairs / f"{split}.arrow") for split in SPLITS}
+    manifest = Shards(folder.synthetic).manifest() or {}
+    return PairsOnDisk(
+        train=tables["train"],
+        eval=tables["eval"] if len(tables["eval"]) else None,
+        stats=read_stats(folder.pairs / "stats.json"),
+        opponent_files={split: folder.pairs / f"opponent-{split}.safetensors" for split in SPLITS},
+        weights=str(manifest.get("weights")),
+        revision=manifest.get("revision"),
+    )
+
+
+# --- pairs -------------------------------------------------------------------------------------
+
+
+def _pairs_key(run: RunDir, sources: range, job: Job, spin: SpinArgs, cfg: Any) -> dict[str, Any]:
+    """What the pairs depend on, by what it is called before the user."""
+    manifests = [Shards(run.iteration(source).synthetic).manifest() or {} for source in sources]
+    return {
+        "the responses": [[manifest.get("weights"), manifest.get("requests_sha256")] for manifest in manifests],
+        "the sampling": job.sampling,
+        "spin.equal_pairs": spin.equal_pairs,
+        "sequence_len": cfg.sequence_len,
+    }
+
+
+def _why_anew(folder: IterationDir, key: dict[str, Any]) -> str | None:
+    """Why pairs have to be built; None where those on disk are the ones."""
+    try:
+        stored = json.loads((folder.pairs / "key").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        stored = None
+    if not isinstance(stored, dict):
+        return "the pairs that it was trained on are missing"
+    differing = [name for name, value in key.items() if stored.get(name) != value]
+    return f"this changed: {', '.join(differing)}" if differing else None
+
+
+def _set_training_aside(folder: IterationDir, number: int, reason: str) -> None:
+    """What was computed from other pairs: the last checkpoint, and the opponent's log-probabilities."""
+    checkpoint = folder.set_checkpoints_aside()
+    if checkpoint is None and not any(folder.pairs.glob("opponent-*")):
+        return
+    kept = [checkpoint, set_aside(folder.pairs) if folder.pairs.is_dir() else None]
+    warn(
+        f"iteration {number}: pairs are built and training begins anew, as {reason}; what there was is kept in "
+        f"{' and '.join(str(path) for path in kept if path)}: remove it if you do not need it"
+    )
+
+
+def _write_pairs(
+    run: RunDir, spin: SpinArgs, sequence_len: int, real: Real, sources: range, key: dict[str, Any], folder: Path
+) -> None:
+    """Join this iteration's responses, and those of earlier ones for training, with the real ones."""
+    stats = {}
+    for split in SPLITS:
+        examples = real.train if split == "train" else real.eval
+        # The newest responses first; held-out prompts are judged on the newest alone.
+        iterations = list(reversed(sources)) if split == "train" else [sources[-1]]
+        stats[split] = build_pairs(
+            examples if examples is not None else real.train,
+            _responses(run, iterations, split),
+            folder / f"{split}.arrow",
+            end_tokens=real.stop_tokens,
+            sequence_len=sequence_len,
+            keep_equal=spin.equal_pairs == "keep",
+        )
+    write_stats(folder / "stats.json", stats)
+    (folder / "key").write_text(json.dumps(key), encoding="utf-8")
+
+
+def _responses(run: RunDir, iterations: list[int], split: str) -> Iterator[Synthetic]:
+    for number in iterations:
+        for response in Shards(run.iteration(number).synthetic).responses():
+            if response["split"] == split:
+                yield Synthetic(response["example"], number, response["tokens"], response["finish"] == "length")

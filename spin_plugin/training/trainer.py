@@ -1,0 +1,290 @@
+"""SpinTrainer: forward, log-probabilities, loss, log. Everything else is Axolotl's trainer."""
+
+import json
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast, gather_object
+from axolotl.core.trainers import AxolotlTrainer
+from datasets import Dataset
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from spin_plugin.args import SpinArgs
+from spin_plugin.console import SpinError, console, exit_in_one_line, say
+from spin_plugin.data.order import BalancedSampler, counted, steps_in_epoch
+from spin_plugin.model.forward import install, logps, silence_dropout
+from spin_plugin.model.layout import Pair, by_token
+from spin_plugin.model.probe import probe
+from spin_plugin.model.select import choose_forms
+from spin_plugin.objective.losses import spin_terms
+from spin_plugin.objective.metrics import METRICS, metric_sums
+from spin_plugin.opponent.scoring import fill, missing, scoring_tokens, shares
+from spin_plugin.opponent.store import OpponentStore
+from spin_plugin.run.directory import IterationDir
+from spin_plugin.training.precision import keep_results_in_32_bits, require_masters
+from spin_plugin.training.saving import mend_times, naming_the_disk
+
+PREFIX = {"train": "spin/", "eval": "eval_spin/"}  # reporters turn the eval_ prefix into a group of its own
+
+
+class SpinTrainer(AxolotlTrainer):
+    """Trains the main player against stored log-probabilities of the opponent.
+
+    `spin`, `opponent_files`, `opponent_key`, `judge_opponent` and `metrics_file` are set by the plugin right after
+    construction.
+    """
+
+    spin: SpinArgs
+    opponent_files: dict[str, Path]
+    opponent_key: Callable[[str], str]
+    judge_opponent: Callable[[Callable[[list[dict[str, Any]]], list[Tensor]]], None]
+    metrics_file: Path
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A single process with several GPUs in sight (vLLM needs them) would get torch's DataParallel, which tears a
+        # flat row apart.
+        kwargs["args"]._n_gpu = min(1, kwargs["args"].n_gpu)
+        super().__init__(*args, **kwargs)
+        keep_results_in_32_bits(self.accelerator)
+        # compute_loss divides by the pairs of the global batch itself; transformers must not divide
+        # again by the accumulation steps, which would weigh pairs by how micro-batches fell.
+        self.model_accepts_loss_kwargs = True
+        dropout = max(silence_dropout(module) for module in self.model.modules())
+        if dropout and self.is_world_process_zero():
+            say(f"dropout of {dropout:g} is switched off: before its first step the policy has to equal the opponent")
+        install(self.model)  # before anything wraps the model
+        self.opponent: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor | None] = dict.fromkeys(PREFIX)
+        self._pairs = dict.fromkeys(PREFIX, 0)
+        self._eval_batches = 0
+        self.add_callback(_OpponentBeforeFirstStep(self))
+
+    # --- log-probabilities -------------------------------------------------------------------
+
+    def choose_form(self, model: nn.Module) -> None:
+        """Settle whether pairs are flat rows or padded sequences, before the first of them is scored."""
+
+        def pair(index: int) -> Pair:
+            row = self.train_dataset[index]
+            return Pair(row["prompt"], row["real"], row["synthetic"])
+
+        lengths = token_counts(self.train_dataset)
+        with self.compute_loss_context_manager():
+            forms = choose_forms(
+                model,
+                probe(lengths, pair, self.args.max_seq_length),
+                wanted=self.spin.shared_prefix != "off",
+                pad_token_id=self.train_data_collator.pad_token_id,
+                device=self.args.device,
+                everyone=lambda found: gather_object([found]),
+            )
+        if forms.no_shared_prefix_because and self.spin.shared_prefix == "on":
+            raise SpinError(f"spin.shared_prefix: on is not possible: {forms.no_shared_prefix_because}; use auto")
+        if forms.no_shared_prefix_because and self.is_world_process_zero():
+            say(f"pairs are padded instead of sharing their prompt: {forms.no_shared_prefix_because}")
+        for collator in (self.train_data_collator, self.eval_data_collator):
+            collator.shared_prefix = forms.shared_prefix
+
+    def load_opponent(self, model: nn.Module) -> None:
+        """Fill `opponent` with what is stored; compute and store the rest with the model as it is now."""
+        self.choose_form(model)
+        splits = {"train": self.train_dataset, "eval": self.eval_dataset}
+        for split, pairs in splits.items():
+            if pairs is not None:
+                store = OpponentStore(self.opponent_files[split], len(pairs), self.opponent_key(split))
+                self.opponent[split] = self._stored(store)
+                if self.opponent[split].isnan().any():
+                    self._score(model, pairs, split, store)
+        if not self.state.global_step:  # after that the policy has moved on
+            self.judge_opponent(partial(self._token_logps, model))
+
+    @torch.no_grad()
+    def _token_logps(self, model: nn.Module, pairs: list[dict[str, Any]]) -> list[Tensor]:
+        """Log-probabilities of the tokens of each pair's synthetic response; all ranks score all, for a model may be
+        shared."""
+        found, training = [], model.training
+        size = self.args.per_device_train_batch_size
+        model.eval()
+        for start in range(0, len(pairs), size):
+            batch = self._prepare_inputs(self.train_data_collator(pairs[start : start + size]))
+            with self.compute_loss_context_manager():
+                tokens = logps(model, by_token(batch))[0]
+            responses = tokens.split(batch["lengths"].flatten().tolist())
+            found += responses[len(responses) // 2 :]
+        model.train(training)
+        return found
+
+    def _stored(self, store: OpponentStore) -> Tensor:
+        """What the first process reads, on every rank: they have to agree on what is left to compute."""
+        first = self.accelerator.is_main_process
+        values = store.load() if first else torch.empty(2, store.pairs)
+        values = broadcast(values.to(self.args.device))
+        if self.state.global_step and values.isnan().any():
+            raise SpinError(
+                f"{store.file} is missing, damaged or incomplete, and the policy has moved on from the opponent; "
+                f"delete the checkpoints in {self.args.output_dir} to train this iteration from its start"
+            )
+        return values
+
+    @torch.no_grad()
+    def _score(self, model: nn.Module, pairs: Dataset, split: str, store: OpponentStore) -> None:
+        """Compute and store the log-probabilities that are missing, each rank its share."""
+        state, training = self.accelerator, model.training
+
+        def score(indices: Tensor) -> tuple[Tensor, Tensor]:
+            share = indices[state.process_index].tolist()
+            batch = self._prepare_inputs(self.train_data_collator([pairs[index] for index in share]))
+            with self.compute_loss_context_manager():
+                values = logps(model, batch)
+            index, gathered = state.gather((batch["index"], values.T.contiguous()))
+            return index, gathered.T
+
+        tokens = scoring_tokens(token_counts(self.train_dataset), micro_batch=self.args.per_device_train_batch_size)
+        rounds = shares(token_counts(pairs), tokens=tokens, world=state.num_processes)
+        left = missing(rounds, self.opponent[split])
+        model.eval()
+        shown = self._shown(left, f"opponent's log-probabilities ({split})")
+        fill(self.opponent[split], store, shown, score, write=state.is_main_process)
+        model.train(training)
+        if state.is_main_process:
+            say(f"opponent's log-probabilities of {len(pairs):,} {split} pairs stored")
+        state.wait_for_everyone()
+
+    def _shown(self, rounds: list[Tensor], title: str) -> Iterable[Tensor]:
+        shown = console.is_terminal and self.accelerator.is_main_process
+        return track(rounds, title, total=len(rounds), console=console, transient=True, disable=not shown)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        """A random order whose steps are balanced by tokens, unless the configuration asks for another."""
+        pairs = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.curriculum_sampling or self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(pairs)
+        return BalancedSampler(
+            token_counts(pairs),
+            micro_batch=self.args.per_device_train_batch_size,
+            groups=self.args.gradient_accumulation_steps * self.args.world_size,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
+
+    # --- loss --------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """Pairs in the global batch: what the sum of the losses is divided by."""
+        args, total = self.args, len(self.train_dataset)
+        batch = {"micro_batch": args.per_device_train_batch_size, "ranks": args.world_size}
+        accumulated = args.gradient_accumulation_steps
+        first = self.state.global_step % steps_in_epoch(total, accumulated=accumulated, **batch) * accumulated
+        for number, inputs in enumerate(batch_samples, first):
+            inputs["counted"] = counted(total, number=number, rank=args.process_index, **batch)
+        pairs = torch.tensor(sum(inputs["counted"] for inputs in batch_samples), device=device)
+        return self.accelerator.reduce(pairs, "sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The sum of the micro-batch's losses over the pairs of the global batch."""
+        split = "train" if model.training else "eval"
+        policy = logps(model, inputs)
+        first = inputs["counted"]
+        policy, index, lengths = policy[:, :first], inputs["index"][:first], inputs["lengths"][:, :first]
+        terms = spin_terms(policy, self.opponent[split][:, index], beta=self.spin.beta, loss=self.spin.loss_type)
+        sums = metric_sums(terms, policy, lengths, loss=self.spin.loss_type)
+        kept = self._sums[split]
+        self._sums[split] = sums if kept is None else kept + sums
+        self._pairs[split] += len(index)
+        if split == "eval" or num_items_in_batch is None:
+            loss = terms.loss.sum() / max(1, len(terms.loss))
+        else:
+            # Data parallelism averages gradients over the ranks; this makes it their sum.
+            loss = terms.loss.sum() * self.accelerator.num_processes / num_items_in_batch
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss alone: evaluation has no logits to gather."""
+        inputs["counted"] = counted(
+            len(self.eval_dataset),
+            number=self._eval_batches,
+            micro_batch=self.args.per_device_eval_batch_size,
+            rank=self.args.process_index,
+            ranks=self.args.world_size,
+        )
+        self._eval_batches += 1
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    # --- saving ------------------------------------------------------------------------------
+
+    @exit_in_one_line
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.args.should_save:
+            mend_times(IterationDir(Path(self.args.output_dir)).checkpoints())
+        with naming_the_disk(self.args.output_dir):
+            super()._save_checkpoint(*args, **kwargs)
+
+    @exit_in_one_line
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with naming_the_disk(output_dir or self.args.output_dir):
+            super().save_model(output_dir, _internal_call)
+
+    # --- logging -----------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of every metric since the last log, over all ranks."""
+        entry: dict[str, float | None] = {"step": self.state.global_step, "epoch": self.state.epoch}
+        if "loss" in logs and self._pairs["train"]:
+            metrics, entry["pairs"] = self._drain("train")
+            logs |= metrics
+        if self.is_world_process_zero():
+            with open(self.metrics_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry | logs) + "\n")
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Metrics of the held-out pairs; their loss is the mean over pairs, whatever the batches."""
+        self._eval_batches = 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics, _ = self._drain("eval")
+        output.metrics.update(metrics, **{f"{metric_key_prefix}_loss": metrics[PREFIX["eval"] + "loss"]})
+        return output
+
+    def _drain(self, split: str) -> tuple[dict[str, float], int]:
+        """Means since the last call, and of how many pairs, over all ranks."""
+        sums = self._sums[split]
+        assert sums is not None
+        packed = torch.cat([sums, sums.new_tensor([self._pairs[split]])])
+        *totals, pairs = self.accelerator.reduce(
+            packed.double() if packed.device.type == "cpu" else packed, "sum"
+        ).tolist()
+        self._sums[split], self._pairs[split] = None, 0
+        return {PREFIX[split] + name: total / pairs for name, total in zip(METRICS, totals, strict=True)}, int(pairs)
+
+
+def token_counts(pairs: Dataset) -> Tensor:
+    """[N] tokens of every pair."""
+    return torch.as_tensor(pairs.with_format("numpy")["length"][:])
+
+
+class _OpponentBeforeFirstStep(TrainerCallback):
+    """Scores the pairs once the model is wrapped for training and before anything changes it."""
+
+    def __init__(self, trainer: SpinTrainer) -> None:
+        self.trainer = trainer
+
+    @exit_in_one_line
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        require_masters(self.trainer.axolotl_cfg, kwargs["optimizer"].param_groups)
+        self.trainer.load_opponent(self.trainer.model_wrapped)
