@@ -99,17 +99,17 @@ def long_rows(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def config_of(folder: Path, way: str) -> dict[str, Any]:
-    """The configuration of a way, whose model and data lie in `folder`."""
+def config_of(directory: Path, way: str) -> dict[str, Any]:
+    """The configuration of a way, whose model and data lie in `directory`."""
     chosen, large = WAYS[way], WAYS[way].model == "1b"
     changes, spin = dict(chosen.changes), dict(chosen.changes.get("spin", {}))
     changes.pop("spin", None)
     changes |= {
-        "output_dir": str(folder / way),
+        "output_dir": str(directory / way),
         "micro_batch_size": chosen.pairs // chosen.processes,
     }
-    data = folder / ("long.jsonl" if large else "chat.jsonl")
-    config = spin_config(folder, folder / chosen.model, data, **({"vllm": None} | changes))
+    data = directory / ("long.jsonl" if large else "chat.jsonl")
+    config = spin_config(directory, directory / chosen.model, data, **({"vllm": None} | changes))
     generation = config["spin"]["generation"]
     generation.pop("vllm_kwargs")  # that is for CPUs
     if large:
@@ -119,27 +119,27 @@ def config_of(folder: Path, way: str) -> dict[str, Any]:
     return config
 
 
-def make_model_of(folder: Path, way: str) -> None:
+def make_model_of(directory: Path, way: str) -> None:
     """Make the model of a way where it is not there yet; the large one takes a minute and 5 GB."""
     architecture, changes = MODELS[WAYS[way].model]
-    if not (folder / WAYS[way].model).is_dir():
-        make_model(folder / WAYS[way].model, architecture, **changes)
+    if not (directory / WAYS[way].model).is_dir():
+        make_model(directory / WAYS[way].model, architecture, **changes)
 
 
-def write(folder: Path) -> None:
+def write(directory: Path) -> None:
     """Every way's configuration and the data; models are made when their way is played."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(folder / "chat.jsonl", chat_rows(ROWS))
-    write_jsonl(folder / "long.jsonl", long_rows(LONG_ROWS))
+    directory.mkdir(parents=True, exist_ok=True)
+    write_jsonl(directory / "chat.jsonl", chat_rows(ROWS))
+    write_jsonl(directory / "long.jsonl", long_rows(LONG_ROWS))
     for way in WAYS:
-        write_config(folder, config_of(folder, way), f"{way}.yml")
+        write_config(directory, config_of(directory, way), f"{way}.yml")
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]).resolve()
-    write(folder)
+    directory = Path(sys.argv[1]).resolve()
+    write(directory)
     for way in WAYS:
-        make_model_of(folder, way)
+        make_model_of(directory, way)
 
 
 if __name__ == "__main__":

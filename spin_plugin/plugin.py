@@ -18,13 +18,13 @@ class SpinPlugin(BasePlugin):
         super().__init__()
         self.lowered: Lowered | None = None
         """What `rl: spin` was lowered to; None in a run that is not SPIN."""
-        self.game: Any = None
-        """The iteration being played (`spin_plugin.training.iteration.Game`); None in commands that do not train."""
+        self.iteration: Any = None
+        """The iteration that this command runs (`training.iteration.Iteration`); None in commands that do not train."""
 
     @exit_in_one_line
     def register(self, cfg: Any) -> None:
         """Lower `rl: spin` to a supervised run before Axolotl validates the configuration."""
-        self.lowered, self.game = None, None
+        self.lowered, self.iteration = None, None
         if not concerns_spin(cfg):
             return
         from axolotl.utils.schemas.config import AxolotlInputConfig
@@ -54,7 +54,7 @@ class SpinPlugin(BasePlugin):
         from axolotl.common.datasets import TrainDatasetMeta
 
         from spin_plugin.run.processes import rank
-        from spin_plugin.training.iteration import Game
+        from spin_plugin.training.iteration import Iteration
 
         if lowered.all_finished:
             if rank() == 0:
@@ -67,20 +67,20 @@ class SpinPlugin(BasePlugin):
         refuse_other_trainers(cfg, others)
         if rank() == 0:
             announce(cfg, lowered)
-        self.game = Game(cfg, lowered)
-        self.game.prepare(for_training=not preprocess)
-        pairs = self.game.pairs
-        return TrainDatasetMeta(pairs.train, pairs.eval, self.game.steps)
+        self.iteration = Iteration(cfg, lowered)
+        self.iteration.prepare(for_training=not preprocess)
+        pairs = self.iteration.pairs
+        return TrainDatasetMeta(pairs.train, pairs.eval, self.iteration.steps)
 
     def get_trainer_cls(self, cfg: Any) -> Any:
-        if self.game is None:
+        if self.iteration is None:
             return None
         from spin_plugin.training.trainer import SpinTrainer
 
         return SpinTrainer
 
     def get_collator_cls_and_kwargs(self, cfg: Any, is_eval: bool = False) -> Any:
-        if self.game is None:
+        if self.iteration is None:
             return None
         from spin_plugin.model.layout import PairCollator
 
@@ -88,7 +88,7 @@ class SpinPlugin(BasePlugin):
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
         """Keep the pairs' columns, which no model's forward knows; never wait for the GPU to look for NaN."""
-        if self.game is None:
+        if self.iteration is None:
             return {}
         import torch
 
@@ -97,12 +97,12 @@ class SpinPlugin(BasePlugin):
         return ours | ({"use_cpu": True} if cfg.bf16 and not torch.accelerator.is_available() else {})
 
     def post_model_build(self, cfg: Any, model: Any) -> None:
-        if self.game is not None:
-            self.game.look_at_formats(model)
+        if self.iteration is not None:
+            self.iteration.note_formats(model)
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         """Nothing has wrapped the model yet."""
-        if self.game is not None:
+        if self.iteration is not None:
             from spin_plugin.training.precision import keep_masters
 
             keep_masters(cfg, model)
@@ -111,9 +111,9 @@ class SpinPlugin(BasePlugin):
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if self.lowered is None:
             return
-        if self.game is None:
+        if self.iteration is None:
             raise SpinError("another plugin brought the data, so this is not SPIN; remove it from `plugins`")
-        self.game.equip(trainer)
+        self.iteration.configure(trainer)
 
     @exit_in_one_line
     def post_train_unload(self, cfg: Any) -> None:
@@ -121,5 +121,5 @@ class SpinPlugin(BasePlugin):
 
         Since 0.20 Axolotl also calls this when training failed or was interrupted; then nothing is finished.
         """
-        if self.game is not None and sys.exc_info()[0] is None:
-            self.game.finish()
+        if self.iteration is not None and sys.exc_info()[0] is None:
+            self.iteration.finish()

@@ -44,13 +44,13 @@ class Finished:
         return [line for line in self.output.splitlines() if line.startswith("spin: error: ")]
 
 
-def run_command(*command: str | Path, folder: Path, environment: Mapping[str, str] | None = None) -> Finished:
-    """Run a command in `folder` with the test interpreter's `bin` first on PATH."""
+def run_command(*command: str | Path, directory: Path, environment: Mapping[str, str] | None = None) -> Finished:
+    """Run a command in `directory` with the test interpreter's `bin` first on PATH."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     variables = os.environ | {"PATH": path} | dict(environment or {})
     done = subprocess.run(
         [str(part) for part in command],
-        cwd=folder,
+        cwd=directory,
         env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,6 +1,6 @@
 """Causal LM families of transformers, tiny and random, each held to one sequence at a time.
 
-`judge` lets `choose_forms` decide on some pairs, then compares the form it chose with the untouched model's own
+`judge` lets `choose_layout` decide on some pairs, then compares the form it chose with the untouched model's own
 logits of each sequence alone, values and gradients, on other pairs.
 """
 
@@ -15,9 +15,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from spin_plugin.console import SpinError
 from spin_plugin.model.forward import install, logps
-from spin_plugin.model.layout import Pair, flat_batch, padded_batch
+from spin_plugin.model.layout import Pair, padded_batch, shared_prefix_batch
 from spin_plugin.model.logprobs import response_logps
-from spin_plugin.model.select import choose_forms
+from spin_plugin.model.select import choose_layout
 
 PAD = SMALL["pad_token_id"]
 
@@ -120,11 +120,11 @@ def judge(family: str, **changes: Any) -> Verdict:
     install(model)
     reason, chosen = None, "refused"
     try:
-        forms = choose_forms(model, SHOWN, wanted=True, pad_token_id=PAD)
+        forms = choose_layout(model, SHOWN, wanted=True, pad_token_id=PAD)
         chosen, reason = "shared" if forms.shared_prefix else "padded", forms.no_shared_prefix_because
     except SpinError as error:
         reason = str(error)
-    batch = flat_batch(JUDGED) if chosen == "shared" else padded_batch(JUDGED, PAD)
+    batch = shared_prefix_batch(JUDGED) if chosen == "shared" else padded_batch(JUDGED, PAD)
     found, gradients = _step(model, logps(model, batch))
     sides = [[_alone(untouched, pair.prompt, response) for pair, response in _with(side)] for side in (1, 2)]
     expected, true_gradients = _step(untouched, torch.stack([torch.stack(side) for side in sides]))

@@ -127,10 +127,10 @@ CHAINS: dict[str, tuple[dict[str, Any], int, bool]] = {
 
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory: pytest.TempPathFactory, chat_data: Path, play: Callable[..., None]) -> Path:
-    """A folder with the run of each chain."""
-    folder, jobs = tmp_path_factory.mktemp("chains"), []
+    """A directory with the run of each chain."""
+    directory, jobs = tmp_path_factory.mktemp("chains"), []
     for name, (changes, iterations, _) in CHAINS.items():
-        own = folder / name
+        own = directory / name
         small = {"intermediate_size": 128, "tie_word_embeddings": name == "tied"}
         model = make_model(own / "model", "gpt2" if name == "gpt2" else "llama", **small)
         config = spin_config(own, model, chat_data, learning_rate=1e-2)
@@ -138,7 +138,7 @@ def chains(tmp_path_factory: pytest.TempPathFactory, chat_data: Path, play: Call
         changed = {key: value for key, value in (config | changes | {"spin": spin}).items() if value is not None}
         jobs += iterations * [(write_config(own, changed), 1)]
     play(*jobs)
-    return folder
+    return directory
 
 
 @pytest.mark.slow
@@ -182,12 +182,12 @@ def test_vllm_drew_from_the_opponent(chains: Path, name: str) -> None:
     model says otherwise."""
     _, iterations, _ = CHAINS[name]
     last, quantised = iterations - 1, "bit" in name
-    folder, model = RunDir(chains / name / "run").iteration(last), chains / name / "model"
+    directory, model = RunDir(chains / name / "run").iteration(last), chains / name / "model"
     told = re.findall(r"iteration (\d): vLLM and the policy are (\S+) nats", (chains / name / "rank-0.log").read_text())
     assert [int(number) for number, _ in told] == list(range(iterations))
     assert all(float(apart) < (EXACT if not quantised else 0.5) for _, apart in told)
-    train = open_pairs(folder).train
-    pairs, drawn = comparable(Shards(folder.synthetic).responses(), train, last)
+    train = open_pairs(directory).train
+    pairs, drawn = comparable(Shards(directory.synthetic).responses(), train, last)
     assert len(pairs) == list(train["iteration"]).count(last) > 20, "an empty response has become no pair"
     wrong = distance(drawn[:8], [token_logps(model, pair, "synthetic") for pair in pairs[:8]])
     assert wrong is not None

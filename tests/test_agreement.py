@@ -17,7 +17,7 @@ from spin_plugin.data.pairs import Synthetic, build_pairs
 from spin_plugin.data.table import EXAMPLE_SCHEMA, open_table, table_writer
 from spin_plugin.generation.job import SCORED
 from spin_plugin.model.forward import install, logps
-from spin_plugin.model.layout import Pair, by_token, flat_batch, padded_batch
+from spin_plugin.model.layout import Pair, by_token, padded_batch, shared_prefix_batch
 from spin_plugin.opponent.agreement import (
     COMPARED,
     EXACT,
@@ -38,17 +38,17 @@ def response(example: int, tokens: list[int], *, split: str = "train", scored: b
     return drawn | ({"logps": [-0.1 * token for token in tokens]} if scored else {})
 
 
-def pairs_of(folder: Path, drawn: list[Response], *, keep_equal: bool, earlier: int = 0) -> Dataset:
+def pairs_of(directory: Path, drawn: list[Response], *, keep_equal: bool, earlier: int = 0) -> Dataset:
     """The pairs of iteration 1, as an iteration builds them; the real response of example n is [n, END]."""
     examples = max(each["example"] for each in drawn) + 1
-    with table_writer(folder / "real.arrow", EXAMPLE_SCHEMA) as write:
+    with table_writer(directory / "real.arrow", EXAMPLE_SCHEMA) as write:
         write({"prompt": examples * [[7]], "real": [[number, END] for number in range(examples)]})
     of_train = [each for each in drawn if each["split"] == "train"]
-    synthetic = [Synthetic(each["example"], 1, each["tokens"], cut=False) for each in of_train]
+    synthetic = [Synthetic(each["example"], 1, each["tokens"], truncated=False) for each in of_train]
     mixed = [each._replace(iteration=0) for each in synthetic[:earlier]] + synthetic
     options = {"end_tokens": [END], "sequence_len": 50, "keep_equal": keep_equal}
-    build_pairs(open_table(folder / "real.arrow"), mixed, folder / "train.arrow", **options)
-    return open_table(folder / "train.arrow")
+    build_pairs(open_table(directory / "real.arrow"), mixed, directory / "train.arrow", **options)
+    return open_table(directory / "train.arrow")
 
 
 def test_scored_responses_are_found_among_those_that_became_pairs(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_tokens_of_a_batch_are_what_a_loop_finds(own_logits: bool) -> None:
 
 
 def test_tokens_of_a_flat_batch_stand_in_the_order_of_its_lengths() -> None:
-    flat = flat_batch(PAIRS)
+    flat = shared_prefix_batch(PAIRS)
     parts: tuple[Tensor, ...] = flat["targets"].split(flat["lengths"].flatten().tolist())
     assert [part.tolist() for part in parts] == [list(p.real) for p in PAIRS] + [list(p.synthetic) for p in PAIRS]
     assert by_token(flat)["segments"].tolist() == list(range(len(flat["targets"])))

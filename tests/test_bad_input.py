@@ -41,8 +41,8 @@ def preprocess(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     PluginManager._instance = None
 
 
-def config(folder: Path, llama: Path, data: Path, **changes: Any) -> Path:
-    return write_config(folder, spin_config(folder, llama, data, **changes))
+def config(directory: Path, llama: Path, data: Path, **changes: Any) -> Path:
+    return write_config(directory, spin_config(directory, llama, data, **changes))
 
 
 @pytest.mark.parametrize(
@@ -197,15 +197,15 @@ def test_an_iteration_that_is_all_warmup(
     from axolotl.utils.dict import DictDefault
 
     from spin_plugin.config.lower import lower
-    from spin_plugin.training.iteration import Game
+    from spin_plugin.training.iteration import Iteration
 
     cfg = DictDefault(spin_config(tmp_path, llama, chat_data, max_steps=4, world_size=1))
-    game = Game(cfg, lower(cfg))
-    game.pairs = SimpleNamespace(train=range(100))  # type: ignore[assignment]
+    iteration = Iteration(cfg, lower(cfg))
+    iteration.pairs = SimpleNamespace(train=range(100))  # type: ignore[assignment]
     for warmup in (0, 3):
-        game._warn_of_warmup(warmup)
+        iteration._warn_of_warmup(warmup)
     assert capsys.readouterr().out == ""
-    game._warn_of_warmup(4)
+    iteration._warn_of_warmup(4)
     assert "all 4 steps of the iteration are warm-up" in capsys.readouterr().out
 
 

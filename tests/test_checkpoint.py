@@ -216,11 +216,13 @@ def test_weights_that_are_a_directory_are_named(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint as transformers itself writes it."""
-    folder = tmp_path_factory.mktemp("training")
+    directory = tmp_path_factory.mktemp("training")
     row = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
-    arguments = TrainingArguments(str(folder), max_steps=2, save_steps=2, report_to=[], use_cpu=True, logging_steps=9)
+    arguments = TrainingArguments(
+        str(directory), max_steps=2, save_steps=2, report_to=[], use_cpu=True, logging_steps=9
+    )
     Trainer(LlamaForCausalLM(LlamaConfig(**SMALL)), arguments, train_dataset=[row] * 16).train()
-    return folder / "checkpoint-2"
+    return directory / "checkpoint-2"
 
 
 @pytest.fixture
@@ -257,15 +259,15 @@ def test_checkpoint_of_another_step_is_incomplete(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["deepspeed", "fsdp"])
 def test_sharded_checkpoints_are_known(checkpoint: Path, kind: str) -> None:
-    """Their weights and optimizer's state lie in folders of their own, and ZeRO-3 saves no model.safetensors."""
+    """Their weights and optimizer's state lie in directories of their own, and ZeRO-3 saves no model.safetensors."""
     for name in ("model.safetensors", "optimizer.pt"):
         (checkpoint / name).unlink()
-    folders = {"deepspeed": ["global_step2"], "fsdp": ["pytorch_model_fsdp_0", "optimizer_0"]}[kind]
-    for folder in folders:
-        (checkpoint / folder).mkdir()
-        torch.save({}, checkpoint / folder / "rank_0_states.pt")
+    directories = {"deepspeed": ["global_step2"], "fsdp": ["pytorch_model_fsdp_0", "optimizer_0"]}[kind]
+    for directory in directories:
+        (checkpoint / directory).mkdir()
+        torch.save({}, checkpoint / directory / "rank_0_states.pt")
     assert why_incomplete(checkpoint) is None
-    (checkpoint / folders[-1] / "rank_0_states.pt").write_bytes(b"PK half")
+    (checkpoint / directories[-1] / "rank_0_states.pt").write_bytes(b"PK half")
     assert "rank_0_states.pt" in str(why_incomplete(checkpoint))
 
 

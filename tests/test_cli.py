@@ -37,18 +37,18 @@ sys.path[:0] = {paths!r}
 from pathlib import Path
 from spin_plugin.run.directory import RunDir
 from spin_plugin.run.state import RunState
-folder = Path({folder!r})
-with open(folder / "calls", "a") as calls:
+directory = Path({directory!r})
+with open(directory / "calls", "a") as calls:
     calls.write(json.dumps(sys.argv[1:]) + "\\n")
-behaviour = (folder / "behaviour").read_text()
+behaviour = (directory / "behaviour").read_text()
 if behaviour == "wait":  # as accelerate's launcher, which hands no signal on
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    (folder / "pids").write_text(json.dumps([os.getpid(), child.pid]))
+    (directory / "pids").write_text(json.dumps([os.getpid(), child.pid]))
     sys.exit(child.wait())
 if behaviour == "fail":
     sys.exit(3)
 if behaviour == "finish":
-    run = RunDir(folder / "run")
+    run = RunDir(directory / "run")
     run.root.mkdir(exist_ok=True)
     run.write_state(RunState({{}}, [{{"iteration": n}} for n in range(run.finished() + 1)], "0"))
 """
@@ -58,7 +58,7 @@ if behaviour == "finish":
 def config(tmp_path: Path, llama: Path, chat_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of three iterations whose `axolotl train` is a stand-in that finishes one at a call."""
     stand_in = tmp_path / "axolotl"
-    stand_in.write_text(STAND_IN.format(python=sys.executable, paths=[str(ROOT)], folder=str(tmp_path)))
+    stand_in.write_text(STAND_IN.format(python=sys.executable, paths=[str(ROOT)], directory=str(tmp_path)))
     stand_in.chmod(0o755)
     (tmp_path / "behaviour").write_text("finish")
     monkeypatch.setattr(train_module, "_axolotl", lambda: str(stand_in))
@@ -142,11 +142,11 @@ def sft(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def written(folder: Path, sft: dict[str, Any], text: str | None = None) -> tuple[Result, dict[str, Any]]:
-    config = folder / "sft.yml"
+def written(directory: Path, sft: dict[str, Any], text: str | None = None) -> tuple[Result, dict[str, Any]]:
+    config = directory / "sft.yml"
     config.write_text(text or yaml.safe_dump(sft))
     done = invoke("init", config)
-    target = folder / "sft-spin.yml"
+    target = directory / "sft-spin.yml"
     return done, yaml.safe_load(target.read_text()) if target.exists() else {}
 
 
@@ -293,13 +293,13 @@ def test_environment_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
 
 def test_environment_that_is_complete_is_left_alone(vllm_python: Path) -> None:
     """The one beside the checkout, made with Ray: complete with Ray and without."""
-    folder = vllm_python.parents[1]
-    before = (folder / "made-from").stat().st_mtime_ns
+    directory = vllm_python.parents[1]
+    before = (directory / "made-from").stat().st_mtime_ns
     for options in ([], ["--ray"]):
-        done = invoke("setup", "--path", folder, *options)
+        done = invoke("setup", "--path", directory, *options)
         assert done.exit_code == 0, done.output
         assert "is ready" in done.output
-    assert (folder / "made-from").stat().st_mtime_ns == before
+    assert (directory / "made-from").stat().st_mtime_ns == before
 
 
 # --- config-schema -----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from spin_plugin.console import SpinError
 from spin_plugin.generation import devices
-from spin_plugin.generation.devices import places, visible_gpus
+from spin_plugin.generation.devices import placements, visible_gpus
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def worker() -> ModuleType:
 
 
 def named(engines: int | None, each: int) -> list[str]:
-    return [place.environment["CUDA_VISIBLE_DEVICES"] for place in places(engines, each)]
+    return [place.environment["CUDA_VISIBLE_DEVICES"] for place in placements(engines, each)]
 
 
 def test_an_engine_for_every_gpu(gpus: Any) -> None:
@@ -53,16 +53,16 @@ def test_an_engine_for_every_group(gpus: Any) -> None:
 def test_more_gpus_than_there_are(gpus: Any, engines: int | None, each: int, key: str) -> None:
     gpus("0", "1")
     with pytest.raises(SpinError, match=f"vllm.{key}.*2 GPUs are visible"):
-        places(engines, each)
+        placements(engines, each)
 
 
 def test_engines_without_a_gpu_share_the_cores(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus()
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 4, 6, 8})
-    assert [place.cores for place in places(None, 1)] == [None]
-    assert [place.cores for place in places(2, 1)] == [[0, 2], [4, 6]]
-    assert places(2, 1)[1].environment == {"OMP_NUM_THREADS": "2", "VLLM_CPU_OMP_THREADS_BIND": "4,6"}
-    assert [place.cores for place in places(6, 1)] == [[0], [2], [4], [6], [8], [0]]
+    assert [place.cores for place in placements(None, 1)] == [None]
+    assert [place.cores for place in placements(2, 1)] == [[0, 2], [4, 6]]
+    assert placements(2, 1)[1].environment == {"OMP_NUM_THREADS": "2", "VLLM_CPU_OMP_THREADS_BIND": "4,6"}
+    assert [place.cores for place in placements(6, 1)] == [[0], [2], [4], [6], [8], [0]]
 
 
 def test_gpus_are_called_as_the_user_calls_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,16 +17,16 @@ import pytest
 from conftest import ROOT
 
 from spin_plugin.console import DISK, SpinError, exit_in_one_line
-from spin_plugin.run.atomic import write_whole
+from spin_plugin.run.atomic import write_atomically
 from spin_plugin.run.directory import IterationDir, RunDir
 from spin_plugin.run.disk import Space, require_space
 
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 
 
-def on_a_disk(folder: Path, size: str, program: str) -> subprocess.CompletedProcess[str]:
-    """Run a program (`folder` is its first argument) with an own disk of so many bytes mounted on the folder."""
-    mounted = f'mount -t tmpfs -o size={size} tmpfs {folder} && exec {sys.executable} -c "$0" {folder}'
+def on_a_disk(directory: Path, size: str, program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program (`directory` is its first argument) with an own disk of so many bytes mounted on the directory."""
+    mounted = f'mount -t tmpfs -o size={size} tmpfs {directory} && exec {sys.executable} -c "$0" {directory}'
     return subprocess.run(
         [*NAMESPACE, "sh", "-c", mounted, textwrap.dedent(program)],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
@@ -43,14 +43,14 @@ FULL = """
     from spin_plugin.console import exit_in_one_line
     from spin_plugin.run.directory import RunDir
     from spin_plugin.run.state import RunState
-    from spin_plugin.run.atomic import make_folder_whole, write_whole
+    from spin_plugin.run.atomic import write_dir_atomically, write_atomically
 
     root = Path(sys.argv[1])
     run, shards = RunDir(root), Shards(root / "iteration-0/synthetic")
-    shards.folder.mkdir(parents=True)
+    shards.directory.mkdir(parents=True)
     pairs = run.iteration(0).pairs
-    write_whole(root / "metrics", "old")
-    make_folder_whole(pairs, lambda folder: (folder / "train.arrow").write_text("old") and None)
+    write_atomically(root / "metrics", "old")
+    write_dir_atomically(pairs, lambda directory: (directory / "train.arrow").write_text("old") and None)
     run.write_state(RunState({}, [], "1"))
     before = {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
@@ -59,17 +59,17 @@ FULL = """
         import torch
         OpponentStore(root / "opponent", 300_000, "key").save(torch.zeros(2, 300_000))
 
-    def arrow(folder) -> None:
+    def arrow(directory) -> None:
         from spin_plugin.data.table import PAIR_SCHEMA, table_writer
-        with table_writer(folder / "train.arrow", PAIR_SCHEMA) as write:
+        with table_writer(directory / "train.arrow", PAIR_SCHEMA) as write:
             row = {"prompt": list(range(400_000)), "real": [], "synthetic": []}
             write({name: [row.get(name, 0)] for name in PAIR_SCHEMA.names})
 
     WRITERS = {
-        "a file": lambda: write_whole(root / "metrics", "x" * 2_000_000),
+        "a file": lambda: write_atomically(root / "metrics", "x" * 2_000_000),
         "run.json": lambda: run.write_state(RunState({"x": "x" * 2_000_000}, [], "1")),
         "a shard": lambda: shards.write(0, ({"tokens": list(range(300_000))} for _ in range(2))),
-        "pairs": lambda: make_folder_whole(pairs, arrow),
+        "pairs": lambda: write_dir_atomically(pairs, arrow),
         "opponent": store,
     }
     try:
@@ -119,12 +119,12 @@ def test_checkpoint_that_finds_no_room_is_named(tmp_path: Path) -> None:
 
 
 def test_limit_of_a_file_is_a_full_disk_too(tmp_path: Path) -> None:
-    write_whole(tmp_path / "run.json", "old")
+    write_atomically(tmp_path / "run.json", "old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(OSError, match="too large") as caught:
-            write_whole(tmp_path / "run.json", "x" * 10_000)
+            write_atomically(tmp_path / "run.json", "x" * 10_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.filename == str(tmp_path / "run.json")

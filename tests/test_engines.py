@@ -57,7 +57,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Event], None]:
 
 @pytest.fixture(scope="module")
 def draw(llama: Path, vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Draw:
-    """Play the job in a fresh folder with so many engines. No option says how much memory to take."""
+    """Play the job in a fresh directory with so many engines. No option says how much memory to take."""
 
     def play(engines: int, **arguments: Any) -> Shards:
         engine = {"model": str(llama), "skip_tokenizer_init": True, "generation_config": "vllm", "dtype": "float32"}

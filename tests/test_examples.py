@@ -24,24 +24,24 @@ GPUS = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 8, "n_node": 1, "compu
 
 def source() -> Path:
     """Axolotl's source distribution, of the version that is installed."""
-    folder = Path(sys.prefix) / "axolotl-source"
+    directory = Path(sys.prefix) / "axolotl-source"
     name = f"axolotl-{axolotl.__version__}"
-    if not (folder / name / "examples").is_dir():
+    if not (directory / name / "examples").is_dir():
         wanted = ["--no-deps", "--no-binary", "axolotl", f"axolotl=={axolotl.__version__}"]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(folder), *wanted]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(directory), *wanted]
         subprocess.run(command, check=True, timeout=600)
-        with tarfile.open(folder / f"{name}.tar.gz") as archive:
-            archive.extractall(folder, filter="data")
-    return folder / name
+        with tarfile.open(directory / f"{name}.tar.gz") as archive:
+            archive.extractall(directory, filter="data")
+    return directory / name
 
 
 @pytest.fixture(scope="module")
 def examples() -> dict[str, dict[str, Any]]:
     """The SFT examples (no `rl`), by their names."""
-    folder = source() / "examples"
-    contents = {path: yaml.safe_load(path.read_text()) for path in sorted(folder.rglob("*.y*ml"))}
+    directory = source() / "examples"
+    contents = {path: yaml.safe_load(path.read_text()) for path in sorted(directory.rglob("*.y*ml"))}
     return {
-        str(path.relative_to(folder)): content
+        str(path.relative_to(directory)): content
         for path, content in contents.items()
         if isinstance(content, dict) and "base_model" in content and not content.get("rl")
     }
@@ -78,9 +78,9 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
     PluginManager._instance = None
 
 
-def with_additions(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def with_additions(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     """The three additions, of which today's Axolotl needs two, and a directory of its own."""
-    changes = {"rl": "spin", "spin": {"iterations": 1}, "output_dir": str(folder / "run")}
+    changes = {"rl": "spin", "spin": {"iterations": 1}, "output_dir": str(directory / "run")}
     if not discovers_plugins():
         changes["plugins"] = [*(config.get("plugins") or []), "spin_plugin.SpinPlugin"]
     return config | changes

@@ -26,8 +26,8 @@ PathFinder.find_spec = staticmethod(find_spec)
 
 @pytest.fixture
 def light(monkeypatch: pytest.MonkeyPatch) -> Any:
-    for folder in (GPU, ROOT / "scripts/bench"):
-        monkeypatch.syspath_prepend(folder)
+    for directory in (GPU, ROOT / "scripts/bench"):
+        monkeypatch.syspath_prepend(directory)
     return importlib.import_module("first_light")
 
 
@@ -42,11 +42,11 @@ def alone(tmp_path: Path) -> dict[str, str]:
 def test_everything_is_right_with_torch_and_transformers_alone(
     command: Callable[..., Finished], alone: dict[str, str], tmp_path: Path
 ) -> None:
-    missing = command(sys.executable, "-c", "import accelerate", folder=tmp_path, environment=alone)
+    missing = command(sys.executable, "-c", "import accelerate", directory=tmp_path, environment=alone)
     assert "No module named 'accelerate'" in missing.output
     rows = tmp_path / "rows.json"
     options = ("--device", "cpu", "--quick", "--json", rows)
-    done = command(sys.executable, GPU / "first_light.py", *options, folder=tmp_path, environment=alone)
+    done = command(sys.executable, GPU / "first_light.py", *options, directory=tmp_path, environment=alone)
     assert done.code == 0, done.output[-3000:]
     verdicts = {(row["check"], row["case"]): row["verdict"] for row in json.loads(rows.read_text())}
     assert {check for check, _ in verdicts} == {

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from spin_plugin.model.attention import enable
 from spin_plugin.model.forward import install, logps
-from spin_plugin.model.layout import Pair, PairCollator, flat_batch, padded_batch
+from spin_plugin.model.layout import Pair, PairCollator, padded_batch, shared_prefix_batch
 from spin_plugin.model.logprobs import response_logps
-from spin_plugin.model.select import choose_forms
+from spin_plugin.model.select import choose_layout
 from spin_plugin.objective.losses import spin_terms
 
 PAD = 0
@@ -97,7 +97,7 @@ def test_flat_batch_by_hand() -> None:
     token     1 2 10 11 12 13 | 3 20 30 31
     position  0 1  2  3  4  2 | 0  1  1  2
     """
-    batch = flat_batch([Pair([1, 2], [10, 11, 12], [13]), Pair([3], [20], [30, 31])])
+    batch = shared_prefix_batch([Pair([1, 2], [10, 11, 12], [13]), Pair([3], [20], [30, 31])])
     expected = {
         "input_ids": [[1, 2, 10, 11, 12, 13, 3, 20, 30, 31]],
         "position_ids": [[0, 1, 2, 3, 4, 2, 0, 1, 1, 2]],
@@ -115,7 +115,7 @@ def test_flat_batch_by_hand() -> None:
 def test_flat_and_padded_name_the_same_predictions(seed: int) -> None:
     """The history that each kept position stands for, too: all tokens before the target, in order."""
     pairs = draw_pairs(6, seed)
-    padded, flat = padded_batch(pairs, PAD), flat_batch(pairs)
+    padded, flat = padded_batch(pairs, PAD), shared_prefix_batch(pairs)
 
     def predictions(batch: dict[str, Tensor], history: list[list[int]]) -> Counter[Any]:
         kept = [tuple(history[place]) for place in batch["keep"].tolist()]
@@ -138,7 +138,7 @@ def test_collator_makes_the_flat_row_when_told() -> None:
     collator = PairCollator(byte_tokenizer())
     collator.shared_prefix = True
     batch = collator([{"prompt": [1, 2], "real": [10, 11], "synthetic": [13], "index": 7}])
-    expected = flat_batch([Pair([1, 2], [10, 11], [13])])
+    expected = shared_prefix_batch([Pair([1, 2], [10, 11], [13])])
     assert batch.keys() == {*expected, "index"}
     assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
 
@@ -151,9 +151,9 @@ def test_flat_equals_padded(architecture: str) -> None:
     """And both equal the model's own logits in the padded form, which nothing of ours touches."""
     model = make(architecture)
     expected, gradients = step(model, padded_batch(PAIRS, PAD), own_logits=True)
-    forms = choose_forms(model, [PAIRS], wanted=True, pad_token_id=PAD)
+    forms = choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD)
     assert forms == (True, None, False)
-    for batch in (flat_batch(PAIRS), padded_batch(PAIRS, PAD)):
+    for batch in (shared_prefix_batch(PAIRS), padded_batch(PAIRS, PAD)):
         if architecture == "gemma2" and "spans" not in batch:
             continue  # once the flat row is on, its padded form is SDPA, without soft-capping
         found, found_gradients = step(model, batch)
@@ -167,7 +167,7 @@ def test_own_logits_of_the_flat_row(architecture: str) -> None:
     model = make(architecture)
     enable(model)
     expected, gradients = step(model, padded_batch(PAIRS, PAD))
-    found, found_gradients = step(model, flat_batch(PAIRS), own_logits=True)
+    found, found_gradients = step(model, shared_prefix_batch(PAIRS), own_logits=True)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert distance(found_gradients, gradients) < 1e-5
 
@@ -177,10 +177,10 @@ def test_own_logits_of_the_flat_row(architecture: str) -> None:
 def test_gradient_checkpointing_changes_nothing(architecture: str, reentrant: bool) -> None:
     model = make(architecture).train()
     enable(model)
-    expected, gradients = step(model, flat_batch(PAIRS))
+    expected, gradients = step(model, shared_prefix_batch(PAIRS))
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    found, found_gradients = step(model, flat_batch(PAIRS))
+    found, found_gradients = step(model, shared_prefix_batch(PAIRS))
     torch.testing.assert_close(found, expected)
     assert distance(found_gradients, gradients) < 1e-6
 
@@ -192,8 +192,8 @@ def test_lora(targets: list[str], tied: bool) -> None:
     model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     install(model)
     expected, gradients = step(model, padded_batch(PAIRS, PAD), own_logits=True)
-    assert choose_forms(model, [PAIRS], wanted=True, pad_token_id=PAD) == (True, None, False)
-    found, found_gradients = step(model, flat_batch(PAIRS))
+    assert choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD) == (True, None, False)
+    found, found_gradients = step(model, shared_prefix_batch(PAIRS))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert distance(found_gradients, gradients) < 1e-5
     assert all("lora" in name for name in gradients)
@@ -203,7 +203,7 @@ def test_tied_embeddings() -> None:
     model = make("llama", tie_word_embeddings=True)
     expected, gradients = step(model, padded_batch(PAIRS, PAD), own_logits=True)
     enable(model)
-    found, found_gradients = step(model, flat_batch(PAIRS))
+    found, found_gradients = step(model, shared_prefix_batch(PAIRS))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert distance(found_gradients, gradients) < 1e-5
 
@@ -217,7 +217,7 @@ def test_bf16_error_is_bounded_by_the_naive_forms(architecture: str) -> None:
     truth, true_gradients = step(exact, batch, own_logits=True)
     naive, naive_gradients = step(low, batch, own_logits=True)
     enable(low)
-    found, found_gradients = step(low, flat_batch(PAIRS))
+    found, found_gradients = step(low, shared_prefix_batch(PAIRS))
     assert found.dtype == torch.float32
     assert (found - truth).square().mean().sqrt() <= 1.5 * (naive - truth).square().mean().sqrt() + 1e-3
     assert distance(found_gradients, true_gradients) <= 1.5 * distance(naive_gradients, true_gradients)
@@ -228,9 +228,9 @@ def test_autocast_gives_fp32_log_probabilities_near_the_exact_ones(dtype: torch.
     """With fp16 the loss is scaled, as a GradScaler does: small gradients would vanish."""
     model = make()
     enable(model)
-    expected, gradients = step(model, flat_batch(PAIRS))
+    expected, gradients = step(model, shared_prefix_batch(PAIRS))
     with torch.autocast("cpu", dtype):
-        found, found_gradients = step(model, flat_batch(PAIRS), scale=scale)
+        found, found_gradients = step(model, shared_prefix_batch(PAIRS), scale=scale)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
     assert distance(found_gradients, gradients) < 0.05
@@ -240,11 +240,11 @@ def test_corrupting_one_pair_leaves_the_others_alone() -> None:
     model = make()
     enable(model)
     with torch.no_grad():
-        before = logps(model, flat_batch(PAIRS))
+        before = logps(model, shared_prefix_batch(PAIRS))
         for corrupt, pair in enumerate(PAIRS):
             changed = list(PAIRS)
             changed[corrupt] = Pair(*([token % 200 + 5 for token in part] for part in pair))
-            after = logps(model, flat_batch(changed))
+            after = logps(model, shared_prefix_batch(changed))
             others = [number for number in range(len(PAIRS)) if number != corrupt]
             torch.testing.assert_close(after[:, others], before[:, others], rtol=0, atol=1e-6)
             assert (after[:, corrupt] - before[:, corrupt]).abs().max() > 1e-3
@@ -254,9 +254,9 @@ def test_responses_do_not_see_each_other() -> None:
     model = make()
     enable(model)
     with torch.no_grad():
-        before = logps(model, flat_batch(PAIRS))
-        real = logps(model, flat_batch([pair._replace(synthetic=[5] * len(pair.synthetic)) for pair in PAIRS]))
-        synthetic = logps(model, flat_batch([pair._replace(real=[5] * len(pair.real)) for pair in PAIRS]))
+        before = logps(model, shared_prefix_batch(PAIRS))
+        real = logps(model, shared_prefix_batch([pair._replace(synthetic=[5] * len(pair.synthetic)) for pair in PAIRS]))
+        synthetic = logps(model, shared_prefix_batch([pair._replace(real=[5] * len(pair.real)) for pair in PAIRS]))
     torch.testing.assert_close(real[0], before[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(synthetic[1], before[1], rtol=0, atol=1e-6)
 

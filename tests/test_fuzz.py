@@ -45,22 +45,22 @@ OTHER_KEYS = st.dictionaries(
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
 @settings(ANY, max_examples=1000)
 @given(block=BLOCKS, datasets=st.one_of(DATASETS, LEAVES, st.just([{"path": "org/data"}])), others=OTHER_KEYS)
 def test_any_configuration_is_lowered_or_refused_in_one_line(
-    folder: Path, block: object, datasets: object, others: dict[str, object]
+    directory: Path, block: object, datasets: object, others: dict[str, object]
 ) -> None:
-    cfg = {"rl": "spin", "base_model": "org/model", "output_dir": str(folder / "run"), "datasets": datasets} | others
+    cfg = {"rl": "spin", "base_model": "org/model", "output_dir": str(directory / "run"), "datasets": datasets} | others
     cfg["spin"] = block
     try:
         lower(cfg)
     except SpinError as error:
         assert re.fullmatch(r"[^\r\n]+", str(error))
-    assert not list(folder.iterdir())
+    assert not list(directory.iterdir())
 
 
 ROWS = st.lists(
@@ -77,7 +77,7 @@ ROWS = st.lists(
 @settings(ANY, max_examples=150)
 @given(rows=ROWS, turns=st.sampled_from(["first", "last", "all"]), length=st.integers(1, 40))
 def test_any_rows_become_examples_or_are_counted(
-    folder: Path, rows: list[tuple[list[int], list[bool]]], turns: str, length: int
+    directory: Path, rows: list[tuple[list[int], list[bool]]], turns: str, length: int
 ) -> None:
     """Whatever is tokenised and however it is masked: nothing trained on is lost without being counted."""
     labels = [[token if trained else -100 for token, trained in zip(*row, strict=True)] for row in rows]
@@ -85,8 +85,8 @@ def test_any_rows_become_examples_or_are_counted(
     table = Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "labels": labels}, features=kinds)
     if not len(table):
         return
-    counts = write_examples(table, folder / "train.arrow", turns=turns, sequence_len=length)
-    examples = open_table(folder / "train.arrow")
+    counts = write_examples(table, directory / "train.arrow", turns=turns, sequence_len=length)
+    examples = open_table(directory / "train.arrow")
     assert len(examples) == counts.examples == sum(counts.ends.values())
     spans = [int(np.diff([False, *trained]).astype(bool)[np.array(trained)].sum()) for _, trained in rows if trained]
     chosen = sum(spans) if turns == "all" else sum(span > 0 for span in spans)

@@ -20,8 +20,8 @@ from spin_plugin.opponent.agreement import Distance, require_agreement
 
 @pytest.fixture
 def play(monkeypatch: pytest.MonkeyPatch) -> Any:
-    for folder in (ROOT / "scripts", ROOT / "scripts/gpu"):
-        monkeypatch.syspath_prepend(folder)
+    for directory in (ROOT / "scripts", ROOT / "scripts/gpu"):
+        monkeypatch.syspath_prepend(directory)
     return importlib.import_module("play")
 
 
@@ -72,7 +72,7 @@ def test_without_a_gpu_it_says_in_one_line_what_it_needs(command: Callable[..., 
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    done = command(ROOT / "scripts/gpu_check.sh", folder=ROOT, environment={"PATH": path})
+    done = command(ROOT / "scripts/gpu_check.sh", directory=ROOT, environment={"PATH": path})
     assert done.code == 1
     assert done.output == (
         "gpu_check: this needs a machine with an NVIDIA GPU (two or more for all of it), and nvidia-smi shows none\n"
@@ -88,7 +88,7 @@ def test_one_gpu_plays_what_it_can_and_says_what_is_left_out(play: Any) -> None:
 
 
 def test_nothing_but_left_out_is_said_where_nothing_can_be_played(play: Any, tmp_path: Path) -> None:
-    options = play.argparse.Namespace(gpus=1, only=["ddp", "ray"], folder=tmp_path)
+    options = play.argparse.Namespace(gpus=1, only=["ddp", "ray"], directory=tmp_path)
     heading, (line, right) = play.table(options)
     assert heading[1]
     assert right

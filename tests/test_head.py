@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from spin_plugin.model import forward, head
 from spin_plugin.model.forward import install, logps
 from spin_plugin.model.head import LogitMap
-from spin_plugin.model.layout import Pair, flat_batch, padded_batch
+from spin_plugin.model.layout import Pair, padded_batch, shared_prefix_batch
 from spin_plugin.model.logprobs import response_logps
-from spin_plugin.model.select import choose_forms
+from spin_plugin.model.select import choose_layout
 
 PAIRS = [Pair([5, 6, 7], [8, 9, 1], [10, 1]), Pair([11], [1], [12, 13, 14, 15, 16, 1]), Pair([3] * 5, [4] * 7, [9] * 3)]
 PAD = 0
@@ -251,7 +251,7 @@ def strange() -> Strange:
 def test_unknown_head_falls_back_to_the_models_own_logits() -> None:
     model = strange()
     install(model)
-    forms = choose_forms(model, [PAIRS], wanted=True, pad_token_id=PAD)
+    forms = choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD)
     assert forms == (False, "Strange is not one of transformers' own models", True)
     batch = padded_batch(PAIRS, PAD)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten(0, 1)
@@ -265,15 +265,15 @@ def test_model_without_an_output_layer_of_its_own() -> None:
     model = make("llama4_text", **changes)
     install(model)
     assert model.spin_own_logits
-    assert choose_forms(model, [PAIRS], wanted=True, pad_token_id=PAD).own_logits
+    assert choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD).own_logits
 
 
 def test_forms_that_differ_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that nothing speaks against, and whose flat row is wrong all the same."""
     model = make()
     install(model)
-    monkeypatch.setattr(forward, "flat_inputs", lambda spans, tokens: {"spans": None})
-    forms = choose_forms(model, [PAIRS], wanted=True, pad_token_id=PAD)
+    monkeypatch.setattr(forward, "shared_prefix_inputs", lambda spans, tokens: {"spans": None})
+    forms = choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD)
     assert not forms.shared_prefix
     assert "a row of LlamaForCausalLM differs from one sequence at a time by" in str(forms.no_shared_prefix_because)
     assert model.config._attn_implementation == "sdpa"
@@ -282,7 +282,7 @@ def test_forms_that_differ_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_shared_prefix_that_is_not_wanted() -> None:
     model = make().train()
     install(model)
-    assert choose_forms(model, [PAIRS], wanted=False, pad_token_id=PAD) == (False, None, False)
+    assert choose_layout(model, [PAIRS], wanted=False, pad_token_id=PAD) == (False, None, False)
     assert model.config._attn_implementation == "sdpa"
     assert model.training
 
@@ -290,5 +290,5 @@ def test_shared_prefix_that_is_not_wanted() -> None:
 def test_flat_and_padded_agree_across_chunks() -> None:
     model = make()
     install(model)
-    assert choose_forms(model, [PAIRS], wanted=True, pad_token_id=PAD).shared_prefix
-    torch.testing.assert_close(logps(model, flat_batch(PAIRS)), logps(model, padded_batch(PAIRS, PAD)))
+    assert choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD).shared_prefix
+    torch.testing.assert_close(logps(model, shared_prefix_batch(PAIRS)), logps(model, padded_batch(PAIRS, PAD)))

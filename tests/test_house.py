@@ -12,7 +12,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "spin_plugin"
 
-# The rooms, folders and single files, from the ground up: each may import those before it.
+# The rooms, directories and single files, from the ground up: each may import those before it.
 ROOMS = [
     "console", "versions", "args", "run", "objective", "config", "data", "model", "generation", "opponent", "training",
     "plugin",

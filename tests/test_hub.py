@@ -27,7 +27,7 @@ OLD, NEW = "a" * 40, "b" * 40
 
 
 class Cache:
-    """A folder as huggingface_hub keeps it, with one model."""
+    """A directory as huggingface_hub keeps it, with one model."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -105,7 +105,7 @@ out = open(int(sys.argv[2]), "w", buffering=1)
 def send(**content):
     out.write(json.dumps(content) + "\\n")
 send(vllm=job["engine"]["revision"])
-send(ready=True, seats=1000)
+send(ready=True, slots=1000)
 for path in sys.stdin:
     for line in open(path.strip()):
         request = json.loads(line)
@@ -140,30 +140,30 @@ def test_responses_of_a_branch_that_moved_are_set_aside(
     cache: Cache, tmp_path: Path, chat_data: Path, vllm_python: Path, preprocess: Callable[[Path], list[str]]
 ) -> None:
     config = write_config(tmp_path, spin_config(tmp_path, Path(NAME), chat_data))
-    folder = tmp_path / "run/iteration-0"
+    directory = tmp_path / "run/iteration-0"
 
     def drawn() -> dict[str, str]:
-        return json.loads((folder / "synthetic/job.json").read_text())
+        return json.loads((directory / "synthetic/job.json").read_text())
 
     assert not [line for line in preprocess(config) if "warning" in line and "set aside" in line]
     assert (drawn()["revision"], drawn()["vllm"], drawn()["engine"]["revision"]) == (OLD, OLD, OLD)
-    assert f"revision_of_model: {OLD}" in (folder / "config.yml").read_text()
-    shard = folder / "synthetic/shard-00000.jsonl"
+    assert f"revision_of_model: {OLD}" in (directory / "config.yml").read_text()
+    shard = directory / "synthetic/shard-00000.jsonl"
     before = shard.stat().st_mtime_ns
     assert not any("drawing responses" in line for line in preprocess(config))
     assert shard.stat().st_mtime_ns == before
 
     for name in ("checkpoint-3", "checkpoint-6"):
-        (folder / name).mkdir()
-    (folder / "pairs/opponent-train.safetensors").write_bytes(b"")
+        (directory / name).mkdir()
+    (directory / "pairs/opponent-train.safetensors").write_bytes(b"")
     cache.move("main", NEW)
     responses, pairs = [line for line in preprocess(config) if "anew" in line]
     assert "on the hub from commit aaaaaaaaaa to bbbbbbbbbb" in responses
-    assert str(folder / ".replaced-synthetic") in responses
+    assert str(directory / ".replaced-synthetic") in responses
     assert "this changed: the responses" in pairs
-    assert str(folder / ".replaced-checkpoint-6") in pairs
+    assert str(directory / ".replaced-checkpoint-6") in pairs
     assert (drawn()["revision"], drawn()["vllm"]) == (NEW, NEW)
-    names = {path.name for path in folder.iterdir() if "replaced" in path.name or "checkpoint" in path.name}
+    names = {path.name for path in directory.iterdir() if "replaced" in path.name or "checkpoint" in path.name}
     assert names == {".replaced-synthetic", ".replaced-pairs", ".replaced-checkpoint-6"}
     assert not any("anew" in line for line in preprocess(config))
 
@@ -179,10 +179,10 @@ def test_vllm_and_training_load_the_commit_though_the_branch_moves_in_between(
     spin["generation"]["max_tokens"] = 12
     write_config(tmp_path, spin_config(tmp_path, Path(NAME), chat_data, spin=spin, **LORA))
     for number in range(2):
-        done = command("axolotl", "train", "config.yml", "--launcher", "python", folder=tmp_path)
+        done = command("axolotl", "train", "config.yml", "--launcher", "python", directory=tmp_path)
         assert done.code == 0, done.output[-3000:]
-        folder = tmp_path / f"run/iteration-{number}"
-        job = json.loads((folder / "synthetic/job.json").read_text())
+        directory = tmp_path / f"run/iteration-{number}"
+        job = json.loads((directory / "synthetic/job.json").read_text())
         assert (job["revision"], job["engine"]["revision"]) == (OLD, OLD)
         # vLLM's log-probabilities and the policy's are compared before the first step; the models differ much
         assert "nats" in done.output

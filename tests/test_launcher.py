@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from spin_plugin.console import SpinError
 from spin_plugin.generation import dispatcher, engine
-from spin_plugin.generation.diagnosis import cause_of_death
+from spin_plugin.generation.diagnosis import diagnose_exit
 from spin_plugin.generation.dispatcher import generate
 from spin_plugin.generation.job import SCORED, SHARD, Job, Request, scored
 from spin_plugin.generation.shards import Shards
@@ -35,12 +35,12 @@ REQUESTS = [
     Request(n, "train" if n < TOTAL - 10 else "eval", 1000 + n, [n, n + 1], 8 + n % 3, seed=7 * n) for n in range(TOTAL)
 ]
 
-# Every worker below begins like this. `folder` is the test's.
+# Every worker below begins like this. `directory` is the test's.
 WORKER = """
 import json, os, signal, subprocess, sys
 from pathlib import Path
 
-folder = Path({folder!r})
+directory = Path({directory!r})
 job = json.loads(Path(sys.argv[1]).read_text())
 os.set_inheritable(int(sys.argv[2]), False)
 out = open(int(sys.argv[2]), "w", buffering=1)
@@ -61,7 +61,7 @@ def orders():
         yield [json.loads(line) for line in open(path.strip())]
 
 def ready():
-    send(ready=True, seats=1 << 20)
+    send(ready=True, slots=1 << 20)
 
 def serve():
     ready()
@@ -69,8 +69,8 @@ def serve():
         for request in shard:
             answer(request)
 
-(folder / f"worker-{{number}}{{again}}.pid").write_text(str(os.getpid()))
-(folder / "asked").write_text(json.dumps(requests))
+(directory / f"worker-{{number}}{{again}}.pid").write_text(str(os.getpid()))
+(directory / "asked").write_text(json.dumps(requests))
 print("tiny worker started", flush=True)
 send(vllm="0.0.tiny")
 """
@@ -96,8 +96,8 @@ def nothing_stays_behind(tmp_path: Path) -> Iterator[None]:
                 os.kill(pid, signal.SIGKILL)
 
 
-def write_worker(folder: Path, body: str) -> None:
-    (folder / "worker.py").write_text(WORKER.format(folder=str(folder)) + body)
+def write_worker(directory: Path, body: str) -> None:
+    (directory / "worker.py").write_text(WORKER.format(directory=str(directory)) + body)
 
 
 @pytest.fixture
@@ -130,8 +130,8 @@ def expected(numbers: range) -> list[dict[str, Any]]:
     ]
 
 
-def asked(folder: Path) -> list[int]:
-    return [request["number"] for request in json.loads((folder / "asked").read_text())]
+def asked(directory: Path) -> list[int]:
+    return [request["number"] for request in json.loads((directory / "asked").read_text())]
 
 
 def is_gone(pid: int) -> bool:
@@ -154,8 +154,8 @@ def wait_until(condition: Callable[[], bool]) -> bool:
 
 ANSWER_ALL = "serve()\n"
 LEAVE_A_CHILD = """
-child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()", str(folder)])
-(folder / "child.pid").write_text(str(child.pid))
+child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()", str(directory)])
+(directory / "child.pid").write_text(str(child.pid))
 """
 
 
@@ -172,13 +172,13 @@ def test_every_response_is_stored_in_the_order_of_the_requests(use: Use, shards:
     assert manifest is not None
     assert manifest["vllm"] == "0.0.tiny"
     assert "tiny worker started" in shards.log_of(0).read_text()
-    names = sorted(path.name for path in shards.folder.iterdir())
+    names = sorted(path.name for path in shards.directory.iterdir())
     assert names == ["job.json", "shard-00000.jsonl", "shard-00001.jsonl", "shard-00002.jsonl", "vllm.log"]
     assert is_gone(int((tmp_path / "worker-0False.pid").read_text()))
 
 
 def test_worker_is_told_everything_it_needs(use: Use, shards: Shards, tmp_path: Path) -> None:
-    use("(folder / 'job').write_text(json.dumps(job))\n" + ANSWER_ALL)
+    use("(directory / 'job').write_text(json.dumps(job))\n" + ANSWER_ALL)
     draw(shards)
     job = json.loads((tmp_path / "job").read_text())
     assert (job["engine"], job["adapter"], job["sampling"]) == (JOB.engine, None, JOB.sampling)
@@ -375,8 +375,8 @@ def test_engines_share_the_shards(use: Use, shards: Shards, tmp_path: Path) -> N
 ready()
 asked = orders()
 shard = next(asked)
-(folder / f"has-work-{number}").write_text("")
-while len(list(folder.glob("has-work-*"))) < 2:
+(directory / f"has-work-{number}").write_text("")
+while len(list(directory.glob("has-work-*"))) < 2:
     pass
 for request in shard: answer(request)
 for shard in asked:
@@ -395,9 +395,9 @@ if number == 0:
     ready()
     for request in next(orders())[:100]:
         answer(request)
-    (folder / "dies").write_text("")
+    (directory / "dies").write_text("")
     os.kill(os.getpid(), signal.SIGKILL)
-while not (folder / "dies").exists():
+while not (directory / "dies").exists():
     pass
 serve()
 """
@@ -437,10 +437,10 @@ LEAVE_LARGE_CHILDREN = """
 for child in range(6):
     if os.fork() == 0:
         held = b"x" * (96 << 20)
-        (folder / f"large-{child}.pid").write_text(str(os.getpid()))
+        (directory / f"large-{child}.pid").write_text(str(os.getpid()))
         while True:
             signal.pause()
-while len(list(folder.glob("large-*.pid"))) < 6:
+while len(list(directory.glob("large-*.pid"))) < 6:
     pass
 """
 
@@ -510,7 +510,7 @@ def test_forked_child_that_holds_the_answers_open_does_not_keep_the_launcher_wai
     use(
         """
 def give_up(*_):
-    (folder / "outlived").write_text("")
+    (directory / "outlived").write_text("")
     os._exit(0)
 
 if os.fork() == 0:
@@ -552,11 +552,11 @@ from spin_plugin.generation import dispatcher
 from spin_plugin.generation.job import Job, Request
 from spin_plugin.generation.shards import Shards
 
-folder = Path(sys.argv[1])
-dispatcher.WORKER = folder / "worker.py"
+directory = Path(sys.argv[1])
+dispatcher.WORKER = directory / "worker.py"
 job = Job(0, {}, None, "abc", {}, 1, "def")
 requests = lambda: iter([Request(0, "train", 0, [1], 4, 0)])
-dispatcher.generate(job, Shards(folder / "synthetic"), requests, lambda: Path(sys.executable))
+dispatcher.generate(job, Shards(directory / "synthetic"), requests, lambda: Path(sys.executable))
 """
 
 
@@ -573,7 +573,7 @@ worker = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(worker)
 threading.Thread(target=worker.take_orders, args=(worker.SimpleQueue(),), daemon=True).start()
 {LEAVE_A_CHILD}
-(folder / "running").write_text("")
+(directory / "running").write_text("")
 while True:
     signal.pause()
 """,
@@ -611,7 +611,7 @@ def test_environment_of_training_and_secrets_stay_behind(
     }  # fmt: skip
     for name, value in (kept | left).items():
         monkeypatch.setenv(name, value)
-    use("(folder / 'environment').write_text(json.dumps(dict(os.environ)))\n" + ANSWER_ALL)
+    use("(directory / 'environment').write_text(json.dumps(dict(os.environ)))\n" + ANSWER_ALL)
     draw(shards)
     seen = json.loads((tmp_path / "environment").read_text())
     assert {name: seen.get(name) for name in kept} == kept
@@ -621,7 +621,7 @@ def test_environment_of_training_and_secrets_stay_behind(
 
 
 def test_worker_leads_a_session_of_its_own(use: Use, shards: Shards, tmp_path: Path) -> None:
-    use("(folder / 'session').write_text(str(os.getsid(0) == os.getpgid(0) == os.getpid()))\n" + ANSWER_ALL)
+    use("(directory / 'session').write_text(str(os.getsid(0) == os.getpgid(0) == os.getpid()))\n" + ANSWER_ALL)
     draw(shards)
     assert (tmp_path / "session").read_text() == "True"
 
@@ -660,7 +660,7 @@ PREFIX = "(EngineCore_DP0 pid=4711) ERROR 11-22 12:00:09 [core.py:708] "
 def test_root_cause_of_the_engine_is_told_with_advice(tmp_path: Path, raised: str, advice: str) -> None:
     log = tmp_path / "vllm.log"
     log.write_text(ENGINE_DIED.format(cause=PREFIX + raised))
-    cause = cause_of_death(log)
+    cause = diagnose_exit(log)
     assert cause.startswith(f"{raised}; ")
     assert advice in cause
     assert cause.endswith(f"; its log is {log}")
@@ -682,16 +682,16 @@ def test_root_cause_of_the_engine_is_told_with_advice(tmp_path: Path, raised: st
 def test_cause_of_death_without_advice(tmp_path: Path, text: str, cause: str) -> None:
     log = tmp_path / "vllm.log"
     log.write_text(text)
-    assert cause_of_death(log) == f"{cause}; its log is {log}"
+    assert diagnose_exit(log) == f"{cause}; its log is {log}"
 
 
 def test_signal_wins_over_what_the_log_says(tmp_path: Path) -> None:
     """A warning of hours ago has not killed anybody."""
     log = tmp_path / "vllm.log"
     log.write_text("ValueError: Tokenizer not available\n")
-    cause = cause_of_death(log, -signal.SIGKILL)
+    cause = diagnose_exit(log, -signal.SIGKILL)
     assert cause.startswith("it was killed by signal 9 (Killed; out of memory?); lower vllm.gpu_memory_")
-    assert cause_of_death(log, -signal.SIGTERM) == f"it was killed by signal 15 (Terminated); its log is {log}"
+    assert diagnose_exit(log, -signal.SIGTERM) == f"it was killed by signal 15 (Terminated); its log is {log}"
 
 
 def test_what_vllm_only_warns_of_is_not_blamed(tmp_path: Path) -> None:
@@ -702,7 +702,7 @@ def test_what_vllm_only_warns_of_is_not_blamed(tmp_path: Path) -> None:
         "WARNING 11-22 12:00:09 [renderer.py:1] ValueError: Tokenizer not available\n"
         "bye\n"
     )
-    assert cause_of_death(log, 1) == f"bye; its log is {log}"
+    assert diagnose_exit(log, 1) == f"bye; its log is {log}"
 
 
 def test_options_are_called_by_the_names_they_have_here(tmp_path: Path) -> None:
@@ -713,7 +713,7 @@ def test_options_are_called_by_the_names_they_have_here(tmp_path: Path) -> None:
         "reserved (despite its name). To resolve: decrease `--gpu-memory-utilization` (e.g. `--gpu-memory-utilization "
         "0.5`) or reduce CPU memory used by other processes.\n"
     )
-    cause = cause_of_death(log, 1)
+    cause = diagnose_exit(log, 1)
     assert "--gpu" not in cause
     assert "(0.92, 21.6 GiB).; free memory, or lower vllm.gpu_memory_utilization" in cause
 
@@ -721,12 +721,12 @@ def test_options_are_called_by_the_names_they_have_here(tmp_path: Path) -> None:
 def test_long_cause_is_cut_between_words(tmp_path: Path) -> None:
     log = tmp_path / "vllm.log"
     log.write_text("RuntimeError: " + "word " * 200)
-    assert "word …; its log is " in cause_of_death(log, 1)
+    assert "word …; its log is " in diagnose_exit(log, 1)
 
 
 def test_cause_of_death_is_short_and_readable(tmp_path: Path) -> None:
     log = tmp_path / "vllm.log"
     log.write_bytes(b"\xff\xfe progress\r\nRuntimeError: " + b"x" * 5000 + b"\n" + b"shutting down\n" * 10)
-    cause = cause_of_death(log)
+    cause = diagnose_exit(log)
     assert cause.startswith("RuntimeError: xxx")
     assert len(cause) < 400 + len(str(log))

@@ -47,13 +47,13 @@ def finish(cfg: Mapping[str, Any], model: Path, iterations: int = 1, *, adapter:
     """A run directory with finished iterations, each with a real model (or adapter)."""
     run = RunDir(Path(cfg["output_dir"]))
     for number in range(iterations):
-        folder = run.iteration(number).path
+        directory = run.iteration(number).path
         if adapter:
-            folder.mkdir(parents=True)
-            (folder / "adapter_config.json").write_text(json.dumps({"r": 4}))
-            save_file({"lora_A.weight": torch.ones(4, 2)}, folder / "adapter_model.safetensors")
+            directory.mkdir(parents=True)
+            (directory / "adapter_config.json").write_text(json.dumps({"r": 4}))
+            save_file({"lora_A.weight": torch.ones(4, 2)}, directory / "adapter_model.safetensors")
         else:
-            shutil.copytree(model, folder)
+            shutil.copytree(model, directory)
     run.root.mkdir(exist_ok=True)
     run.write_state(
         RunState({"base_model": cfg["base_model"]}, [{"iteration": number} for number in range(iterations)], "0")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spin_plugin.console import SpinError
-from spin_plugin.opponent.scoring import SCORING_FACTOR, fill, missing, scoring_tokens, shares
+from spin_plugin.opponent.scoring import SCORING_FACTOR, fill, scoring_batches, scoring_tokens, unscored
 from spin_plugin.opponent.store import FEW, PARTS, OpponentStore
 
 PAIRS = 10 * FEW + 3
@@ -51,15 +51,15 @@ def test_nothing_is_stored_at_first(store: OpponentStore) -> None:
 @pytest.mark.parametrize(("tokens", "world"), [(1, 1), (16_000, 1), (7_000, 3), (10_000_000, 2)])
 def test_every_pair_is_scored_and_stored(store: OpponentStore, tokens: int, world: int) -> None:
     values = store.load()
-    fill(values, store, missing(shares(LENGTHS, tokens=tokens, world=world), values), score, write=True)
+    fill(values, store, unscored(scoring_batches(LENGTHS, tokens=tokens, world=world), values), score, write=True)
     assert torch.equal(store.load(), TRUTH)
     assert torch.equal(load_file(store.file)["logps"], TRUTH)
-    assert not missing(shares(LENGTHS, tokens=tokens, world=world), store.load())
+    assert not unscored(scoring_batches(LENGTHS, tokens=tokens, world=world), store.load())
 
 
 def test_shares_by_hand() -> None:
     """Two ranks of 12 tokens: 9 and 8 fill one each; 6, 5, 4 and 3 go by twos; 2 is left and takes 3 along."""
-    rounds = shares(torch.tensor([4, 9, 2, 6, 3, 5, 8]), tokens=12, world=2)
+    rounds = scoring_batches(torch.tensor([4, 9, 2, 6, 3, 5, 8]), tokens=12, world=2)
     assert [indices.tolist() for indices in rounds] == [[[1], [6]], [[3, 5], [0, 4]], [[4], [2]]]
 
 
@@ -76,7 +76,7 @@ def test_tokens_that_training_certainly_holds_at_a_time() -> None:
     world=st.integers(1, 5),
 )
 def test_shares_hold_every_pair_within_the_tokens(lengths: list[int], tokens: int, world: int) -> None:
-    rounds = shares(torch.tensor(lengths), tokens=tokens, world=world)
+    rounds = scoring_batches(torch.tensor(lengths), tokens=tokens, world=world)
     assert all(indices.shape[0] == world for indices in rounds)
     assert {index for indices in rounds for index in indices.flatten().tolist()} == set(range(len(lengths)))
     assert sum(indices.numel() for indices in rounds) < len(lengths) + world, "fewer than one for each rank twice"
@@ -92,7 +92,7 @@ def test_killed_in_the_middle_it_goes_on_after_the_last_part(store: OpponentStor
     values = store.load()
     stored = int((~values.isnan().any(0)).sum())
     assert killed * 16 - store.part < stored <= killed * 16
-    left = missing(rounds, values)
+    left = unscored(rounds, values)
     assert len(left) == len(rounds) - stored // 16
     fill(values, store, left, score, write=True)
     assert torch.equal(store.load(), TRUTH)
@@ -105,7 +105,7 @@ def test_little_is_lost_and_the_file_is_not_written_all_the_time(tmp_path: Path)
 
 def test_processes_but_the_first_store_nothing(store: OpponentStore) -> None:
     values = store.load()
-    fill(values, store, shares(LENGTHS, tokens=60_000, world=2), score, write=False)
+    fill(values, store, scoring_batches(LENGTHS, tokens=60_000, world=2), score, write=False)
     assert torch.equal(values, TRUTH)
     assert not store.file.exists()
 
@@ -139,17 +139,17 @@ def test_broken_opponent_is_refused_and_nothing_of_it_stored(store: OpponentStor
         return indices.flatten(), torch.full((2, indices.numel()), value)
 
     with pytest.raises(SpinError, match="not finite"):
-        fill(store.load(), store, shares(LENGTHS, tokens=60_000, world=1), broken, write=True)
+        fill(store.load(), store, scoring_batches(LENGTHS, tokens=60_000, world=1), broken, write=True)
     assert not store.file.exists()
 
 
 def test_key_is_of_the_pairs_content_and_the_weights(tmp_path: Path) -> None:
     from spin_plugin.training.prepare import PairsOnDisk
 
-    def key(weights: str, content: bytes, folder: str) -> str:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / "train.arrow").write_bytes(content)
-        files = {"train": tmp_path / folder / "opponent-train.safetensors"}
+    def key(weights: str, content: bytes, directory: str) -> str:
+        (tmp_path / directory).mkdir(exist_ok=True)
+        (tmp_path / directory / "train.arrow").write_bytes(content)
+        files = {"train": tmp_path / directory / "opponent-train.safetensors"}
         return PairsOnDisk(train=None, eval=None, stats={}, opponent_files=files, weights=weights).opponent_key("train")
 
     assert key("w", b"pairs", "here") == key("w", b"pairs", "there"), "not of a path's name"

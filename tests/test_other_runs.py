@@ -87,7 +87,7 @@ def test_iteration_is_not_finished_by_a_training_that_failed() -> None:
     """Since 0.20 Axolotl calls the last hook in a `finally`."""
     finished = []
     plugin = SpinPlugin()
-    plugin.game = type("Game", (), {"finish": lambda self: finished.append(1)})()
+    plugin.iteration = type("Iteration", (), {"finish": lambda self: finished.append(1)})()
     for error in (RuntimeError, SystemExit, KeyboardInterrupt):
         with suppress(error):
             try:

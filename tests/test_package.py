@@ -14,14 +14,14 @@ from conftest import ROOT
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools leaves a folder behind, and would take what it finds there the next time."""
-    folder, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source")
+    """Built from a copy: setuptools leaves a directory behind, and would take what it finds there the next time."""
+    directory, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source")
     shutil.copytree(ROOT / "spin_plugin", source / "spin_plugin")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(folder), str(source)], check=True, timeout=600)
-    return next(folder.glob("spin_plugin-*.whl"))
+    subprocess.run([*command, "--wheel-dir", str(directory), str(source)], check=True, timeout=600)
+    return next(directory.glob("spin_plugin-*.whl"))
 
 
 def test_wheel_holds_all_of_the_package(wheel: Path) -> None:

@@ -227,8 +227,8 @@ def test_all_prompts_are_played_where_that_many_are_wanted(wanted: int | None) -
 # --- pairs -------------------------------------------------------------------------------------
 
 
-def drawn(example: int, tokens: list[int], *, iteration: int = 0, cut: bool = False) -> Synthetic:
-    return Synthetic(example, iteration, tokens, cut)
+def drawn(example: int, tokens: list[int], *, iteration: int = 0, truncated: bool = False) -> Synthetic:
+    return Synthetic(example, iteration, tokens, truncated)
 
 
 @pytest.fixture
@@ -244,9 +244,9 @@ def examples(tmp_path: Path) -> Dataset:
 
 
 def paired(
-    examples: Dataset, synthetic: list[Synthetic], folder: Path, *, sequence_len: int = 100, keep_equal: bool = False
+    examples: Dataset, synthetic: list[Synthetic], directory: Path, *, sequence_len: int = 100, keep_equal: bool = False
 ) -> tuple[PairStats, Dataset]:
-    path = folder / "pairs.arrow"
+    path = directory / "pairs.arrow"
     stats = build_pairs(
         examples, iter(synthetic), path, end_tokens=[END, 7], sequence_len=sequence_len, keep_equal=keep_equal
     )
@@ -289,7 +289,7 @@ def test_empty_responses_are_dropped(examples: Dataset, tmp_path: Path, tokens: 
 
 
 def test_response_of_one_ordinary_token_is_not_empty(examples: Dataset, tmp_path: Path) -> None:
-    stats, _ = paired(examples, [drawn(0, [30], cut=True)], tmp_path)
+    stats, _ = paired(examples, [drawn(0, [30], truncated=True)], tmp_path)
     assert (stats.empty, stats.pairs) == (0, 1)
 
 
@@ -311,8 +311,8 @@ def test_equal_pairs_are_counted_and_dropped_or_kept(examples: Dataset, tmp_path
 
 def test_cut_responses_are_counted_and_kept(examples: Dataset, tmp_path: Path) -> None:
     """They get no end token: the response did not end."""
-    stats, pairs = paired(examples, [drawn(0, [30, 31], cut=True), drawn(1, [30, END])], tmp_path)
-    assert (stats.cut, stats.pairs) == (1, 2)
+    stats, pairs = paired(examples, [drawn(0, [30, 31], truncated=True), drawn(1, [30, END])], tmp_path)
+    assert (stats.truncated, stats.pairs) == (1, 2)
     assert pairs["synthetic"][0] == [30, 31]
 
 
@@ -336,9 +336,9 @@ def test_statistics_by_hand(examples: Dataset, tmp_path: Path) -> None:
         drawn(1, [END]),
         drawn(1, [30, 31, 32, END]),
         drawn(1, [22, END]),
-        drawn(2, [30], cut=True),
-        drawn(2, list(range(30, 40)), cut=True),
-        drawn(2, list(range(30, 50)), cut=True),
+        drawn(2, [30], truncated=True),
+        drawn(2, list(range(30, 40)), truncated=True),
+        drawn(2, list(range(30, 50)), truncated=True),
     ]
     stats, pairs = paired(examples, responses, tmp_path, sequence_len=16)
     assert stats == PairStats(
@@ -347,7 +347,7 @@ def test_statistics_by_hand(examples: Dataset, tmp_path: Path) -> None:
         empty=1,
         equal=1,
         over_length=1,
-        cut=3,
+        truncated=3,
         equal_dropped=True,
         real_mean=pytest.approx(3.2),
         real_p95=pytest.approx(4),
@@ -356,7 +356,7 @@ def test_statistics_by_hand(examples: Dataset, tmp_path: Path) -> None:
     )
     assert len(pairs) == 5
     assert stats.described() == (
-        "5 pairs from 8 synthetic responses, real 3.2 tokens (p95 4), synthetic 4.0 (p95 9), cut by budget 37.5%, "
+        "5 pairs from 8 synthetic responses, real 3.2 tokens (p95 4), synthetic 4.0 (p95 9), truncated 37.5%, "
         "equal 12.5% (dropped), empty 12.5%, over sequence_len 12.5%"
     )
 
@@ -403,12 +403,12 @@ def test_token_ids_come_back_as_they_went_in(
     tmp_path_factory: pytest.TempPathFactory, content: list[tuple[list[int], list[int], list[int]]]
 ) -> None:
     """Plain lists of ints, over the whole range of int32."""
-    folder = tmp_path_factory.mktemp("tokens")
+    directory = tmp_path_factory.mktemp("tokens")
     rows = sft(*(row((False, prompt), (True, real)) for prompt, real, _ in content))
-    write_examples(rows, folder / "real.arrow", turns="all", sequence_len=50)
+    write_examples(rows, directory / "real.arrow", turns="all", sequence_len=50)
     responses = [drawn(n, synthetic) for n, (_, _, synthetic) in enumerate(content)]
-    path = folder / "pairs.arrow"
-    build_pairs(open_table(folder / "real.arrow"), responses, path, end_tokens=[], sequence_len=50, keep_equal=True)
+    path = directory / "pairs.arrow"
+    build_pairs(open_table(directory / "real.arrow"), responses, path, end_tokens=[], sequence_len=50, keep_equal=True)
     for found, expected in zip(open_table(path), content, strict=True):
         assert (found["prompt"], found["real"], found["synthetic"]) == expected
         assert all(type(token) is int for token in found["prompt"] + found["real"] + found["synthetic"])

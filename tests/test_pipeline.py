@@ -22,13 +22,15 @@ Command = Callable[..., Finished]
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory, llama: Path, command: Command) -> Path:
-    """A run of two finished iterations with two-turn conversations and held-out rows; the folder of its config."""
-    folder = tmp_path_factory.mktemp("played")
-    data = write_jsonl(folder / "chat.jsonl", chat_rows(20, turns=2))
-    config = write_config(folder, spin_config(folder, llama, data, val_set_size=4, eval_strategy="epoch", save_steps=3))
-    done = command(ROOT / "scripts/iterate.sh", config, folder=folder)
+    """A run of two finished iterations with two-turn conversations and held-out rows; the directory of its config."""
+    directory = tmp_path_factory.mktemp("played")
+    data = write_jsonl(directory / "chat.jsonl", chat_rows(20, turns=2))
+    config = write_config(
+        directory, spin_config(directory, llama, data, val_set_size=4, eval_strategy="epoch", save_steps=3)
+    )
+    done = command(ROOT / "scripts/iterate.sh", config, directory=directory)
     assert done.code == 0, done.output[-3000:]
-    return folder
+    return directory
 
 
 def test_finished_line_tells_the_last_epoch(played: Path) -> None:
@@ -102,7 +104,7 @@ def test_a_response_cut_by_its_budget_has_no_end_token(played: Path) -> None:
 
 
 def test_status_shows_the_run(played: Path, command: Command) -> None:
-    done = command("axolotl", "spin", "status", played / "config.yml", "--json", folder=played)
+    done = command("axolotl", "spin", "status", played / "config.yml", "--json", directory=played)
     content = json.loads(done.output.splitlines()[-1])
     assert [entry["state"] for entry in content["iterations"]] == ["finished", "finished"]
     assert content["iterations"][1]["pairs"]["train"]["pairs"] > 0
@@ -111,10 +113,10 @@ def test_status_shows_the_run(played: Path, command: Command) -> None:
 
 def test_finished_run_says_so_and_leaves_everything_alone(played: Path, command: Command) -> None:
     before = (played / "run/run.json").read_bytes()
-    done = command("axolotl", "train", "config.yml", "--launcher", "python", folder=played)
+    done = command("axolotl", "train", "config.yml", "--launcher", "python", directory=played)
     assert done.code == 0
     assert "nothing is left to play: 2 iterations are finished" in done.output
-    done = command(ROOT / "scripts/iterate.sh", "config.yml", folder=played)
+    done = command(ROOT / "scripts/iterate.sh", "config.yml", directory=played)
     assert done.code == 0
     assert (played / "run/run.json").read_bytes() == before
 
@@ -127,7 +129,7 @@ def test_output_dir_holds_the_newest_model(played: Path) -> None:
 
 
 def test_evaluate_judges_the_last_finished_iteration(played: Path, command: Command) -> None:
-    done = command("axolotl", "evaluate", "config.yml", "--launcher", "python", folder=played)
+    done = command("axolotl", "evaluate", "config.yml", "--launcher", "python", directory=played)
     assert done.code == 0, done.output[-3000:]
     assert "run/iteration-1" in done.output
     assert (played / "run/eval_summary.csv").exists()
@@ -145,14 +147,14 @@ def test_accumulation_changes_nothing(tmp_path: Path, llama: Path, chat_data: Pa
     """1 x 8 = 8 x 1, also in the last, incomplete batch of an epoch (23 pairs, 8 a step)."""
     curves, weights = [], []
     for micro, accumulation in ((8, 1), (1, 8)):
-        folder = tmp_path / str(micro)
-        folder.mkdir()
+        directory = tmp_path / str(micro)
+        directory.mkdir()
         spin = {"iterations": 1, "num_prompts": 23, "beta": 1.0, "generation": {"max_tokens": 12}}
         spin["generation"]["vllm_kwargs"] = {"kv_cache_memory_bytes": 64 << 20}
         changes = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation, "num_epochs": 2}
-        play((write_config(folder, spin_config(folder, llama, chat_data, spin=spin, **changes)), 1))
-        curves.append([line["spin/loss"] for line in logged(folder / "run", 0) if "spin/loss" in line])
-        weights.append(load_file(folder / "run/iteration-0/model.safetensors"))
+        play((write_config(directory, spin_config(directory, llama, chat_data, spin=spin, **changes)), 1))
+        curves.append([line["spin/loss"] for line in logged(directory / "run", 0) if "spin/loss" in line])
+        weights.append(load_file(directory / "run/iteration-0/model.safetensors"))
     assert len(curves[0]) == 6
     assert curves[0] == pytest.approx(curves[1], abs=1e-6)
     for name, tensor in weights[0].items():
@@ -165,12 +167,12 @@ def test_flat_and_padded_runs_follow_one_trajectory(
     """Two iterations with the shared prefix and without, held-out prompts too: the same responses, losses, weights."""
     runs = {}
     for form in ("on", "off"):
-        folder = tmp_path / form
-        folder.mkdir()
-        config = spin_config(folder, llama, chat_data, val_set_size=4, eval_strategy="epoch")
+        directory = tmp_path / form
+        directory.mkdir()
+        config = spin_config(directory, llama, chat_data, val_set_size=4, eval_strategy="epoch")
         config["spin"] = config["spin"] | {"shared_prefix": form, "beta": 1.0}
-        play(*2 * [(write_config(folder, config), 1)])
-        runs[form] = folder / "run"
+        play(*2 * [(write_config(directory, config), 1)])
+        runs[form] = directory / "run"
     for iteration in (0, 1):
         curves = [
             [line[name] for line in logged(run, iteration) for name in line if name.endswith("spin/loss")]

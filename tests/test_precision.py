@@ -255,23 +255,23 @@ TOGETHER = {"ddp": BF16, "fsdp2": BF16 | FSDP2, "zero2": BF16 | zero(2, bf16=Tru
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, play: Callable[..., None]) -> Path:
-    """A folder with the run of each way: one generation, then 96 steps at a small learning rate for each."""
-    folder = tmp_path_factory.mktemp("precision")
-    data = write_jsonl(folder / "chat.jsonl", chat_rows(24))
+    """A directory with the run of each way: one generation, then 96 steps at a small learning rate for each."""
+    directory = tmp_path_factory.mktemp("precision")
+    data = write_jsonl(directory / "chat.jsonl", chat_rows(24))
     base = spin_config(
-        folder, llama, data, num_epochs=16, learning_rate=2e-5, save_strategy="epoch", save_total_limit=1
+        directory, llama, data, num_epochs=16, learning_rate=2e-5, save_strategy="epoch", save_total_limit=1
     )
     base["spin"] |= {"iterations": 1, "beta": 1.0}
-    play((write_config(folder, base | BF16), 1), command="preprocess")
-    (folder / "run/run.json").unlink()  # the ways' configurations differ
+    play((write_config(directory, base | BF16), 1), command="preprocess")
+    (directory / "run/run.json").unlink()  # the ways' configurations differ
     jobs = []
     for processes, ways in ((1, ALONE), (2, TOGETHER)):
         for name, changes in ways.items():
-            shutil.copytree(folder / "run", folder / name / "run")
-            own = base | changes | {"output_dir": str(folder / name / "run"), "micro_batch_size": 4 // processes}
-            jobs.append((write_config(folder / name, own), processes))
+            shutil.copytree(directory / "run", directory / name / "run")
+            own = base | changes | {"output_dir": str(directory / name / "run"), "micro_batch_size": 4 // processes}
+            jobs.append((write_config(directory / name, own), processes))
     play(*jobs)
-    return folder
+    return directory
 
 
 def movement(file: Path, start: Path) -> torch.Tensor:

@@ -44,22 +44,22 @@ SAME = [name for name in (*TOGETHER, *OTHERWISE) if name != "full-lengths"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, play: Callable[..., None]) -> Path:
-    """A folder with the run of each variant: one generation, then every training."""
-    folder = tmp_path_factory.mktemp("processes")
+    """A directory with the run of each variant: one generation, then every training."""
+    directory = tmp_path_factory.mktemp("processes")
     # 19 to train on: an epoch's last step is short, and two ranks are given a pair a second time, which must not count
-    data = write_jsonl(folder / "chat.jsonl", chat_rows(22))
-    config = spin_config(folder, llama, data, val_set_size=3, eval_strategy="epoch", num_epochs=2)
+    data = write_jsonl(directory / "chat.jsonl", chat_rows(22))
+    config = spin_config(directory, llama, data, val_set_size=3, eval_strategy="epoch", num_epochs=2)
     config["spin"] |= {"beta": 1.0}
-    play((write_config(folder, config), 1), command="preprocess")
-    (folder / "run/run.json").unlink()  # the variants' configurations differ in how the model is shared
+    play((write_config(directory, config), 1), command="preprocess")
+    (directory / "run/run.json").unlink()  # the variants' configurations differ in how the model is shared
     jobs = []
     for processes, variants in ((1, ALONE | OTHERWISE), (2, TOGETHER)):
         for name, changes in variants.items():
-            shutil.copytree(folder / "run", folder / name / "run")
-            own = config | changes | {"output_dir": str(folder / name / "run"), "micro_batch_size": 4 // processes}
-            jobs.append((write_config(folder / name, own), processes))
+            shutil.copytree(directory / "run", directory / name / "run")
+            own = config | changes | {"output_dir": str(directory / name / "run"), "micro_batch_size": 4 // processes}
+            jobs.append((write_config(directory / name, own), processes))
     play(*jobs)
-    return folder
+    return directory
 
 
 def curve(run: Path, name: str) -> list[float]:

@@ -28,7 +28,7 @@ def test_quickstart_ends_in_a_better_model_and_a_second_run_changes_nothing(
     checkout: Path, command: Callable[..., Finished]
 ) -> None:
     here = {"VENV": sys.prefix}
-    done = command(checkout / "scripts/quickstart.sh", folder=checkout, environment=here)
+    done = command(checkout / "scripts/quickstart.sh", directory=checkout, environment=here)
     assert done.code == 0, done.output[-3000:]
     assert f"axolotl {version('axolotl')}" in done.output
     run = checkout / "outputs/spin-tiny"
@@ -42,7 +42,7 @@ def test_quickstart_ends_in_a_better_model_and_a_second_run_changes_nothing(
         assert first["spin/reward_margin"] == pytest.approx(0, abs=1e-6)
 
     before = {path: path.read_bytes() for path in (run / "run.json", run / "summary.json")}
-    again = command(checkout / "scripts/quickstart.sh", folder=checkout, environment=here)
+    again = command(checkout / "scripts/quickstart.sh", directory=checkout, environment=here)
     assert again.code == 0
     assert "all 4 iterations" in again.output
     assert {path: path.read_bytes() for path in before} == before

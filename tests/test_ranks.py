@@ -46,15 +46,15 @@ FAILS_IN_A_COLLECTIVE = "raise RuntimeError('[pair.cc:544] Connection closed by 
 class Rank:
     """One process of a start."""
 
-    def __init__(self, folder: Path, number: int, start: str, changes: str) -> None:
+    def __init__(self, directory: Path, number: int, start: str, changes: str) -> None:
         self.number = number
-        self.log = folder / f"{start}-{number}.log"
-        program = RANK.format(run=str(folder / "run"), start=start, changes=changes)
+        self.log = directory / f"{start}-{number}.log"
+        program = RANK.format(run=str(directory / "run"), start=start, changes=changes)
         variables = {"RANK": str(number), "WORLD_SIZE": "3", "PYTHONPATH": str(ROOT)}
         with open(self.log, "w") as log:
             self.process = psutil.Popen(
                 [sys.executable, "-c", program],
-                cwd=folder,
+                cwd=directory,
                 env=os.environ | variables,
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -145,11 +145,11 @@ def test_a_process_that_leaves_is_not_missed(start: Start) -> None:
     """The others go on for many looks, one of them to its own end, and a third is still watched."""
     first, second, third = start()
     for rank in (second, third):
-        rank.does("ranks.tell_saved(); ranks.leave()")
+        rank.does("ranks.signal_saved(); ranks.leave()")
     second.told("raise SystemExit(0)")
     assert second.process.wait(60) == 0
     third.kill()
-    first.does("ranks.wait_until_saved(); time.sleep(2)")
+    first.does("ranks.wait_for_saved(); time.sleep(2)")
     assert first.lines == ["joined", "done"]
     assert sorted(path.name for path in first.log.parent.glob("run/.waiting/start/*")) == [
         "0.alive", "1.saved", "2.saved",
@@ -158,7 +158,7 @@ def test_a_process_that_leaves_is_not_missed(start: Start) -> None:
 
 def test_a_lost_machine_is_found_out_by_its_silence(start: Start) -> None:
     """Its witness is gone with it. The first process says so, and whoever hears only of that one ends, too."""
-    first, second, third = start(changes="processes.LOOKS_FOR_A_SIGN = 2; processes.PATIENCE = 70")
+    first, second, third = start(changes="processes.LOOKS_BETWEEN_HEARTBEATS = 2; processes.PATIENCE = 70")
     time.sleep(8.0)  # its patience is 7 s, and a witness gives a sign every 5
     assert [rank.process.poll() for rank in (first, second, third)] == [None, None, None]
     for process in [second.process, *second.process.children()]:
@@ -168,7 +168,7 @@ def test_a_lost_machine_is_found_out_by_its_silence(start: Start) -> None:
 
 
 def test_a_node_that_does_not_share_the_run_directory_says_so(start: Start) -> None:
-    (alone,) = start(numbers=(1,), changes="processes.LOOKS_FOR_A_SIGN = 1; processes.PATIENCE_AT_FIRST = 5")
+    (alone,) = start(numbers=(1,), changes="processes.LOOKS_BETWEEN_HEARTBEATS = 1; processes.PATIENCE_AT_START = 5")
     said = alone.ends_in_one_line()
     assert "is not the one that process 0 works in; it must lie on a file system that all nodes share" in said
 
@@ -223,9 +223,9 @@ def test_what_another_start_left_or_does_counts_for_nothing(start: Start, tmp_pa
     by_mistake = start("mistake", (1, 2))
     by_mistake[0].kill()
     assert "process 1 is gone" in by_mistake[1].ends_in_one_line()
-    first.does("ranks.tell_prepared()")
+    first.does("ranks.signal_prepared()")
     for rank in (second, third):
-        rank.does("ranks.wait_until_prepared()")
+        rank.does("ranks.wait_for_prepared()")
     assert [rank.process.poll() for rank in (first, second, third)] == [None, None, None]
 
 
@@ -239,10 +239,10 @@ def test_nobody_goes_on_in_a_directory_that_another_start_has_taken_over(start: 
 def test_others_wait_until_the_first_has_prepared(start: Start) -> None:
     first, second, third = start()
     for rank in (second, third):
-        rank.told("ranks.wait_until_prepared()")
+        rank.told("ranks.wait_for_prepared()")
     time.sleep(0.5)
     assert second.lines == third.lines == ["joined"]
-    first.does("ranks.tell_prepared()")
+    first.does("ranks.signal_prepared()")
     for rank in (second, third):
         rank.wait_for("done")
 
@@ -251,21 +251,21 @@ def test_the_first_process_waits_until_the_others_have_saved(tmp_path: Path, mon
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr("spin_plugin.run.processes.SECONDS_UNTIL_SAVED", 0.0)
     ranks = Ranks(RunDir(tmp_path), "start")
-    ranks.folder.mkdir(parents=True)
+    ranks.directory.mkdir(parents=True)
     monkeypatch.setenv("RANK", "1")
-    ranks.tell_saved()
+    ranks.signal_saved()
     with pytest.raises(SpinError, match="only 1 of 2 other processes have saved"):
-        ranks.wait_until_saved()
+        ranks.wait_for_saved()
     monkeypatch.setenv("RANK", "2")
-    ranks.tell_saved()
-    ranks.wait_until_saved()
+    ranks.signal_saved()
+    ranks.wait_for_saved()
 
 
 def test_a_process_alone_has_nobody_to_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     ranks = Ranks(RunDir(tmp_path), "start")
     ranks.join()
-    ranks.tell_prepared()
-    ranks.wait_until_saved()
+    ranks.signal_prepared()
+    ranks.wait_for_saved()
     ranks.leave()
     assert not list(tmp_path.iterdir())

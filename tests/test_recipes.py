@@ -69,7 +69,7 @@ def validated(config: dict[str, Any]) -> Any:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory in which recipes find the files that they name, and no plugin loaded yet."""
     (tmp_path / "yaml_examples").symlink_to(EXAMPLES)
     (tmp_path / "outputs/tiny/data").mkdir(parents=True)
@@ -81,8 +81,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("name", SPIN)
-def test_recipe_is_lowered_and_valid(name: str, folder: Path) -> None:
-    place_models(recipe(name), folder)
+def test_recipe_is_lowered_and_valid(name: str, directory: Path) -> None:
+    place_models(recipe(name), directory)
     valid = validated(recipe(name))
     assert valid.spin_iteration == 0
     assert valid.spin["iterations"] == recipe(name)["spin"]["iterations"]
@@ -90,27 +90,27 @@ def test_recipe_is_lowered_and_valid(name: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SFT)
-def test_sft_recipe_is_valid(name: str, folder: Path) -> None:
+def test_sft_recipe_is_valid(name: str, directory: Path) -> None:
     assert validated(recipe(name)).output_dir == recipe(name)["output_dir"]
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_init_makes_the_spin_recipe_out_of_the_sft_recipe(name: str, folder: Path) -> None:
+def test_init_makes_the_spin_recipe_out_of_the_sft_recipe(name: str, directory: Path) -> None:
     """Down to the choices of the game; SPIN does without packing, so there it may stay."""
-    made = initialised(name, folder)
+    made = initialised(name, directory)
     expected = recipe(PAIRS[name])
     assert float(made["learning_rate"]) == float(expected["learning_rate"])
     own = {"plugins", "spin", "sample_packing", "learning_rate"}
     assert {key: value for key, value in made.items() if key not in own} == {
         key: value for key, value in expected.items() if key not in own
     }
-    place_models(made, folder)
+    place_models(made, directory)
     assert validated(made).spin_iteration == 0
 
 
-def initialised(name: str, folder: Path) -> dict[str, Any]:
+def initialised(name: str, directory: Path) -> dict[str, Any]:
     """What `axolotl spin init` makes of an SFT recipe."""
-    target = folder / "made.yml"
+    target = directory / "made.yml"
     done = CliRunner().invoke(init, [str(EXAMPLES / name), "--output", str(target)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return yaml.safe_load(target.read_text())
@@ -125,22 +125,22 @@ def test_tiny_recipe_is_the_sft_recipe_plus_the_three_additions() -> None:
     }
 
 
-def ultrachat(folder: Path) -> Path:
+def ultrachat(directory: Path) -> Path:
     """A dataset with the splits, files and columns of UltraChat-200k: 200 conversations of two turns to train on."""
     conversations = [
         {"prompt": row["messages"][0]["content"], "prompt_id": f"{number:064x}", "messages": row["messages"]}
         for number, row in enumerate(chat_rows(202, turns=2))
     ]
-    (folder / "data").mkdir(parents=True)
+    (directory / "data").mkdir(parents=True)
     for split, rows in {"train_sft": conversations[:200], "test_sft": conversations[200:]}.items():
-        Dataset.from_list(rows).to_parquet(folder / f"data/{split}-00000-of-00001.parquet")
-    return folder
+        Dataset.from_list(rows).to_parquet(directory / f"data/{split}-00000-of-00001.parquet")
+    return directory
 
 
-def place_models(config: dict[str, Any], folder: Path, architecture: str = "llama") -> None:
-    """Put a tiny model, and an adapter, where a configuration names them; paths are relative to `folder`."""
+def place_models(config: dict[str, Any], directory: Path, architecture: str = "llama") -> None:
+    """Put a tiny model, and an adapter, where a configuration names them; paths are relative to `directory`."""
     # bitsandbytes 0.50 packs 4-bit weights on a CPU in blocks of 64
-    model = make_model(folder / config["base_model"], architecture, intermediate_size=128)
+    model = make_model(directory / config["base_model"], architecture, intermediate_size=128)
     if adapter := config.get("lora_model_dir"):
         kind = LoraConfig(
             r=config["lora_r"],
@@ -149,7 +149,7 @@ def place_models(config: dict[str, Any], folder: Path, architecture: str = "llam
             task_type="CAUSAL_LM",
             init_lora_weights=False,
         )
-        get_peft_model(AutoModelForCausalLM.from_pretrained(model), kind).save_pretrained(folder / adapter)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model), kind).save_pretrained(directory / adapter)
 
 
 @dataclass(frozen=True)
@@ -197,17 +197,17 @@ def scaled_down(config: dict[str, Any], data: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory, play: Callable[..., None]) -> Path:
-    """A folder with the run of each recipe in a folder of its name."""
-    folder, jobs = tmp_path_factory.mktemp("recipes"), []
-    data = ultrachat(folder / "ultrachat")
+    """A directory with the run of each recipe in a directory of its name."""
+    directory, jobs = tmp_path_factory.mktemp("recipes"), []
+    data = ultrachat(directory / "ultrachat")
     for name, how in PLAYED.items():
-        own = folder / name
+        own = directory / name
         own.mkdir()
         config = scaled_down(recipe(name) if name in SPIN else initialised(name, own), data)
         place_models(config, own, how.architecture)
         jobs += how.iterations * [(write_config(own, config), how.processes)]
     play(*jobs)
-    return folder
+    return directory
 
 
 def run_of(name: str, played: Path) -> RunDir:
@@ -219,19 +219,19 @@ def test_every_recipe_is_played() -> None:
     assert {*SPIN} - {*PLAYED} == {"spin-tiny.yml"}
 
 
-def test_ultrachat_goes_through_the_dataset_block_of_the_paper_s_run(folder: Path) -> None:
+def test_ultrachat_goes_through_the_dataset_block_of_the_paper_s_run(directory: Path) -> None:
     """Only the dataset's path differs; of each conversation in the split the first turn is left."""
     from axolotl.utils.config import normalize_config
 
     from spin_plugin.args import SpinArgs
     from spin_plugin.data.real import prepare_real
 
-    config = scaled_down(recipe("spin-zephyr.yml"), ultrachat(folder / "ultrachat"))
-    assert config["datasets"] == [{**recipe("spin-zephyr.yml")["datasets"][0], "path": str(folder / "ultrachat")}]
-    place_models(config, folder)
+    config = scaled_down(recipe("spin-zephyr.yml"), ultrachat(directory / "ultrachat"))
+    assert config["datasets"] == [{**recipe("spin-zephyr.yml")["datasets"][0], "path": str(directory / "ultrachat")}]
+    place_models(config, directory)
     cfg = validated(config)
     normalize_config(cfg)
-    real = prepare_real(cfg, RunDir(folder / "run"), SpinArgs(turns=config["spin"]["turns"]))
+    real = prepare_real(cfg, RunDir(directory / "run"), SpinArgs(turns=config["spin"]["turns"]))
     decode = byte_tokenizer().decode
     assert {decode(row["prompt"]): decode(row["real"]) for row in real.train} == {
         f"<|im_start|>user\ncount {n}<|im_end|>\n<|im_start|>assistant\n": f"{n} comes before {n + 1}<|im_end|>"

@@ -85,26 +85,26 @@ def test_iteration_that_was_never_begun(run: RunDir) -> None:
     assert content(run.root) == before
 
 
-@pytest.mark.parametrize("folders", [0, 1, 2])
+@pytest.mark.parametrize("directories", [0, 1, 2])
 def test_killed_in_the_middle_the_run_goes_on_before_the_iteration(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch, folders: int
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, directories: int
 ) -> None:
-    """The marker goes first, folders from the newest to the oldest, each in one step."""
+    """The marker goes first, directories from the newest to the oldest, each in one step."""
     removed: list[Path] = []
-    whole = spin_plugin.run.directory.remove_whole
+    whole = spin_plugin.run.directory.remove_atomically
 
     def killed(path: Path) -> None:
-        if len(removed) == folders:
+        if len(removed) == directories:
             raise KeyboardInterrupt
         removed.append(path)
         whole(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(spin_plugin.run.directory, "remove_whole", killed)
+        patched.setattr(spin_plugin.run.directory, "remove_atomically", killed)
         with pytest.raises(KeyboardInterrupt):
             run.reset(0)
     assert run.finished() == 0
-    assert run.started() == list(range(3 - folders))
+    assert run.started() == list(range(3 - directories))
     run.reset(0)
     assert run.started() == []
 

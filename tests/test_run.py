@@ -18,68 +18,68 @@ from conftest import ROOT
 from spin_plugin.config.identity import differing_keys
 from spin_plugin.config.plain import without_secrets
 from spin_plugin.console import SpinError
-from spin_plugin.run.atomic import make_folder_whole, set_aside, write_whole
+from spin_plugin.run.atomic import set_aside, write_atomically, write_dir_atomically
 from spin_plugin.run.directory import IterationDir, RunDir
 from spin_plugin.run.state import FORMAT, RunState
 
 
-def content(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+def content(directory: Path) -> dict[str, str]:
+    return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
 
 
-# --- files and folders appear whole ------------------------------------------------------------
+# --- files and directories appear whole ------------------------------------------------------------
 
 
 def test_file_is_written_and_replaced(tmp_path: Path) -> None:
-    write_whole(tmp_path / "run.json", "old")
-    write_whole(tmp_path / "run.json", "new: ü\n")
+    write_atomically(tmp_path / "run.json", "old")
+    write_atomically(tmp_path / "run.json", "new: ü\n")
     assert content(tmp_path) == {"run.json": "new: ü\n"}
 
 
 def test_writer_that_dies_leaves_the_old_file(tmp_path: Path) -> None:
     """A lone surrogate cannot be written: the writer fails after it has begun."""
-    write_whole(tmp_path / "run.json", "old")
+    write_atomically(tmp_path / "run.json", "old")
     with pytest.raises(UnicodeEncodeError):
-        write_whole(tmp_path / "run.json", "x" * 100_000 + "\ud800")
+        write_atomically(tmp_path / "run.json", "x" * 100_000 + "\ud800")
     assert (tmp_path / "run.json").read_text() == "old"
-    write_whole(tmp_path / "run.json", "new")
+    write_atomically(tmp_path / "run.json", "new")
     assert content(tmp_path) == {"run.json": "new"}
 
 
 def test_reader_sees_the_old_file_or_the_new_one_and_never_a_mixture(tmp_path: Path) -> None:
-    write_whole(tmp_path / "run.json", "old")
+    write_atomically(tmp_path / "run.json", "old")
     with open(tmp_path / "run.json") as reader:
-        write_whole(tmp_path / "run.json", "new")
+        write_atomically(tmp_path / "run.json", "new")
         assert reader.read() == "old"
 
 
 def test_folder_appears_with_everything_in_it(tmp_path: Path) -> None:
-    def fill(folder: Path) -> None:
+    def fill(directory: Path) -> None:
         assert not (tmp_path / "pairs").exists()
-        (folder / "train.arrow").write_text("1")
-        (folder / "deep").mkdir()
-        (folder / "deep" / "stats.json").write_text("2")
+        (directory / "train.arrow").write_text("1")
+        (directory / "deep").mkdir()
+        (directory / "deep" / "stats.json").write_text("2")
 
-    make_folder_whole(tmp_path / "pairs", fill)
+    write_dir_atomically(tmp_path / "pairs", fill)
     assert content(tmp_path) == {"pairs/train.arrow": "1", "pairs/deep/stats.json": "2"}
 
 
 @pytest.mark.parametrize("there_before", [True, False])
 def test_fill_that_dies_leaves_the_folder_as_it_was(tmp_path: Path, there_before: bool) -> None:
     if there_before:
-        make_folder_whole(tmp_path / "pairs", lambda folder: (folder / "a").write_text("old") and None)
+        write_dir_atomically(tmp_path / "pairs", lambda directory: (directory / "a").write_text("old") and None)
 
-    def die(folder: Path) -> None:
-        (folder / "a").write_text("half")
+    def die(directory: Path) -> None:
+        (directory / "a").write_text("half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make_folder_whole(tmp_path / "pairs", die)
+        write_dir_atomically(tmp_path / "pairs", die)
     assert (tmp_path / "pairs").exists() == there_before
     if there_before:
         assert content(tmp_path / "pairs") == {"a": "old"}
 
-    make_folder_whole(tmp_path / "pairs", lambda folder: (folder / "b").write_text("new") and None)
+    write_dir_atomically(tmp_path / "pairs", lambda directory: (directory / "b").write_text("new") and None)
     assert content(tmp_path) == {"pairs/b": "new"}, "something of the attempt that died is left"
 
 
@@ -94,41 +94,41 @@ def test_folder_is_in_its_place_or_set_aside_wherever_it_is_killed(
     rename = os.rename
 
     def killed(source: Path, target: Path) -> None:
-        if source == folder and killed_before == "rename":
+        if source == directory and killed_before == "rename":
             raise KeyboardInterrupt
         rename(source, target)
 
-    folder = tmp_path / "synthetic"
+    directory = tmp_path / "synthetic"
     for version in ("first", "second"):
-        folder.mkdir()
-        (folder / "shard").write_text(version)
+        directory.mkdir()
+        (directory / "shard").write_text(version)
         if version == "first":
-            set_aside(folder)
+            set_aside(directory)
     with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
         patched.setattr(os, "rename", killed)
-        set_aside(folder)
+        set_aside(directory)
     name = "synthetic" if killed_before == "rename" else ".replaced-synthetic"
     assert content(tmp_path) == {f"{name}/shard": "second"}
     if killed_before == "rename":
-        set_aside(folder)
+        set_aside(directory)
         assert content(tmp_path) == {".replaced-synthetic/shard": "second"}
 
 
 def test_newest_checkpoint_is_set_aside_and_nobody_reads_it(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    folder = run.iteration(0)
+    directory = run.iteration(0)
     for steps in ((9, 10), (3, 20)):
         for step in steps:
-            (folder.path / f"checkpoint-{step}").mkdir(parents=True)
-        aside = folder.set_checkpoints_aside()
-        assert aside == folder.path / f".replaced-checkpoint-{steps[1]}"
-        assert [path.name for path in folder.path.iterdir()] == [aside.name]
-        assert folder.checkpoints() == []
-    assert folder.set_checkpoints_aside() is None
+            (directory.path / f"checkpoint-{step}").mkdir(parents=True)
+        aside = directory.set_checkpoints_aside()
+        assert aside == directory.path / f".replaced-checkpoint-{steps[1]}"
+        assert [path.name for path in directory.path.iterdir()] == [aside.name]
+        assert directory.checkpoints() == []
+    assert directory.set_checkpoints_aside() is None
     assert aside.exists()
-    (folder.path / ".replaced-synthetic").mkdir()
-    (folder.path / ".replaced-synthetic" / "shard-00000.jsonl").write_text("")
-    (folder.path / "model.safetensors").write_text("")
+    (directory.path / ".replaced-synthetic").mkdir()
+    (directory.path / ".replaced-synthetic" / "shard-00000.jsonl").write_text("")
+    (directory.path / "model.safetensors").write_text("")
     assert not run.holds_responses()
     assert run.started() == [0]
     run.link_newest(0)
@@ -136,7 +136,7 @@ def test_newest_checkpoint_is_set_aside_and_nobody_reads_it(tmp_path: Path) -> N
     with run.locked():
         assert aside.exists()
     run.reset(0)
-    assert not folder.path.exists()
+    assert not directory.path.exists()
 
 
 # --- run.json ----------------------------------------------------------------------------------
@@ -470,30 +470,30 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
 
 
 def test_last_metrics_are_the_newest_of_each_name(tmp_path: Path) -> None:
-    folder = IterationDir(tmp_path)
-    assert folder.last_metrics() == {}
+    directory = IterationDir(tmp_path)
+    assert directory.last_metrics() == {}
     lines = [{"step": 1, "loss": 0.7, "grad_norm": 2.0}, {"step": 2, "eval_loss": 0.6}, {"step": 2, "loss": 0.5}]
-    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert folder.last_metrics() == {"step": 2, "loss": 0.5, "grad_norm": 2.0, "eval_loss": 0.6}
+    directory.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert directory.last_metrics() == {"step": 2, "loss": 0.5, "grad_norm": 2.0, "eval_loss": 0.6}
 
 
 def test_last_metrics_of_the_game_are_means_over_the_pairs_of_the_last_epoch(tmp_path: Path) -> None:
-    folder = IterationDir(tmp_path)
+    directory = IterationDir(tmp_path)
     logged = [(0.5, 8, 0.1), (1.0, 8, 0.2), (1.5, 8, 0.6), (2.0, 4, 0.9)]
     lines: list[dict[str, float]] = [
         {"step": step, "epoch": epoch, "pairs": pairs, "spin/accuracy": value}
         for step, (epoch, pairs, value) in enumerate(logged)
     ]
     lines.append({"step": 3, "epoch": 2.0, "train_runtime": 1.0})
-    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    directory.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     expected = {"step": 3, "epoch": 2.0, "spin/accuracy": pytest.approx((8 * 0.6 + 4 * 0.9) / 12), "train_runtime": 1.0}
-    assert folder.last_metrics() == expected
+    assert directory.last_metrics() == expected
 
 
 def test_line_that_was_cut_off_when_training_was_killed_is_passed_over(tmp_path: Path) -> None:
-    folder = IterationDir(tmp_path)
-    folder.metrics.write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "lo')
-    assert folder.last_metrics() == {"step": 1, "loss": 0.7}
+    directory = IterationDir(tmp_path)
+    directory.metrics.write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "lo')
+    assert directory.last_metrics() == {"step": 1, "loss": 0.7}
 
 
 # --- links to the newest model -----------------------------------------------------------------
@@ -502,11 +502,11 @@ MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "to
 
 
 def finished_iteration(run: RunDir, number: int, *files: str) -> None:
-    folder = run.iteration(number).path
-    (folder / "checkpoint-3").mkdir(parents=True)
-    (folder / "pairs").mkdir()
+    directory = run.iteration(number).path
+    (directory / "checkpoint-3").mkdir(parents=True)
+    (directory / "pairs").mkdir()
     for name in (*MODEL_FILES, *files, "config.yml", "metrics.jsonl", "training_args.bin", "README.md"):
-        (folder / name).write_text(f"{name} of {number}")
+        (directory / name).write_text(f"{name} of {number}")
 
 
 def test_output_dir_links_to_the_model_and_nothing_else(tmp_path: Path) -> None:

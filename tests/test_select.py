@@ -17,7 +17,7 @@ from spin_plugin.model import attention, select
 from spin_plugin.model.forward import install
 from spin_plugin.model.layout import Pair
 from spin_plugin.model.probe import ROW, probe
-from spin_plugin.model.select import Forms, choose_forms
+from spin_plugin.model.select import Layout, choose_layout
 
 # --- the pairs that are compared -----------------------------------------------------------------
 
@@ -84,8 +84,8 @@ def test_family(family: str, changes: dict[str, Any], chosen: str, reason: str) 
     assert re.search(reason, verdict.reason or ""), verdict
 
 
-def choose(model: nn.Module, *, wanted: bool = True, **options: Any) -> Forms:
-    return choose_forms(model, SHOWN, wanted=wanted, pad_token_id=PAD, **options)
+def choose(model: nn.Module, *, wanted: bool = True, **options: Any) -> Layout:
+    return choose_layout(model, SHOWN, wanted=wanted, pad_token_id=PAD, **options)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_window_that_only_the_longest_pair_reaches() -> None:
     for rows, shared in (([short], True), ([short, longest], False)):
         model = build("olmoe", sliding_window=100)
         install(model)
-        assert choose_forms(model, rows, wanted=True, pad_token_id=PAD).shared_prefix is shared
+        assert choose_layout(model, rows, wanted=True, pad_token_id=PAD).shared_prefix is shared
 
 
 # --- what must not slip through ------------------------------------------------------------------
@@ -237,7 +237,7 @@ from torch.distributed.fsdp import fully_shard
 from families import PAD, SHOWN, build
 from spin_plugin import attention
 from spin_plugin.model.forward import install
-from spin_plugin.model.select import choose_forms
+from spin_plugin.model.select import choose_layout
 
 def fail(*_states):
     raise LookupError("no kernel for this card")
@@ -257,7 +257,7 @@ def play(rank, failing):
     mesh = distributed.init_device_mesh("cpu", (2,))
     for layer in [*model.model.layers, model]:
         fully_shard(layer, mesh=mesh)
-    forms = choose_forms(model, SHOWN, wanted=True, pad_token_id=PAD, device=torch.device("cpu"), everyone=everyone)
+    forms = choose_layout(model, SHOWN, wanted=True, pad_token_id=PAD, device=torch.device("cpu"), everyone=everyone)
     assert all(parameter.grad is None for parameter in model.parameters())
     print(failing, rank, tuple(forms), flush=True)
 

@@ -11,16 +11,16 @@ from spin_plugin.generation.job import SHARD
 from spin_plugin.generation.shards import Shards
 
 
-@pytest.mark.parametrize("gone", ["a shard", "the folder"])
+@pytest.mark.parametrize("gone", ["a shard", "the directory"])
 def test_responses_that_are_gone_never_leave_the_mixing_in_silence(tmp_path: Path, gone: str) -> None:
     shards = Shards(tmp_path / "synthetic")
-    shards.folder.mkdir()
+    shards.directory.mkdir()
     shards.note(requests=SHARD + 10)
     for number, count in ((0, SHARD), (1, 10)):
         shards.write(number, ({"example": place} for place in range(count)))
     assert len(list(shards.responses())) == SHARD + 10
     shards.shard(1).unlink()
-    if gone == "the folder":
+    if gone == "the directory":
         shards = Shards(tmp_path / "elsewhere")
     with pytest.raises(SpinError, match="missing"):
         list(shards.responses())
@@ -29,7 +29,7 @@ def test_responses_that_are_gone_never_leave_the_mixing_in_silence(tmp_path: Pat
 def test_dropout_is_silenced_in_modules_and_in_plain_numbers() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from spin_plugin.training.trainer import silence_dropout
+    from spin_plugin.model.forward import silence_dropout
 
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, attention_dropout=0.25, **small)).train()

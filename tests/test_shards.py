@@ -188,11 +188,11 @@ def test_shards_of_another_job_are_set_aside_with_a_line(
     shards: Shards, change: dict[str, Any], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards.note(revision="a" * 40)
-    other, aside = replace(JOB, **change), shards.folder.with_name(".replaced-synthetic")
+    other, aside = replace(JOB, **change), shards.directory.with_name(".replaced-synthetic")
     for _ in range(2):  # the second time there is nothing to replace
         shards.prepare(other)
         assert shards.missing(other) == [0, 1, 2]
-        assert [path.name for path in shards.folder.iterdir()] == ["job.json"]
+        assert [path.name for path in shards.directory.iterdir()] == ["job.json"]
     assert shards.manifest() == json.loads(json.dumps(other.manifest()))
     assert list(Shards(aside).responses()) == responses(0) + responses(1) + responses(2)
     (line,) = capsys.readouterr().out.splitlines()
@@ -212,7 +212,7 @@ def test_shards_of_nobody_knows_which_job_are_set_aside(
         shards.manifest_file.write_bytes(manifest)
     shards.prepare(JOB)
     assert shards.missing(JOB) == [0, 1, 2]
-    assert len(list(shards.folder.with_name(".replaced-synthetic").glob("shard-*"))) == 3
+    assert len(list(shards.directory.with_name(".replaced-synthetic").glob("shard-*"))) == 3
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
@@ -220,12 +220,12 @@ def test_only_the_newest_responses_that_were_set_aside_are_kept_and_never_an_emp
     second, third = replace(JOB, weights="second"), replace(JOB, weights="third")
     shards.prepare(second)
     shards.prepare(third)  # nothing was drawn for the second
-    aside = Shards(shards.folder.with_name(".replaced-synthetic"))
+    aside = Shards(shards.directory.with_name(".replaced-synthetic"))
     assert aside.manifest() == json.loads(json.dumps(JOB.manifest()))
     shards.write(0, responses(0))
     shards.prepare(JOB)
     assert aside.manifest() == json.loads(json.dumps(third.manifest()))
-    assert len(list(shards.folder.parent.iterdir())) == 2
+    assert len(list(shards.directory.parent.iterdir())) == 2
 
 
 def test_facts_are_added_to_the_manifest(shards: Shards) -> None:
@@ -345,13 +345,13 @@ def program(path: Path, text: str) -> Path:
     return path
 
 
-def with_vllm(folder: Path) -> Path:
+def with_vllm(directory: Path) -> Path:
     """An interpreter that finds a (tiny, real) package named vllm."""
-    package = folder / "packages" / "vllm"
+    package = directory / "packages" / "vllm"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     return program(
-        folder / "bin" / "python", f'#!/bin/sh\nPYTHONPATH="{package.parent}" exec "{sys.executable}" "$@"\n'
+        directory / "bin" / "python", f'#!/bin/sh\nPYTHONPATH="{package.parent}" exec "{sys.executable}" "$@"\n'
     )
 
 

@@ -50,22 +50,22 @@ CHANGES: dict[str, Callable[[list[Response]], list[Response]]] = {
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory, llama: Path, play: Callable[..., None], serve: Jobs) -> Path:
-    """A folder with a run of each, all from one generation."""
-    folder = tmp_path_factory.mktemp("together")
-    data = write_jsonl(folder / "chat.jsonl", chat_rows(24))
-    config = spin_config(folder, llama, data, val_set_size=4, num_epochs=3, micro_batch_size=2, save_steps=1)
+    """A directory with a run of each, all from one generation."""
+    directory = tmp_path_factory.mktemp("together")
+    data = write_jsonl(directory / "chat.jsonl", chat_rows(24))
+    config = spin_config(directory, llama, data, val_set_size=4, num_epochs=3, micro_batch_size=2, save_steps=1)
     config["spin"] |= {"iterations": 1, "equal_pairs": "drop"}
-    play((write_config(folder, config), 1), command="preprocess")
+    play((write_config(directory, config), 1), command="preprocess")
     jobs = []
     for name, change in CHANGES.items():
-        run = folder / name / "run"
-        shutil.copytree(folder / "run", run)
+        run = directory / name / "run"
+        shutil.copytree(directory / "run", run)
         shards = Shards(RunDir(run).iteration(0).synthetic)
         shards.write(0, change(shards.read(0)))
-        job = {"config": str(write_config(folder / name, config | {"output_dir": str(run)})), "processes": 2}
+        job = {"config": str(write_config(directory / name, config | {"output_dir": str(run)})), "processes": 2}
         jobs += [job | {"kill": 1}, job | {"kill": 0}, job] if name == "killed" else [job]
-    assert list(serve(jobs)) == [str(folder / "wrong/config.yml")]
-    return folder
+    assert list(serve(jobs)) == [str(directory / "wrong/config.yml")]
+    return directory
 
 
 def said(together: Path, name: str, rank: int = 0) -> list[str]:

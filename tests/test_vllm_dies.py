@@ -63,6 +63,6 @@ def test_vllm_is_killed_in_both_attempts(
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
 
-    done = command("axolotl", "preprocess", "config.yml", folder=tmp_path)
+    done = command("axolotl", "preprocess", "config.yml", directory=tmp_path)
     assert done.code == 0, done.output[-3000:]
     assert (tmp_path / "run/iteration-0/synthetic/shard-00000.jsonl").exists()

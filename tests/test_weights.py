@@ -85,9 +85,9 @@ def test_numbers_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # --- each file is read once --------------------------------------------------------------------
 
 
-def obvious(folder: Path) -> str:
+def obvious(directory: Path) -> str:
     """The slow reference of `fingerprint`."""
-    digests = [hashlib.sha256(file.read_bytes()).digest() for file in sorted(folder.glob("*.safetensors"))]
+    digests = [hashlib.sha256(file.read_bytes()).digest() for file in sorted(directory.glob("*.safetensors"))]
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 

@@ -119,11 +119,11 @@ def chat_rows(count: int, *, turns: int = 1) -> list[dict[str, Any]]:
     ]
 
 
-def spin_config(folder: Path, model: Path, data: Path, **changes: Any) -> dict[str, Any]:
+def spin_config(directory: Path, model: Path, data: Path, **changes: Any) -> dict[str, Any]:
     """A SPIN configuration for the tiny models: a few steps on a CPU. A change to None removes the key."""
     config = {
         "base_model": str(model),
-        "output_dir": str(folder / "run"),
+        "output_dir": str(directory / "run"),
         "plugins": ["spin_plugin.SpinPlugin"],
         "rl": "spin",
         "spin": {
@@ -155,7 +155,7 @@ def spin_config(folder: Path, model: Path, data: Path, **changes: Any) -> dict[s
     return {key: value for key, value in (config | changes).items() if value is not None}
 
 
-def write_config(folder: Path, config: Mapping[str, Any], name: str = "config.yml") -> Path:
-    path = folder / name
+def write_config(directory: Path, config: Mapping[str, Any], name: str = "config.yml") -> Path:
+    path = directory / name
     path.write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
     return path

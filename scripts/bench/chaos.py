@@ -63,7 +63,7 @@ class Kill:
 class Play:
     """One run directory and the kills it has to survive."""
 
-    folder: Path
+    directory: Path
     kills: list[Kill]
     two_ranks: bool
     failures: list[str] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Play:
 
     @property
     def run(self) -> Path:
-        return self.folder / "run"
+        return self.directory / "run"
 
     @property
     def iteration(self) -> Path:
@@ -79,12 +79,12 @@ class Play:
 
     @property
     def log(self) -> Path:
-        return self.folder / f"log-{self.starts}.txt"
+        return self.directory / f"log-{self.starts}.txt"
 
     @property
     def printed(self) -> str:
         """By the command that was started last."""
-        logs = self.folder.glob("rank-*.log") if self.two_ranks else [self.log]
+        logs = self.directory.glob("rank-*.log") if self.two_ranks else [self.log]
         return "".join(log.read_text(errors="replace") for log in sorted(logs))
 
 
@@ -93,7 +93,7 @@ class Play:
 
 def reached(play: Play, phase: str) -> bool:
     """Whether the command that was started last is in a phase."""
-    log, started = play.printed, (play.folder / "started").stat().st_mtime
+    log, started = play.printed, (play.directory / "started").stat().st_mtime
     # two processes meet before a plugin is asked for anything
     met = sum(_newer([alive], started) for alive in play.run.glob(".waiting/*/*.alive")) == 2
     return {
@@ -124,14 +124,14 @@ def _newer(paths: Iterable[Path], time_stamp: float, size: int = 0) -> bool:
 
 def start(play: Play) -> psutil.Popen | one_rank.TwoRanks:
     play.starts += 1
-    (play.folder / "started").touch()
+    (play.directory / "started").touch()
     if play.two_ranks:
-        return one_rank.TwoRanks(play.folder)
+        return one_rank.TwoRanks(play.directory)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with open(play.log, "w") as log:
         return psutil.Popen(
             ["axolotl", "train", "config.yml"],
-            cwd=play.folder,
+            cwd=play.directory,
             env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "2"},
             stdout=log,
             stderr=log,
@@ -153,7 +153,7 @@ def strike_one(process: one_rank.TwoRanks, kill: Kill, play: Play) -> None:
     wrong, alive = process.strike(ONE_RANK.index(kill.method))
     kill.done, kill.code, kill.seconds = True, process.poll(), round(process.seconds, 1)
     play.failures += wrong
-    _bury(alive, kill)
+    _on_exit(alive, kill)
 
 
 def strike(process: psutil.Popen, kill: Kill) -> None:
@@ -174,10 +174,10 @@ def strike(process: psutil.Popen, kill: Kill) -> None:
         wait_for(lambda: process.poll() is not None, LONGEST)  # tried again, or given up with a clear line
     _, alive = psutil.wait_procs(family, timeout=60)
     kill.code = process.poll()
-    _bury(alive, kill)
+    _on_exit(alive, kill)
 
 
-def _bury(alive: list[psutil.Process], kill: Kill) -> None:
+def _on_exit(alive: list[psutil.Process], kill: Kill) -> None:
     kill.left_behind = [" ".join(_command(member))[:120] for member in alive]
     for member in alive:
         _quietly(member.kill)
@@ -228,18 +228,18 @@ def outcome(run: Path) -> dict[str, Any]:
     from spin_plugin.run.directory import RunDir
     from spin_plugin.training.prepare import open_pairs
 
-    folder = RunDir(run).iteration(0)
-    responses = list(Shards(folder.synthetic).responses())
-    pairs = open_pairs(folder)
+    directory = RunDir(run).iteration(0)
+    responses = list(Shards(directory.synthetic).responses())
+    pairs = open_pairs(directory)
     return {
         "finished": RunDir(run).finished(),
         "responses": [(response["example"], response["tokens"]) for response in responses],
-        "pairs": hashlib.sha256((folder.pairs / "train.arrow").read_bytes()).hexdigest(),
+        "pairs": hashlib.sha256((directory.pairs / "train.arrow").read_bytes()).hexdigest(),
         "number of pairs": len(pairs.train),
         "opponent": load_file(pairs.opponent_files["train"])["logps"],
-        "steps": [entry["step"] for entry in folder.logged()],
-        "losses": [entry["spin/loss"] for entry in folder.logged() if "spin/loss" in entry],
-        "weights": load_file(folder.path / "model.safetensors"),
+        "steps": [entry["step"] for entry in directory.logged()],
+        "losses": [entry["spin/loss"] for entry in directory.logged() if "spin/loss" in entry],
+        "weights": load_file(directory.path / "model.safetensors"),
     }
 
 
@@ -261,9 +261,9 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> tuple[list[str], 
 # --- all of it ---------------------------------------------------------------------------------
 
 
-def prepare(folder: Path, *, two_ranks: bool) -> Path:
-    folder.mkdir()
-    data, model = folder.parent / "chat.jsonl", folder.parent / "model"
+def prepare(directory: Path, *, two_ranks: bool) -> Path:
+    directory.mkdir()
+    data, model = directory.parent / "chat.jsonl", directory.parent / "model"
     if not data.exists():
         write_jsonl(data, chat_rows(24))
         make_model(model)
@@ -271,8 +271,8 @@ def prepare(folder: Path, *, two_ranks: bool) -> Path:
     generation["vllm_kwargs"] = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
     spin = {"iterations": 1, "generation": generation}
     micro_batch = 8 if two_ranks else 16
-    write_config(folder, spin_config(folder, model, data, spin=spin, save_steps=7, micro_batch_size=micro_batch))
-    return folder
+    write_config(directory, spin_config(directory, model, data, spin=spin, save_steps=7, micro_batch_size=micro_batch))
+    return directory
 
 
 def draw(count: int, seed: int, *, one_alone: bool) -> list[list[Kill]]:
@@ -297,12 +297,12 @@ def main() -> None:
     parser.add_argument("--one-rank", action="store_true", help="two processes, of which one is killed alone")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="spin-chaos-"))
-    console.print(f"in {folder}")
+    directory = Path(tempfile.mkdtemp(prefix="spin-chaos-"))
+    console.print(f"in {directory}")
     one_alone = options.one_rank
     if one_alone:
         one_rank.set_up()
-    calm = Play(prepare(folder / "undisturbed", two_ranks=one_alone), [], one_alone)
+    calm = Play(prepare(directory / "undisturbed", two_ranks=one_alone), [], one_alone)
     survive(calm)
     if calm.failures:
         raise SystemExit(calm.failures[0])
@@ -310,12 +310,12 @@ def main() -> None:
     if len(set(range(24))) * SAMPLES != len(expected["responses"]):
         raise SystemExit("the undisturbed run does not hold every response")
     plays = [
-        Play(prepare(folder / str(number), two_ranks=one_alone), kills, one_alone)
+        Play(prepare(directory / str(number), two_ranks=one_alone), kills, one_alone)
         for number, kills in enumerate(draw(options.runs, options.seed, one_alone=one_alone))
     ]
     content: dict[str, Any] = {"runs": 0, "survived": 0, "identical": 0, "largest_difference": 0.0, "kills": []}
     for play in plays:
-        console.print(f"run {play.folder.name}")
+        console.print(f"run {play.directory.name}")
         survive(play)
         hits = [kill for kill in play.kills if kill.done]
         differs, apart = differences(expected, outcome(play.run)) if not play.failures else (["not finished"], 0.0)

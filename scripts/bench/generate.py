@@ -48,10 +48,10 @@ os._exit(0)
 """
 
 
-def make_model(folder: Path) -> None:
+def make_model(directory: Path) -> None:
     torch.manual_seed(0)
     small = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=8000, num_key_value_heads=2, **small)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=8000, num_key_value_heads=2, **small)).save_pretrained(directory)
 
 
 def make_requests(count: int) -> list[Request]:
@@ -75,27 +75,27 @@ def engine_arguments(model: Path) -> dict[str, Any]:
     return engine | cpu | {"kv_cache_memory_bytes": 512 << 20, "enable_chunked_prefill": False}
 
 
-def ours(folder: Path, job: Job, requests: list[Request]) -> float:
+def ours(directory: Path, job: Job, requests: list[Request]) -> float:
     """Tokens/s of the launcher and its worker."""
-    shards = Shards(folder / "synthetic")
-    shutil.rmtree(shards.folder, ignore_errors=True)
+    shards = Shards(directory / "synthetic")
+    shutil.rmtree(shards.directory, ignore_errors=True)
     generate(job, shards, lambda: requests, lambda: vllm_python(None))
-    drawn = (shards.manifest() or {})["drawn"]
-    return drawn["tokens"] / drawn["seconds"]
+    generated = (shards.manifest() or {})["generated"]
+    return generated["tokens"] / generated["seconds"]
 
 
-def bare(folder: Path, job: Job, requests: list[Request], *, seeded: bool = True) -> float:
+def bare(directory: Path, job: Job, requests: list[Request], *, seeded: bool = True) -> float:
     """Tokens/s of one `LLM.generate`."""
-    script, content, result = folder / "bare.py", folder / "job.json", folder / "bare.json"
+    script, content, result = directory / "bare.py", directory / "job.json", directory / "bare.json"
     script.write_text(BARE)
     rows = [request._asdict() | ({} if seeded else {"seed": None}) for request in requests]
     content.write_text(json.dumps({"engine": job.engine, "sampling": job.sampling, "requests": rows}))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     command = [str(vllm_python(None)), str(script), str(content), device, str(result)]
-    with open(folder / "bare.log", "w") as log:
+    with open(directory / "bare.log", "w") as log:
         done = subprocess.run(command, check=False, stdout=log, stderr=log)
     if done.returncode:
-        raise RuntimeError((folder / "bare.log").read_text()[-2000:])
+        raise RuntimeError((directory / "bare.log").read_text()[-2000:])
     measured = json.loads(result.read_text())
     return measured["tokens"] / measured["seconds"]
 
@@ -111,17 +111,17 @@ def main() -> None:
     requests = make_requests(options.prompts)
     rates: dict[str, list[float]] = {side: [] for side in ("ours", "bare", "unseeded")[: 2 + options.unseeded]}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        directory = Path(name)
         if options.model is None:
-            make_model(folder / "model")
-        engine = engine_arguments(options.model or folder / "model")
+            make_model(directory / "model")
+        engine = engine_arguments(options.model or directory / "model")
         sampling = {"temperature": 1.0, "top_p": 1.0, "stop_token_ids": [1]}
         job = Job(0, engine, None, "bench", sampling, len(requests), "bench")
         for number in range(options.rounds):
-            rates["bare"].append(bare(folder, job, requests))
-            rates["ours"].append(ours(folder, job, requests))
+            rates["bare"].append(bare(directory, job, requests))
+            rates["ours"].append(ours(directory, job, requests))
             if options.unseeded:
-                rates["unseeded"].append(bare(folder, job, requests, seeded=False))
+                rates["unseeded"].append(bare(directory, job, requests, seeded=False))
             shown = ", ".join(f"{side} {values[-1]:,.0f}" for side, values in rates.items())
             sys.stdout.write(f"round {number}: {shown} tokens/s\n")
     medians = {side: statistics.median(values) for side, values in rates.items()}

@@ -30,12 +30,12 @@ def set_up() -> None:
 class TwoRanks:
     """Both processes of a start; `poll`, `wait` and `returncode` as of a single one."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.logs = [folder / f"rank-{rank}.log" for rank in range(2)]
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.logs = [directory / f"rank-{rank}.log" for rank in range(2)]
         for log in self.logs:
             log.unlink(missing_ok=True)
-        job = {"config": str(folder / "config.yml"), "processes": 2}
+        job = {"config": str(directory / "config.yml"), "processes": 2}
         self.ranks = [psutil.Process(pid) for pid in several_processes.start(job)]
 
     def poll(self) -> int | None:
@@ -61,7 +61,7 @@ class TwoRanks:
         printed = self.logs[1 - rank].read_text(errors="replace")
         errors = [line for line in printed.splitlines() if line.startswith("spin: error: ")]
         wrong = []
-        if code_of(other) == 0 and any(self.folder.glob(f"run/.waiting/*/{1 - rank}.saved")):
+        if code_of(other) == 0 and any(self.directory.glob(f"run/.waiting/*/{1 - rank}.saved")):
             self.seconds = 0.0  # it had done its part and needed nobody any longer
         elif code_of(other) != 1:
             wrong.append(f"exit code {code_of(other)} of the other process")

@@ -33,7 +33,7 @@ VOCABULARY = 32_000
 END = 2
 
 
-def write_inputs(folder: Path, pairs: int) -> None:
+def write_inputs(directory: Path, pairs: int) -> None:
     """Examples, and shards of two iterations with half of the responses each."""
     rng = np.random.default_rng(0)
 
@@ -41,13 +41,13 @@ def write_inputs(folder: Path, pairs: int) -> None:
         return rng.integers(3, VOCABULARY, (count, length), dtype=np.int32)
 
     examples = pairs // 2
-    with table_writer(folder / "examples.arrow", EXAMPLE_SCHEMA) as write:
+    with table_writer(directory / "examples.arrow", EXAMPLE_SCHEMA) as write:
         for start in range(0, examples, SHARD):
             count = min(SHARD, examples - start)
             write({"prompt": list(tokens(count, PROMPT)), "real": list(tokens(count, REAL))})
     for iteration in (0, 1):
-        shards = Shards(folder / f"synthetic-{iteration}")
-        shards.folder.mkdir()
+        shards = Shards(directory / f"synthetic-{iteration}")
+        shards.directory.mkdir()
         for number, start in enumerate(range(0, examples, SHARD)):
             drawn = tokens(min(SHARD, examples - start), SYNTHETIC).tolist()
             shards.write(
@@ -65,9 +65,9 @@ def write_inputs(folder: Path, pairs: int) -> None:
             )
 
 
-def responses(folder: Path) -> Iterator[Synthetic]:
+def responses(directory: Path) -> Iterator[Synthetic]:
     for iteration in (1, 0):
-        for response in Shards(folder / f"synthetic-{iteration}").responses():
+        for response in Shards(directory / f"synthetic-{iteration}").responses():
             yield Synthetic(response["example"], iteration, response["tokens"], response["finish"] == "length")
 
 
@@ -95,19 +95,19 @@ class Peak:
         self.thread.join()
 
 
-def measure(folder: Path) -> dict[str, float]:
+def measure(directory: Path) -> dict[str, float]:
     """Join, mix, filter and store."""
     with Peak() as peak:
-        seconds, pairs = build(folder)
+        seconds, pairs = build(directory)
     return {"pairs": pairs, "seconds": seconds, "own_mib": peak["RssAnon"], "resident_mib": peak["VmRSS"]}
 
 
-def build(folder: Path) -> tuple[float, int]:
+def build(directory: Path) -> tuple[float, int]:
     started = time.perf_counter()
     stats = build_pairs(
-        open_table(folder / "examples.arrow"),
-        responses(folder),
-        folder / "pairs.arrow",
+        open_table(directory / "examples.arrow"),
+        responses(directory),
+        directory / "pairs.arrow",
         end_tokens=[END],
         sequence_len=1024,
         keep_equal=False,
@@ -126,9 +126,9 @@ def main() -> None:
         return
     results: dict[int, dict[str, float]] = {}
     for size in SIZES:
-        with tempfile.TemporaryDirectory() as folder:
-            write_inputs(Path(folder), size)
-            command = [sys.executable, __file__, "--inside", folder]
+        with tempfile.TemporaryDirectory() as directory:
+            write_inputs(Path(directory), size)
+            command = [sys.executable, __file__, "--inside", directory]
             results[size] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         sys.stdout.write(f"{size:,} pairs: {results[size]}\n")
     small, large = (results[size] for size in SIZES)

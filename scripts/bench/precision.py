@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_plugin.model.attention import enable
 from spin_plugin.model.forward import install, logps
-from spin_plugin.model.layout import Pair, flat_batch
+from spin_plugin.model.layout import Pair, shared_prefix_batch
 from spin_plugin.objective.losses import spin_terms
 from spin_plugin.training.saving import round_masters
 
@@ -182,7 +182,7 @@ def draw_batches(steps: int) -> list[dict[str, Tensor]]:
     def pair() -> Pair:
         return Pair(*(torch.randint(2, VOCABULARY, (length,), generator=random).tolist() for length in LENGTHS))
 
-    return [flat_batch([pair() for _ in range(PAIRS)]) for _ in range(steps)]
+    return [shared_prefix_batch([pair() for _ in range(PAIRS)]) for _ in range(steps)]
 
 
 def compare(way: str, rate: float, steps: int) -> dict[str, Any]:
@@ -209,9 +209,9 @@ def compare(way: str, rate: float, steps: int) -> dict[str, Any]:
 @contextmanager
 def one_process() -> Iterator[None]:
     """torch.distributed of one process, for DeepSpeed."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/store", rank=0, world_size=1)
         yield
         torch.distributed.destroy_process_group()
 

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from spin_plugin.model.attention import enable
 from spin_plugin.model.forward import install, logps
-from spin_plugin.model.layout import Pair, flat_batch, padded_batch
+from spin_plugin.model.layout import Pair, padded_batch, shared_prefix_batch
 from spin_plugin.objective.losses import spin_terms
 
 MEDIANS, SIGMA = (120, 245, 200), 0.6  # prompt, real, synthetic
@@ -112,7 +112,7 @@ def our_step(model: nn.Module, batch: dict[str, Tensor], options: argparse.Names
 def ours(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list[Step]:
     install(model)
     enable(model)
-    return [our_step(model, moved(flat_batch(pairs), options.device), options) for pairs in batches]
+    return [our_step(model, moved(shared_prefix_batch(pairs), options.device), options) for pairs in batches]
 
 
 def padded(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list[Step]:

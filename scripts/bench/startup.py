@@ -63,9 +63,11 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.yml"
-        config.write_text(yaml.safe_dump(CONFIG | {"base_model": str(options.model.resolve()), "output_dir": folder}))
+    with tempfile.TemporaryDirectory() as directory:
+        config = Path(directory) / "config.yml"
+        config.write_text(
+            yaml.safe_dump(CONFIG | {"base_model": str(options.model.resolve()), "output_dir": directory})
+        )
         once(config, "with")  # fills the disk's cache
         rounds = [{side: once(config, side) for side in ("with", "without")} for _ in range(options.rounds)]
     medians = {

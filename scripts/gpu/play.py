@@ -90,25 +90,25 @@ def left_out(gpus: int) -> dict[str, Way]:
     return {name: way for name, way in WAYS.items() if way.gpus > gpus}
 
 
-def play(way: str, folder: Path) -> Row:
+def play(way: str, directory: Path) -> Row:
     """Play two iterations; what is finished is left alone."""
-    make_model_of(folder, way)
-    log, metrics = folder / f"{way}.log", folder / way / f"iteration-{ITERATIONS - 1}" / "metrics.jsonl"
-    command = [ROOT / "scripts/iterate.sh", folder / f"{way}.yml"]
+    make_model_of(directory, way)
+    log, metrics = directory / f"{way}.log", directory / way / f"iteration-{ITERATIONS - 1}" / "metrics.jsonl"
+    command = [ROOT / "scripts/iterate.sh", directory / f"{way}.yml"]
     with open(log, "w", encoding="utf-8") as out:
         arguments = ["--", "--num_processes", str(WAYS[way].processes)]
         done = subprocess.run([*command, *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=False)
     entries = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     losses = [entry["spin/loss"] for entry in entries if "spin/loss" in entry]
-    beta = config_of(folder, way)["spin"].get("beta", 0.1)
+    beta = config_of(directory, way)["spin"].get("beta", 0.1)
     return judged(way, done.returncode, log.read_text(encoding="utf-8", errors="replace"), losses, beta)
 
 
-def generation(folder: Path) -> tuple[str, bool]:
+def generation(directory: Path) -> tuple[str, bool]:
     """A line on our generation against one bare `LLM.generate` at 1,024 sequences, and whether it is as fast."""
-    make_model_of(folder, "real-size")
-    result, log = folder / "generation.json", folder / "generation.log"
-    program = [sys.executable, ROOT / "scripts/bench/generate.py", "--unseeded", "--model", folder / "1b"]
+    make_model_of(directory, "real-size")
+    result, log = directory / "generation.json", directory / "generation.log"
+    program = [sys.executable, ROOT / "scripts/bench/generate.py", "--unseeded", "--model", directory / "1b"]
     with open(log, "w", encoding="utf-8") as out:
         done = subprocess.run([*program, "--json", result], stdout=out, stderr=out, check=False)
     if done.returncode:
@@ -130,22 +130,22 @@ def table(options: argparse.Namespace) -> Iterator[tuple[str, bool]]:
     for way in options.only:
         if way in missing:
             continue
-        row = play(way, options.folder)
+        row = play(way, options.directory)
         yield str(row), row.wrong is None
     if set(options.only) == set(WAYS):
-        yield generation(options.folder)
+        yield generation(options.directory)
     if absent := [f"{way} ({missing[way].gpus} GPUs)" for way in options.only if way in missing]:
         yield f"left out, as this machine has {options.gpus} GPU(s): {', '.join(absent)}", True
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "outputs/gpu-check")
+    parser.add_argument("directory", type=Path, nargs="?", default=ROOT / "outputs/gpu-check")
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     options = parser.parse_args()
-    options.folder = options.folder.resolve()
-    write(options.folder)
+    options.directory = options.directory.resolve()
+    write(options.directory)
     right = True
     for line, fine in table(options):
         sys.stdout.write(line + "\n")

@@ -16,7 +16,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from spin_plugin.model.forward import logps
-from spin_plugin.model.layout import flat_batch
+from spin_plugin.model.layout import shared_prefix_batch
 from spin_plugin.objective.losses import spin_terms
 from spin_plugin.objective.metrics import metric_sums
 
@@ -114,7 +114,7 @@ def waits_row(setting: Setting) -> Found:
     options = options_of(setting, 8)
     model = bench.make_model(options)
     SIDES["ours"](model, [], options)  # flat rows and the chunked head
-    batch = moved(flat_batch(drawn(setting, 8, options.vocab)), setting)
+    batch = moved(shared_prefix_batch(drawn(setting, 8, options.vocab)), setting)
 
     def step() -> Tensor:
         with in_bf16(setting):

@@ -13,7 +13,7 @@ from sides import BETA
 from torch import Tensor
 
 from spin_plugin.model.forward import logps
-from spin_plugin.model.layout import flat_batch
+from spin_plugin.model.layout import shared_prefix_batch
 from spin_plugin.objective.losses import spin_terms
 
 GRAPHS = (
@@ -36,7 +36,7 @@ def gradients(model: Any, batch: dict[str, Tensor], setting: Setting) -> Tensor:
 def checkpointing_row(reentrant: bool, setting: Setting) -> Found:
     hidden, layers = (64, 2) if setting.quick else (1024, 4)
     model = llama(setting, hidden=hidden, layers=layers, heads=hidden // 32, vocab=500)
-    batch = moved(flat_batch(drawn(setting, 3, 500)), setting)
+    batch = moved(shared_prefix_batch(drawn(setting, 3, 500)), setting)
     expected = gradients(model, batch, setting)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
@@ -67,7 +67,7 @@ def compilations_row(setting: Setting) -> Found:
     model = llama(setting, hidden=hidden, layers=2, heads=hidden // 32, vocab=500)
     seconds, before, compiled = [], graphs(), []
     for number in range(batches):
-        batch = moved(flat_batch(drawn(setting, 1 + number * 5 % 8, 500, number)), setting)
+        batch = moved(shared_prefix_batch(drawn(setting, 1 + number * 5 % 8, 500, number)), setting)
         started = time.perf_counter()
         if number % 4 == 3:
             with torch.no_grad(), in_bf16(setting):
@@ -106,7 +106,7 @@ def shapes_row(dtype: str, setting: Setting) -> Found:
 
     def values(chosen: list[Any]) -> Tensor:
         with in_bf16(setting, dtype == "bf16"):
-            return logps(model, moved(flat_batch(chosen), setting))
+            return logps(model, moved(shared_prefix_batch(chosen), setting))
 
     alone = torch.cat([values([pair]) for pair in pairs[:8]], dim=1)
     apart = {size: values(pairs[:size])[:, :8] - alone for size in (8, 32)}
@@ -135,7 +135,7 @@ def changed_share(masters: bool, setting: Setting) -> tuple[float, list[float]]:
     model = model if masters else model.bfloat16()
     matrices = [parameter for parameter in model.model.layers.parameters() if parameter.dim() == 2]
     before = [parameter.detach().clone() for parameter in matrices]
-    batch = moved(flat_batch(drawn(setting, pairs, 500)), setting)
+    batch = moved(shared_prefix_batch(drawn(setting, pairs, 500)), setting)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     opponent, losses = None, []
     for _ in range(STEPS):

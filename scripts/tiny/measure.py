@@ -1,7 +1,7 @@
 """Accuracy and KL of a model on the tiny task: what `make.py` and `evaluate.py` report.
 
 It lies apart from `evaluate.py` because that name is also a package that axolotl imports: code that
-puts this folder on `sys.path` should append it, and import from here.
+puts this directory on `sys.path` should append it, and import from here.
 """
 
 from __future__ import annotations

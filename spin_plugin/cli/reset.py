@@ -16,11 +16,11 @@ from spin_plugin.console import SpinError, exit_in_one_line, say
 def reset(config: Path, iteration: int, yes: bool) -> None:
     """Remove an iteration, and all after it, from the run that CONFIG describes."""
     _, run = read_config(config)
-    folders = [str(run.iteration(number).path) for number in run.started() if number >= iteration]
-    if not folders and run.finished() <= iteration:
+    directories = [str(run.iteration(number).path) for number in run.started() if number >= iteration]
+    if not directories and run.finished() <= iteration:
         raise SpinError(f"--iteration {iteration}: there is nothing of it in {run.root}")
     with run.locked():
         if not yes:
-            click.confirm(f"remove {', '.join(folders)} with everything in it?", abort=True)
+            click.confirm(f"remove {', '.join(directories)} with everything in it?", abort=True)
         run.reset(iteration)
     say(f"iteration {iteration} and all after it are removed; `axolotl train {config}` plays it anew")

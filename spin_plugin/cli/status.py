@@ -45,16 +45,16 @@ def run_status(config: Path) -> dict[str, Any]:
 
 def _unfinished(run: RunDir, number: int, *, started: bool) -> dict[str, Any]:
     """How far an iteration has come, read off its files."""
-    folder = run.iteration(number)
-    stats_file = folder.pairs / "stats.json"
+    directory = run.iteration(number)
+    stats_file = directory.pairs / "stats.json"
     pairs = json.loads(stats_file.read_text(encoding="utf-8")) if started and stats_file.exists() else {}
-    metrics = folder.last_metrics() if started else {}
+    metrics = directory.last_metrics() if started else {}
     if metrics:
         state = f"training, step {int(metrics['step'])}"
     elif pairs:
         state = "pairs built"
-    elif started and folder.synthetic.exists():
-        shards = len(list(folder.synthetic.glob("shard-*.jsonl")))
+    elif started and directory.synthetic.exists():
+        shards = len(list(directory.synthetic.glob("shard-*.jsonl")))
         state = f"drawing responses, {shards} shards"
     else:
         state = "not started"

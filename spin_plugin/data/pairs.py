@@ -25,7 +25,7 @@ class Synthetic(NamedTuple):
     example: int
     iteration: int
     tokens: list[int]
-    cut: bool
+    truncated: bool
     """Stopped by its budget, so it has no end token."""
 
 
@@ -38,7 +38,7 @@ class PairStats:
     empty: int = 0
     equal: int = 0
     over_length: int = 0
-    cut: int = 0
+    truncated: int = 0
     equal_dropped: bool = True
     real_mean: float = 0.0
     real_p95: float = 0.0
@@ -55,7 +55,7 @@ class PairStats:
             f"{self.pairs:,} pairs from {self.responses:,} synthetic responses",
             f"real {self.real_mean:.1f} tokens (p95 {self.real_p95:.0f})",
             f"synthetic {self.synthetic_mean:.1f} (p95 {self.synthetic_p95:.0f})",
-            f"cut by budget {self.share(self.cut):.1%}",
+            f"truncated {self.share(self.truncated):.1%}",
             f"equal {self.share(self.equal):.1%} ({dropped})",
             f"empty {self.share(self.empty):.1%}",
         ]
@@ -115,7 +115,7 @@ def _join(
     prompts, reals = rows["prompt"].to_pylist(), rows["real"].to_pylist()
     for response, prompt, real in zip(block, prompts, reals, strict=True):
         stats.responses += 1
-        stats.cut += response.cut
+        stats.truncated += response.truncated
         empty = not response.tokens or (len(response.tokens) == 1 and response.tokens[0] in end_tokens)
         equal = response.tokens == real
         over = len(prompt) + max(len(real), len(response.tokens)) > sequence_len

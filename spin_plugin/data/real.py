@@ -17,7 +17,7 @@ from spin_plugin.args import SpinArgs
 from spin_plugin.console import SpinError, say
 from spin_plugin.data.examples import ExampleCounts, find_end_tokens, write_examples
 from spin_plugin.data.table import open_table
-from spin_plugin.run.atomic import make_folder_whole
+from spin_plugin.run.atomic import write_dir_atomically
 from spin_plugin.run.directory import RunDir
 
 LOG = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def _tokenise(cfg: Any, run: RunDir, spin: SpinArgs) -> None:
     with tempfile.TemporaryDirectory(dir=run.root, prefix=".prepared-") as prepared:
         rows = _load_rows(cfg, prepared)
         tokenizer = load_tokenizer(cfg)
-        make_folder_whole(run.real, lambda folder: _write_real(cfg, spin, tokenizer, rows, folder))
+        write_dir_atomically(run.real, lambda directory: _write_real(cfg, spin, tokenizer, rows, directory))
 
 
 def _load_rows(cfg: Any, prepared: str) -> dict[str, Dataset]:
@@ -97,14 +97,14 @@ def _load_rows(cfg: Any, prepared: str) -> dict[str, Dataset]:
     }
 
 
-def _write_real(cfg: Any, spin: SpinArgs, tokenizer: Any, rows: dict[str, Dataset], folder: Path) -> None:
+def _write_real(cfg: Any, spin: SpinArgs, tokenizer: Any, rows: dict[str, Dataset], directory: Path) -> None:
     """Examples of both splits, and where their real responses end."""
     counts = {
-        split: write_examples(dataset, folder / f"{split}.arrow", turns=spin.turns, sequence_len=cfg.sequence_len)
+        split: write_examples(dataset, directory / f"{split}.arrow", turns=spin.turns, sequence_len=cfg.sequence_len)
         for split, dataset in rows.items()
     }
     _require_examples(counts["train"], cfg.sequence_len)
-    train = open_table(folder / "train.arrow")
+    train = open_table(directory / "train.arrow")
     _require_vocabulary(cfg, train)
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     ends = find_end_tokens(train, counts["train"].ends, special)
@@ -113,7 +113,7 @@ def _write_real(cfg: Any, spin: SpinArgs, tokenizer: Any, rows: dict[str, Datase
         "stop_tokens": list(dict.fromkeys([*ends, *eos])),
         "eval": "eval" in counts and counts["eval"].examples > 0,
     }
-    (folder / "meta.json").write_text(json.dumps(content), encoding="utf-8")
+    (directory / "meta.json").write_text(json.dumps(content), encoding="utf-8")
     shown = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in ends)
     say(f"{counts['train'].described()}; real responses end with {shown}")
     if "eval" in counts:

@@ -7,7 +7,7 @@ from spin_plugin.console import SpinError
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """What one engine runs on."""
 
     environment: dict[str, str] = field(default_factory=dict)
@@ -16,7 +16,7 @@ class Place:
     """The cores it is bound to; None: all."""
 
 
-def places(engines: int | None, gpus_each: int) -> list[Place]:
+def placements(engines: int | None, gpus_each: int) -> list[Placement]:
     """One place for each engine: by default one for every `gpus_each` visible GPUs, or one without a GPU.
 
     Raises:
@@ -32,7 +32,7 @@ def places(engines: int | None, gpus_each: int) -> list[Place]:
             f"vllm.{key}: {engines or 1} engines of {gpus_each} GPUs each are wanted, "
             f"{len(gpus)} GPUs are visible; lower it"
         )
-    return [Place({"CUDA_VISIBLE_DEVICES": ",".join(group)}) for group in groups[:engines]]
+    return [Placement({"CUDA_VISIBLE_DEVICES": ",".join(group)}) for group in groups[:engines]]
 
 
 def visible_gpus() -> list[str]:
@@ -44,10 +44,10 @@ def visible_gpus() -> list[str]:
     return named.split(",")[:count] if named else [str(number) for number in range(count)]
 
 
-def _on_cores(engines: int, workers: int) -> list[Place]:
+def _on_cores(engines: int, workers: int) -> list[Placement]:
     """Two engines that share a core slow each other down tenfold, so each gets its own."""
     if engines == 1 or not hasattr(os, "sched_getaffinity"):
-        return [Place()] * engines
+        return [Placement()] * engines
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // engines)
     found = []
@@ -56,5 +56,5 @@ def _on_cores(engines: int, workers: int) -> list[Place]:
         environment = {"OMP_NUM_THREADS": str(share)}
         if workers == 1:  # where the engine is a process of its own, vLLM binds it by this list
             environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, own))
-        found.append(Place(environment, own))
+        found.append(Placement(environment, own))
     return found

@@ -41,7 +41,7 @@ def is_about_the_adapter(cause: str) -> bool:
     return any(sign in cause for sign in ABOUT_THE_ADAPTER)
 
 
-def cause_of_death(log: Path, returncode: int | None = None) -> str:
+def diagnose_exit(log: Path, returncode: int | None = None) -> str:
     """Why vLLM died, from its exit status or its log, and what to do about it where that is known."""
     lines = _lines(log)
     if returncode is not None and returncode < 0:  # the log of a killed process holds older and lesser troubles

@@ -12,7 +12,7 @@ from queue import Empty
 from typing import Any
 
 from spin_plugin.console import SpinError, warn
-from spin_plugin.generation.devices import Place, places
+from spin_plugin.generation.devices import Placement, placements
 from spin_plugin.generation.engine import Engine, Inbox
 from spin_plugin.generation.job import SHARD, Job, Request, scored
 from spin_plugin.generation.progress import Progress
@@ -64,27 +64,27 @@ def generate(
     python = find_python()
     shards.note(**job.manifest())  # the same responses may come from another place now
     gpus_each = job.engine.get("tensor_parallel_size", 1) * job.engine.get("pipeline_parallel_size", 1)
-    where = [Place()] if ray else places(engines, gpus_each)[: len(missing)]
+    where = [Placement()] if ray else placements(engines, gpus_each)[: len(missing)]
     cluster = {"ray_address": ray_address, "actors": engines} if ray else None
     for log in shards.logs():  # the error of an earlier attempt is not this one's
         log.unlink()
     wanted = (asked for asked in scored(requests()) if asked[0].number // SHARD in missing)
     title = f"iteration {job.iteration}: drawing responses"
     with _request_files(shards, wanted) as origins, Progress(len(origins), title) as progress:
-        draw = _Draw(shards, origins, progress)
+        dispatcher = _Dispatcher(shards, origins, progress)
         for less_memory in (False, True):
             with _engines(python, job, shards, where, cluster, less_memory=less_memory) as (started, inbox):
-                last = draw.play(started, inbox)
+                last = dispatcher.run(started, inbox)
             if last is None:
                 break
-            stopped = f"vLLM stopped after {progress.done:,} of {progress.total:,} responses: {last.cause()}"
-            if last.cannot_serve_the_adapter:
-                raise AdapterNotServedError(last.cause())
-            if less_memory or not last.might_work_with_less_memory:
+            stopped = f"vLLM stopped after {progress.done:,} of {progress.total:,} responses: {last.diagnosis()}"
+            if last.adapter_not_served:
+                raise AdapterNotServedError(last.diagnosis())
+            if less_memory or not last.may_fit_with_less_memory:
                 raise SpinError(f"{stopped} (finished shards are kept: run the same command again)")
             warn(f"{stopped}; trying the rest once more with less memory ({LESS_MEMORY})")
-        drawn = {"responses": progress.done, "tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
-    shards.note(drawn=drawn)
+        generated = {"responses": progress.done, "tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
+    shards.note(generated=generated)
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def _engines(
     python: Path,
     job: Job,
     shards: Shards,
-    where: list[Place],
+    where: list[Placement],
     cluster: dict[str, Any] | None,
     *,
     less_memory: bool,
@@ -145,7 +145,7 @@ def _absolute(place: str) -> str:
     return str(Path(place).absolute()) if Path(place).exists() else place
 
 
-class _Draw:
+class _Dispatcher:
     """The shards of a job on their way from the engines to the disk."""
 
     def __init__(self, shards: Shards, origins: Origins, progress: Progress) -> None:
@@ -158,7 +158,7 @@ class _Draw:
         """The responses of unfinished shards; they stay when an engine dies."""
         self.living: set[Engine] = set()
 
-    def play(self, engines: list[Engine], inbox: Inbox) -> Engine | None:
+    def run(self, engines: list[Engine], inbox: Inbox) -> Engine | None:
         """Go on until every shard is written (None) or no engine is left (the one that died last)."""
         self.living, self.waiting = set(engines), deque(sorted(self.sizes))
         looked, engine = time.monotonic(), None
@@ -166,33 +166,33 @@ class _Draw:
             if time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
                 looked = time.monotonic()
                 for living in self.living:
-                    living.end_if_it_hangs()
+                    living.kill_if_hung()
             try:
                 engine, answer = inbox.get(timeout=SECONDS_BETWEEN_LOOKS)
             except Empty:
                 continue
             if answer is not None:
-                self._take(engine, answer)
-            elif self._bury(engine):
+                self._receive(engine, answer)
+            elif self._on_exit(engine):
                 return engine
         return None
 
-    def _take(self, engine: Engine, answer: dict[str, Any]) -> None:
+    def _receive(self, engine: Engine, answer: dict[str, Any]) -> None:
         """One line of an engine."""
-        engine.lives()
+        engine.heartbeat()
         if "number" in answer:
             self._store(engine, answer)
         elif "ready" in answer:
-            engine.is_ready(answer["seats"])
+            engine.set_ready(answer["slots"])
             self.progress.start()
         elif "vllm" in answer:
             self.shards.note(vllm=answer["vllm"])
-        self._feed(engine)
+        self._submit(engine)
 
     def _store(self, engine: Engine, answer: dict[str, Any]) -> None:
         """One response; writes its shard when that is complete."""
         number, shard = answer["number"], answer["number"] // SHARD
-        engine.unanswered -= 1
+        engine.in_flight -= 1
         self.progress.start()  # Ray says nothing before
         drawn = self.answers[shard]
         if shard not in self.sizes or number in drawn:  # it was answered before another engine died
@@ -211,23 +211,23 @@ class _Draw:
             for each in self.living:
                 each.shards.discard(shard)
 
-    def _feed(self, engine: Engine) -> None:
+    def _submit(self, engine: Engine) -> None:
         """Hand an engine shards: a full batch and one more shard, so that it never runs dry, but not more than its
         share of what is left, so that the others have work to the end."""
         share = -(-len(self.sizes) // len(self.living))
-        while self.waiting and engine.unanswered < engine.seats + SHARD and len(engine.shards) < share:
+        while self.waiting and engine.in_flight < engine.slots + SHARD and len(engine.shards) < share:
             if not engine.ready:
                 return
             shard = self.waiting.popleft()
-            engine.give(shard, self.shards.request_file(shard), self.sizes[shard])
+            engine.submit(shard, self.shards.request_file(shard), self.sizes[shard])
 
-    def _bury(self, engine: Engine) -> bool:
+    def _on_exit(self, engine: Engine) -> bool:
         """An engine is dead: hand its shards to the others. Whether no engine is left."""
         self.living.remove(engine)
         self.waiting.extendleft(sorted(engine.shards & self.sizes.keys(), reverse=True))
         at_work = [living for living in self.living if living.ready]
         if self.living and (at_work or engine.ready):  # else what keeps one from starting will keep them all
-            warn(f"an engine stopped, {len(self.living)} go on with its responses: {engine.cause()}")
+            warn(f"an engine stopped, {len(self.living)} go on with its responses: {engine.diagnosis()}")
         for living in at_work:
-            self._feed(living)
+            self._submit(living)
         return not self.living

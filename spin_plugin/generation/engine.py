@@ -17,7 +17,7 @@ import psutil
 
 from spin_plugin.config.plain import SECRET_PARTS
 from spin_plugin.console import warn
-from spin_plugin.generation.diagnosis import cause_of_death, is_about_the_adapter, is_short_of_memory
+from spin_plugin.generation.diagnosis import diagnose_exit, is_about_the_adapter, is_short_of_memory
 
 # Set by torchrun, accelerate and Axolotl for training; vLLM would take them for its own. Axolotl's choice of an
 # allocator (expandable segments) breaks vLLM's tensor parallelism.
@@ -54,11 +54,11 @@ class Engine:
         self.log = log
         self.shards: set[int] = set()
         """Handed out and not complete."""
-        self.unanswered = 0
+        self.in_flight = 0
         """Requests handed out and not answered."""
-        self.seats = 0
+        self.slots = 0
         """How many requests it answers at a time; 0 until it is ready."""
-        self.hangs = False
+        self.hung = False
         self._reaping, self._gone = threading.Lock(), threading.Event()
         self._heard = time.monotonic()
         self._log_size = 0
@@ -82,36 +82,36 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        return self.seats > 0
+        return self.slots > 0
 
-    def is_ready(self, seats: int) -> None:
+    def set_ready(self, slots: int) -> None:
         """It has loaded the model."""
-        self.seats = seats
-        self.lives()
+        self.slots = slots
+        self.heartbeat()
 
-    def give(self, shard: int, requests: Path, count: int) -> None:
+    def submit(self, shard: int, requests: Path, count: int) -> None:
         """Have it answer a shard, too."""
         assert self.process.stdin is not None
-        if not self.unanswered:
-            self.lives()  # it had nothing to answer
+        if not self.in_flight:
+            self.heartbeat()  # it had nothing to answer
         self.shards.add(shard)
-        self.unanswered += count
+        self.in_flight += count
         with suppress(BrokenPipeError):  # it has just died; its shards are handed on when its answers end
             self.process.stdin.write(f"{requests}\n".encode())
 
-    def lives(self) -> None:
+    def heartbeat(self) -> None:
         """A sign of life came."""
         self._heard = time.monotonic()
 
-    def end_if_it_hangs(self) -> None:
+    def kill_if_hung(self) -> None:
         """End it where no sign of life has come for too long; its answers then end by themselves."""
-        if self.ready and not self.unanswered:
+        if self.ready and not self.in_flight:
             return
         if not self.ready and (size := self.log.stat().st_size) != self._log_size:
             self._log_size = size
-            self.lives()
+            self.heartbeat()
         if time.monotonic() - self._heard > (PATIENCE if self.ready else LOADING_PATIENCE):
-            self.hangs = True
+            self.hung = True
             self.kill()
 
     def kill(self) -> None:
@@ -131,22 +131,22 @@ class Engine:
                 "memory that they hold will be missing; look what keeps them (nvidia-smi, ps)"
             )
 
-    def cause(self) -> str:
+    def diagnosis(self) -> str:
         """Why it died."""
-        if not self.hangs:
-            return cause_of_death(self.log, self.process.returncode)
+        if not self.hung:
+            return diagnose_exit(self.log, self.process.returncode)
         doing, patience = ("answer", PATIENCE) if self.ready else ("sign of life while loading", LOADING_PATIENCE)
         return f"it gave no {doing} for {patience:,.0f} s and was ended; its log is {self.log}"
 
     @property
-    def might_work_with_less_memory(self) -> bool:
+    def may_fit_with_less_memory(self) -> bool:
         """Whether another attempt can help: not where vLLM refused to start."""
-        return self.ready or self.hangs or (self.process.returncode or 0) < 0 or is_short_of_memory(self.cause())
+        return self.ready or self.hung or (self.process.returncode or 0) < 0 or is_short_of_memory(self.diagnosis())
 
     @property
-    def cannot_serve_the_adapter(self) -> bool:
+    def adapter_not_served(self) -> bool:
         """Whether it died of the adapter: then it can draw from the merged model."""
-        return not self.hangs and is_about_the_adapter(self.cause())
+        return not self.hung and is_about_the_adapter(self.diagnosis())
 
     def _listen(self, receiving: int, inbox: "Inbox") -> None:
         with open(receiving, encoding="utf-8") as answers:

@@ -29,8 +29,8 @@ def vllm_python(configured: str | None) -> Path:
             return _checked(name, Path(path).expanduser())
     if find_spec("vllm"):
         return Path(sys.executable)
-    for folder in (Path.cwd(), CHECKOUT):
-        candidate = folder / ".venv-vllm" / "bin" / "python"
+    for directory in (Path.cwd(), CHECKOUT):
+        candidate = directory / ".venv-vllm" / "bin" / "python"
         if candidate.exists():
             return _checked(str(candidate), candidate)
     raise SpinError(

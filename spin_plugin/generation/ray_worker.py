@@ -3,7 +3,7 @@
     PYTHON ray_worker.py JOB_FILE ANSWERS_FD
 
 It answers as vllm_worker.py does, but never says that it is ready for more: Ray wants to know everything beforehand.
-JOB_FILE therefore holds `requests`, the folder with the files that are asked for, and besides `ray_address` (null: a
+JOB_FILE therefore holds `requests`, the directory with the files that are asked for, and besides `ray_address` (null: a
 Ray of its own on this machine) and `actors` (null: one for each group of GPUs). Every actor of `map_batches` holds an
 engine and answers several files at once, so that the engine never runs dry. An answer leaves the actor when its file is
 complete, and Ray hands the files of a dead actor to another: each request is answered once.
@@ -21,9 +21,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import vllm_worker  # from the folder of this file
+import vllm_worker  # from the directory of this file
 
-SECONDS_BETWEEN_SIGNS = 5.0
+SECONDS_BETWEEN_HEARTBEATS = 5.0
 PATIENCE = 600.0
 RESTARTS = 2
 # Of 256 requests: as many as vLLM answers at a time on the largest GPUs, and one more.
@@ -41,7 +41,7 @@ class Opponent:
         self.asked: dict[int, Future[dict[str, Any]]] = {}
         self.alive = time.monotonic()
         threading.Thread(target=self._answer, daemon=True).start()
-        threading.Thread(target=self._end_if_it_hangs, daemon=True).start()
+        threading.Thread(target=self._exit_if_hung, daemon=True).start()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The answers to the one file that `batch` names, a line each."""
@@ -64,9 +64,9 @@ class Opponent:
             sys.stderr.flush()
             os._exit(1)  # Ray starts another
 
-    def _end_if_it_hangs(self) -> None:
+    def _exit_if_hung(self) -> None:
         while not self.asked or time.monotonic() - self.alive < PATIENCE:
-            time.sleep(SECONDS_BETWEEN_SIGNS)
+            time.sleep(SECONDS_BETWEEN_HEARTBEATS)
         os._exit(1)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from spin_plugin.console import SpinError, warn
 from spin_plugin.generation.job import Job, shards_of
-from spin_plugin.run.atomic import remove_whole, set_aside, write_whole
+from spin_plugin.run.atomic import remove_atomically, set_aside, write_atomically
 
 # The iteration that is being played draws a damaged shard anew by itself; this is about an earlier one's.
 WAY_OUT = "restore it from a backup or set spin.history_iterations to 0"
@@ -24,30 +24,30 @@ WAY_OUT = "restore it from a backup or set spin.history_iterations to 0"
 
 @dataclass(frozen=True)
 class Shards:
-    """The `synthetic/` folder of one iteration."""
+    """The `synthetic/` directory of one iteration."""
 
-    folder: Path
+    directory: Path
 
     @property
     def manifest_file(self) -> Path:
-        return self.folder / "job.json"
+        return self.directory / "job.json"
 
     @property
     def requests(self) -> Path:
-        return self.folder / "requests"
+        return self.directory / "requests"
 
     def request_file(self, number: int) -> Path:
         return self.requests / f"{number:05d}.jsonl"
 
     def log_of(self, engine: int, *, again: bool = False) -> Path:
         """What an engine printed, in the second attempt where `again`."""
-        return self.folder / f"{'again' if again else 'vllm'}{f'-{engine}' if engine else ''}.log"
+        return self.directory / f"{'again' if again else 'vllm'}{f'-{engine}' if engine else ''}.log"
 
     def logs(self) -> list[Path]:
-        return sorted(self.folder.glob("*.log"))
+        return sorted(self.directory.glob("*.log"))
 
     def shard(self, number: int) -> Path:
-        return self.folder / f"shard-{number:05d}.jsonl"
+        return self.directory / f"shard-{number:05d}.jsonl"
 
     def manifest(self) -> dict[str, Any] | None:
         """The stored manifest; None where it is absent or unreadable."""
@@ -62,27 +62,27 @@ class Shards:
         manifest = self.manifest()
         if manifest is not None and not (differing := job.differs_from(manifest)):
             return
-        if count := len(list(self.folder.glob("shard-*"))):
+        if count := len(list(self.directory.glob("shard-*"))):
             reason = "nobody knows what they were drawn for: job.json is missing or damaged"
             if manifest is not None:
                 reason = f"they were drawn before this changed: {', '.join(differing)}{_moved(manifest, job)}"
-            aside = set_aside(self.folder)
+            aside = set_aside(self.directory)
             warn(
                 f"iteration {job.iteration}: the responses of {count} shards are drawn anew, as {reason}; the old ones "
                 f"are kept in {aside}: remove it if you do not need it"
             )
-        remove_whole(self.folder)
-        self.folder.mkdir(parents=True)
-        write_whole(self.manifest_file, json.dumps(job.manifest(), indent=2) + "\n")
+        remove_atomically(self.directory)
+        self.directory.mkdir(parents=True)
+        write_atomically(self.manifest_file, json.dumps(job.manifest(), indent=2) + "\n")
 
     def note(self, **facts: Any) -> None:
         """Add facts to the manifest, such as vLLM's version."""
-        write_whole(self.manifest_file, json.dumps((self.manifest() or {}) | facts, indent=2) + "\n")
+        write_atomically(self.manifest_file, json.dumps((self.manifest() or {}) | facts, indent=2) + "\n")
 
     def write(self, number: int, responses: Iterable[dict[str, Any]]) -> None:
         """Write one shard in one step."""
         lines = [json.dumps(response) for response in responses]
-        write_whole(self.shard(number), "\n".join([*lines, _seal(lines)]) + "\n")
+        write_atomically(self.shard(number), "\n".join([*lines, _seal(lines)]) + "\n")
 
     def read(self, number: int) -> list[dict[str, Any]]:
         """The responses of one shard.
@@ -118,12 +118,12 @@ class Shards:
         """All responses in the order of the requests.
 
         Raises:
-            SpinError: the folder, or one of its shards, is missing or damaged.
+            SpinError: the directory, or one of its shards, is missing or damaged.
         """
         manifest = self.manifest()
         if manifest is None:
             raise SpinError(
-                f"{self.folder} is missing though its responses are mixed in; restore it or set "
+                f"{self.directory} is missing though its responses are mixed in; restore it or set "
                 "spin.history_iterations to 0"
             )
         for number in range(shards_of(manifest["requests"])):

@@ -8,7 +8,7 @@ JOB_FILE is a JSON object: `engine` (arguments of `vllm.LLM`), `sampling` (argum
 `{"number", "prompt", "max_tokens", "seed", "score"}` a line; they may come while others are being answered.
 
 Answers go to the file descriptor ANSWERS_FD, one JSON object a line: first `{"vllm": version}`, then
-`{"ready": true, "seats": requests answered at a time}`, then for each request `{"number", "tokens", "finish", "stop",
+`{"ready": true, "slots": requests answered at a time}`, then for each request `{"number", "tokens", "finish", "stop",
 "logps"}` as soon as it is finished, and `{"alive": true}` now and then in between. `logps` are the log-probabilities of
 the tokens, null where no `score` was asked for. Everything vLLM prints goes to stdout and stderr, which the launcher
 sends to a log file.
@@ -29,7 +29,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-SECONDS_BETWEEN_SIGNS = 5.0
+SECONDS_BETWEEN_HEARTBEATS = 5.0
 # Of a GPU's memory. vLLM's own 0.92 leaves too little beside what the processes that train hold on the same GPU.
 GPU_SHARE = 0.85
 # On a CPU vLLM takes 92% of the machine's memory by default and does not start where that is not free.
@@ -164,9 +164,9 @@ def answers(job: dict[str, Any], orders: "SimpleQueue[str]") -> Iterator[dict[st
     yield {"vllm": vllm.__version__}
     engine = vllm.LLM(**engine_arguments(job)).llm_engine
     threading.Thread(target=end_with_engine, args=(engine,), daemon=True).start()
-    yield {"ready": True, "seats": engine.vllm_config.scheduler_config.max_num_seqs}
+    yield {"ready": True, "slots": engine.vllm_config.scheduler_config.max_num_seqs}
     lora = LoRARequest("opponent", 1, job["adapter"]) if job["adapter"] else None
-    signed = time.monotonic()
+    last_beat = time.monotonic()
     while True:
         while not orders.empty() or not engine.has_unfinished_requests():
             for name, prompt, parameters in read_requests(orders.get(), job):
@@ -181,8 +181,8 @@ def answers(job: dict[str, Any], orders: "SimpleQueue[str]") -> Iterator[dict[st
                     "stop": completion.stop_reason,
                     "logps": chosen_logps(completion),
                 }
-        if time.monotonic() - signed > SECONDS_BETWEEN_SIGNS:
-            signed = time.monotonic()
+        if time.monotonic() - last_beat > SECONDS_BETWEEN_HEARTBEATS:
+            last_beat = time.monotonic()
             yield {"alive": True}
 
 

@@ -1,7 +1,7 @@
 """Attention of a flat row: both responses of a pair see its prompt and themselves, nothing else.
 
 Importing the module registers the function with transformers' AttentionInterface under `NAME`; `enable`
-makes a model use it. A forward is flat when it is given `spans` (see `spin_plugin.model.layout.flat_batch`) as
+makes a model use it. A forward is flat when it is given `spans` (see `spin_plugin.model.layout.shared_prefix_batch`) as
 a keyword, which transformers hands down to every attention layer; without it the function is plain SDPA,
 so that the same model also takes padded batches.
 
@@ -193,11 +193,11 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, shared: SharedPrefix, 
 
 
 AttentionInterface.register(NAME, attend)
-# For padded batches. For flat ones `flat_inputs` says "here is your mask", and none is built.
+# For padded batches. For flat ones `shared_prefix_inputs` says "here is your mask", and none is built.
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def flat_inputs(spans: Tensor, tokens: int) -> dict[str, Any]:
+def shared_prefix_inputs(spans: Tensor, tokens: int) -> dict[str, Any]:
     """The keywords that make a forward flat: the spans for all layers, and a stand-in for a mask.
 
     transformers takes a mask of four dimensions as it is; without, it would see positions start anew and

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spin_plugin.model.attention import flat_inputs
+from spin_plugin.model.attention import shared_prefix_inputs
 from spin_plugin.model.head import LogitMap, head_logps, linear_forward
 from spin_plugin.model.logprobs import response_logps
 from spin_plugin.model.support import causal_lm
@@ -45,7 +45,7 @@ def _forward(
         return original(*args, **kwargs)
     kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes many as None
     if isinstance(kwargs.get("spans"), Tensor):
-        kwargs |= flat_inputs(kwargs["spans"], kwargs["input_ids"].shape[1])
+        kwargs |= shared_prefix_inputs(kwargs["spans"], kwargs["input_ids"].shape[1])
     if self.spin_own_logits if own_logits is None else own_logits:
         return _own_logps(original, batch, kwargs)
     hidden = self.get_decoder()(**kwargs)[0].flatten(0, 1)[batch["keep"]]
@@ -70,9 +70,9 @@ def logps(model: nn.Module, batch: dict[str, Tensor], *, own_logits: bool | None
 
     Args:
         model: as it is trained, wrapped by whatever; `install` has been called.
-        batch: of `layout.padded_batch`, `layout.flat_batch` or `layout.single_batch`.
+        batch: of `layout.padded_batch`, `layout.shared_prefix_batch` or `layout.single_batch`.
         own_logits: whether to use the model's own logits instead of the chunked head; None is what was
-            found out by `select.choose_forms`.
+            found out by `select.choose_layout`.
     """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "spans") if name in batch}
     named = {name: batch[name] for name in ("keep", "targets", "segments", "lengths")}

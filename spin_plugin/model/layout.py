@@ -71,7 +71,7 @@ def _sequences(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], pad_tok
     }
 
 
-def flat_batch(pairs: Sequence[Pair]) -> dict[str, Tensor]:
+def shared_prefix_batch(pairs: Sequence[Pair]) -> dict[str, Tensor]:
     """The flat form of B pairs with T tokens in all.
 
     Returns:
@@ -129,6 +129,6 @@ class PairCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         pairs = [Pair(row["prompt"], row["real"], row["synthetic"]) for row in rows]
-        batch = flat_batch(pairs) if self.shared_prefix else padded_batch(pairs, self.pad_token_id)
+        batch = shared_prefix_batch(pairs) if self.shared_prefix else padded_batch(pairs, self.pad_token_id)
         batch["index"] = torch.tensor([row["index"] for row in rows])
         return batch

@@ -1,7 +1,7 @@
 """Which form a model's pairs take: flat rows that share their prompts, padded sequences, or none.
 
 A response's log-probability is by definition what the model's own forward says of `prompt | response` alone,
-without padding. `choose_forms` holds both forms against that on a few whole pairs of the data, values and gradients,
+without padding. `choose_layout` holds both forms against that on a few whole pairs of the data, values and gradients,
 once, before anything is scored: the flat row is taken where it agrees, the padded form where that does, and a model
 that has neither is refused. What may fail on one rank alone, the compilation of an attention kernel, is tried outside
 of the model first, where no rank waits for another.
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from spin_plugin.console import SpinError
 from spin_plugin.model.attention import enable
 from spin_plugin.model.forward import logps
-from spin_plugin.model.layout import Pair, flat_batch, padded_batch, single_batch
+from spin_plugin.model.layout import Pair, padded_batch, shared_prefix_batch, single_batch
 from spin_plugin.model.probe import EXACT, ROUGH, Apart, Tolerance
 from spin_plugin.model.support import causal_lm, family, unsupported_reason
 from spin_plugin.model.tracing import attention_calls, linear_dtypes
@@ -39,8 +39,8 @@ WEIGHTS = (2.0, -1.0)
 # --- what is decided -----------------------------------------------------------------------------
 
 
-class Forms(NamedTuple):
-    """What `choose_forms` found."""
+class Layout(NamedTuple):
+    """What `choose_layout` found."""
 
     shared_prefix: bool
     no_shared_prefix_because: str | None
@@ -49,7 +49,7 @@ class Forms(NamedTuple):
     """The chunked head disagrees with the model's own logits, which are used instead."""
 
 
-def choose_forms(
+def choose_layout(
     model: nn.Module,
     rows: Sequence[Sequence[Pair]],
     *,
@@ -57,7 +57,7 @@ def choose_forms(
     pad_token_id: int,
     device: torch.device | None = None,
     everyone: Callable[[Any], list[Any]] = lambda found: [found],
-) -> Forms:
+) -> Layout:
     """Decide how a model is run, by what is known of it and by a comparison with one sequence at a time.
 
     Every rank must call it, with the same rows. Turns the flat row's attention on where it is chosen. The model, its
@@ -101,7 +101,7 @@ class _Choice:
         self.model, self.inner, self.device, self.everyone = model, causal_lm(model), device, everyone
         self.name = family(self.inner).__name__
         self.padded = [self._on_device(padded_batch(row, pad_token_id)) for row in rows]
-        self.flat = [self._on_device(flat_batch(row)) for row in rows]
+        self.flat = [self._on_device(shared_prefix_batch(row)) for row in rows]
         self.alone = [[self._alone(row, "real"), self._alone(row, "synthetic")] for row in rows]
         self.tolerance = self._settle_head(rows[0][0])
         self.expected = [self._one_at_a_time(sides) for sides in self.alone]
@@ -142,14 +142,14 @@ class _Choice:
 
     # --- forms -------------------------------------------------------------------------------
 
-    def forms(self, *, wanted: bool) -> Forms:
+    def forms(self, *, wanted: bool) -> Layout:
         padded = self._apart(self.padded)
         reason = unsupported_reason(self.model) if wanted else None
         if wanted and reason is None:
-            reason = self._flat_fault(padded)
+            reason = self._shared_prefix_fault(padded)
         if not wanted or reason is not None:
             self._require_padded(padded)
-        return Forms(wanted and reason is None, reason, self.inner.spin_own_logits)
+        return Layout(wanted and reason is None, reason, self.inner.spin_own_logits)
 
     def _require_padded(self, apart: Apart) -> None:
         if apart.rounding > self.tolerance.most:
@@ -158,7 +158,7 @@ class _Choice:
                 "a token), so it cannot be trained on pairs; use another base_model"
             )
 
-    def _flat_fault(self, padded: Apart) -> str | None:
+    def _shared_prefix_fault(self, padded: Apart) -> str | None:
         """Why the flat row is not taken, or None: then its attention stays on."""
         before = self.inner.config._attn_implementation
         expected = self._gradients(self.alone[0], self.expected[0])

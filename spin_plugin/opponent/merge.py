@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_plugin.console import SpinError, say
-from spin_plugin.run.atomic import make_folder_whole
+from spin_plugin.run.atomic import write_dir_atomically
 from spin_plugin.run.checkpoint import check_safetensors, check_weights
 
 # Of peft's adapter_config.json: what vLLM's LoRA knows nothing of. Versions before 0.32 would pass over a rank or an
@@ -42,19 +42,19 @@ def merge(cfg: Any, adapter: Path, target: Path, *, tokenizer: Path | None = Non
     _require_mergeable(cfg, adapter)
     say(f"merging {adapter} into its base model")
 
-    def fill(folder: Path) -> None:
+    def fill(directory: Path) -> None:
         merge_lora_sharded_efficient(
             base_model_path=cfg.base_model,
             lora_adapter_path=adapter,
-            output_path=folder,
+            output_path=directory,
             device="cuda" if torch.cuda.is_available() else "cpu",
             trust_remote_code=bool(cfg.trust_remote_code),
             revision=cfg.revision_of_model,
         )
         for file in (file for pattern in TOKENIZER if tokenizer for file in tokenizer.glob(pattern)):
-            shutil.copy(file, folder)
+            shutil.copy(file, directory)
 
-    make_folder_whole(target, fill)
+    write_dir_atomically(target, fill)
 
 
 def _require_mergeable(cfg: Any, adapter: Path) -> None:

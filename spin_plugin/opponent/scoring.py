@@ -20,7 +20,7 @@ def scoring_tokens(lengths: Tensor, *, micro_batch: int) -> int:
     return SCORING_FACTOR * largest
 
 
-def shares(lengths: Tensor, *, tokens: int, world: int) -> list[Tensor]:
+def scoring_batches(lengths: Tensor, *, tokens: int, world: int) -> list[Tensor]:
     """Rounds of [world, n] pair indices: what each rank scores in each round, equally many pairs for all.
 
     The longest pairs go first and pairs of like length together, so that little of a batch is padding. A last round
@@ -45,7 +45,7 @@ Score = Callable[[Tensor], tuple[Tensor, Tensor]]
 """One round's [world, batch] pair indices to n indices and their [2, n] log-probabilities, those of all ranks."""
 
 
-def missing(rounds: list[Tensor], values: Tensor) -> list[Tensor]:
+def unscored(rounds: list[Tensor], values: Tensor) -> list[Tensor]:
     """The rounds in which a value is still NaN, whole: a pair's value depends a little on the batch it is in."""
     absent = values.isnan().any(0).cpu()
     return [indices for indices in rounds if absent[indices].any()]

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from spin_plugin.run.atomic import write_whole
+from spin_plugin.run.atomic import write_atomically
 
 PARTS = 64  # the file is written so often while the values are computed
 FEW = 512  # pairs that are not worth a write of their own
@@ -47,4 +47,4 @@ class OpponentStore:
     def save(self, values: Tensor) -> None:
         """Replace the stored values, of shape [2, N], in one step."""
         assert values.shape == (2, self.pairs)
-        write_whole(self.file, save({"logps": values.cpu().contiguous()}, metadata={"key": self.key}))
+        write_atomically(self.file, save({"logps": values.cpu().contiguous()}, metadata={"key": self.key}))

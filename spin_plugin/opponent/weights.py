@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from spin_plugin.console import SpinError, say
-from spin_plugin.run.atomic import write_whole
+from spin_plugin.run.atomic import write_atomically
 from spin_plugin.run.checkpoint import check_safetensors, check_weights
 
 # A number is NaN or infinite where all these bits are set: those of the exponent, and for F8_E4M3, which has no
@@ -62,7 +62,7 @@ def facts_of(files: Iterable[Path], memory: Path | None = None) -> list[Facts]:
         known |= {str(file): facts for file, facts in zip(stale, pool.map(_read, stale), strict=True)}
     if memory and stale:
         content = json.dumps({path: facts._asdict() for path, facts in known.items()})
-        write_whole(memory, f"{content}\n{hashlib.sha256(content.encode()).hexdigest()}\n")
+        write_atomically(memory, f"{content}\n{hashlib.sha256(content.encode()).hexdigest()}\n")
     return [known[str(file)] for file in files]
 
 
@@ -206,9 +206,9 @@ def require_complete_adapter(adapter: Path, base_model: str, **hub: Any) -> None
     _refuse_missing(adapter, sorted(wanted - held))
 
 
-def _refuse_missing(folder: Path, names: list[str]) -> None:
+def _refuse_missing(directory: Path, names: list[str]) -> None:
     if names:
         raise SpinError(
-            f"{folder}: {len(names)} tensors of the architecture are missing or of another shape, {names[0]} first; "
+            f"{directory}: {len(names)} tensors of the architecture are missing or of another shape, {names[0]} first; "
             "restore it from a backup"
         )

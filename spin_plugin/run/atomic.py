@@ -10,7 +10,7 @@ TRASH = ".removed-"
 REPLACED = ".replaced-"
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that it is either absent (or as it was) or complete, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _naming(path, temporary):
@@ -21,8 +21,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
 
 
-def make_folder_whole(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a folder's files under another name; the folder appears when they are complete."""
+def write_dir_atomically(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write a directory's files under another name; the directory appears when they are complete."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with _naming(path, temporary):
@@ -45,8 +45,8 @@ def flush(files: Iterable[Path]) -> None:
                 os.fsync(written.fileno())
 
 
-def remove_whole(path: Path) -> None:
-    """Remove a folder in one step: what a kill in the middle leaves has a name that nobody reads."""
+def remove_atomically(path: Path) -> None:
+    """Remove a directory in one step: what a kill in the middle leaves has a name that nobody reads."""
     trash = path.with_name(f"{TRASH}{path.name}")
     shutil.rmtree(trash, ignore_errors=True)
     with suppress(FileNotFoundError):
@@ -55,7 +55,7 @@ def remove_whole(path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Give a folder that cost GPU time another name, which nobody reads; only the newest one of a name is kept.
+    """Give a directory that cost GPU time another name, which nobody reads; only the newest one of a name is kept.
 
     Killed in the middle it is either still in its place or set aside; a full disk is no hindrance.
 
@@ -63,7 +63,7 @@ def set_aside(path: Path) -> Path:
         where it lies now.
     """
     aside = path.with_name(f"{REPLACED}{path.name}")
-    remove_whole(aside)
+    remove_atomically(aside)
     os.rename(path, aside)
     return aside
 

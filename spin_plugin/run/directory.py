@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spin_plugin.console import SpinError
-from spin_plugin.run.atomic import REPLACED, TRASH, remove_whole, set_aside
+from spin_plugin.run.atomic import REPLACED, TRASH, remove_atomically, set_aside
 from spin_plugin.run.lock import locked
 from spin_plugin.run.state import RunState, read_state, write_state
 
@@ -81,7 +81,7 @@ class IterationDir:
         if not checkpoints:
             return None
         for replaced in (*checkpoints[:-1], *self.path.glob(f"{REPLACED}checkpoint-*")):
-            remove_whole(replaced)
+            remove_atomically(replaced)
         return set_aside(checkpoints[-1])
 
     def last_metrics(self) -> dict[str, float]:
@@ -173,7 +173,7 @@ class RunDir:
             yield
 
     def started(self) -> list[int]:
-        """Numbers of the iterations that have a folder, ascending."""
+        """Numbers of the iterations that have a directory, ascending."""
         names = (path.name.partition("-")[2] for path in self.root.glob("iteration-*") if path.is_dir())
         return sorted(int(name) for name in names if name.isdigit())
 
@@ -188,7 +188,7 @@ class RunDir:
             self.write_state(state)
         for started in reversed(self.started()):
             if started >= number:
-                remove_whole(self.iteration(started).path)
+                remove_atomically(self.iteration(started).path)
         self._unlink_newest()
         if number:
             self.link_newest(number - 1)

@@ -12,18 +12,18 @@ import time
 from contextlib import suppress
 
 SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_BETWEEN_SIGNS = 5.0
+SECONDS_BETWEEN_HEARTBEATS = 5.0
 
 
 def main(alive: str, gone: str, pid: int) -> None:
-    signed = time.monotonic()
+    last_beat = time.monotonic()
     while os.getppid() == pid:
         time.sleep(SECONDS_BETWEEN_LOOKS)
-        if time.monotonic() - signed > SECONDS_BETWEEN_SIGNS:
-            signed = time.monotonic()
+        if time.monotonic() - last_beat > SECONDS_BETWEEN_HEARTBEATS:
+            last_beat = time.monotonic()
             with suppress(OSError):  # the file system may be away for a while
                 os.utime(alive)
-    with suppress(FileNotFoundError):  # another start has cleared the folder
+    with suppress(FileNotFoundError):  # another start has cleared the directory
         os.rename(alive, gone)
 
 

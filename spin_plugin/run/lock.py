@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from psutil import pid_exists
 
 from spin_plugin.console import SpinError
-from spin_plugin.run.atomic import write_whole
+from spin_plugin.run.atomic import write_atomically
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def locked(root: Path) -> Iterator[None]:
             f"the file system cannot know, delete {lock.lock_file})"
         ) from None
     try:
-        write_whole(owner, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        write_atomically(owner, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         yield
     finally:
         owner.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 They meet by files in the run directory and not in a collective, which would time out while vLLM draws for hours:
 
-    .waiting/START/         a folder for each start, so that nothing of an earlier one counts
+    .waiting/START/         a directory for each start, so that nothing of an earlier one counts
       0.alive, 1.alive …    touched by each process's witness as long as the process lives
       1.gone                what the witness makes of it when the process ends before it has left in peace
       prepared              the first process has prepared the iteration
@@ -38,12 +38,12 @@ from spin_plugin.run import heartbeat
 from spin_plugin.run.directory import RunDir
 
 LAUNCHERS = {"accelerate", "torchrun", "accelerate.commands.launch", "torch.distributed.run"}
-WITNESS = str(Path(heartbeat.__file__))
+HEARTBEAT = str(Path(heartbeat.__file__))
 SECONDS_BETWEEN_LOOKS = 0.5
-LOOKS_FOR_A_SIGN = 10  # whether the others still give signs of life is looked at every so many looks
+LOOKS_BETWEEN_HEARTBEATS = 10  # whether the others still give signs of life is looked at every so many looks
 # Counted in these and not in seconds: a machine that stood still must not take the others for dead.
 PATIENCE = 12  # a minute; it is a lost machine that falls silent, of a process that dies its witness tells at once
-PATIENCE_AT_FIRST = 60  # five minutes; all processes start together
+PATIENCE_AT_START = 60  # five minutes; all processes start together
 TIME_TO_MEET = timedelta(minutes=10)
 SECONDS_UNTIL_SAVED = 1800.0
 SECONDS_UNTIL_SEEN = 30.0  # an error that another process's end has caused is raised before that end is seen
@@ -94,12 +94,12 @@ class Ranks:
     """The processes of one start, and this one's place among them."""
 
     def __init__(self, run: RunDir, start: str) -> None:
-        self.run, self.folder = run, run.waiting / start
+        self.run, self.directory = run, run.waiting / start
         self._pid = os.getpid()
         self.left = threading.Event()
         """This process needs the others no longer, and they do not need it."""
         self._told_to_end = False
-        self._signs: dict[int, int] = {}
+        self._beats: dict[int, int] = {}
         self._silent: Counter[int] = Counter()
         """Looks since each of the others' last sign of life."""
 
@@ -112,12 +112,12 @@ class Ranks:
         """Tell the others that this process lives, and end it in one line when one of them is gone."""
         if not others():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        alive, gone = self._alive(rank()), self.folder / f"{rank()}.gone"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        alive, gone = self._alive(rank()), self.directory / f"{rank()}.gone"
         alive.touch()
         # in a session of its own: it has to outlive the group of processes that a launcher ends
-        command = [sys.executable, "-I", "-S", WITNESS, str(alive), str(gone), str(os.getpid())]
-        self._witness = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        command = [sys.executable, "-I", "-S", HEARTBEAT, str(alive), str(gone), str(os.getpid())]
+        self._heartbeat = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         threading.Thread(target=self._watch, daemon=True).start()
         if threading.current_thread() is threading.main_thread():  # a worker of Ray trains in another one
             self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -125,45 +125,45 @@ class Ranks:
 
     def forget_earlier_starts(self) -> None:
         """Remove what they have left; the first process does this, once the run directory is its own."""
-        for folder in self.run.waiting.glob("*"):
-            if folder != self.folder:
-                shutil.rmtree(folder, ignore_errors=True)
+        for directory in self.run.waiting.glob("*"):
+            if directory != self.directory:
+                shutil.rmtree(directory, ignore_errors=True)
 
     def leave(self) -> None:
         """From now on this process may end, and the others may."""
         if not others():
             return
         self.left.set()
-        self._witness.kill()
-        self._witness.wait()
+        self._heartbeat.kill()
+        self._heartbeat.wait()
         self._alive(rank()).unlink(missing_ok=True)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._handler)
 
     # --- waiting for each other --------------------------------------------------------------
 
-    def tell_prepared(self) -> None:
+    def signal_prepared(self) -> None:
         """Let the other processes go on."""
         if others():
-            (self.folder / "prepared").touch()
+            (self.directory / "prepared").touch()
 
-    def wait_until_prepared(self) -> None:
+    def wait_for_prepared(self) -> None:
         """What every process but the first does while that one prepares the iteration."""
-        while not (self.folder / "prepared").exists():
+        while not (self.directory / "prepared").exists():
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
-    def tell_saved(self) -> None:
+    def signal_saved(self) -> None:
         """Another process has saved what it saves: Axolotl has each write the tokenizer, and does not wait."""
-        (self.folder / f"{rank()}.saved").touch()
+        (self.directory / f"{rank()}.saved").touch()
 
-    def wait_until_saved(self) -> None:
+    def wait_for_saved(self) -> None:
         """The first process looks at the model when nobody writes any more.
 
         Raises:
             SpinError: another process does not come to its end.
         """
         started = time.monotonic()
-        while (saved := len(list(self.folder.glob("*.saved")))) < others():
+        while (saved := len(list(self.directory.glob("*.saved")))) < others():
             if time.monotonic() - started > SECONDS_UNTIL_SAVED:
                 raise SpinError(
                     f"only {saved} of {others()} other processes have saved after {SECONDS_UNTIL_SAVED:.0f} s; {GO_ON}"
@@ -173,14 +173,14 @@ class Ranks:
     # --- watching each other -----------------------------------------------------------------
 
     def _alive(self, number: int) -> Path:
-        return self.folder / f"{number}.alive"
+        return self.directory / f"{number}.alive"
 
     def _watch(self) -> None:
         """End this process when it is told to, or when another one is gone."""
         for look in count():
             if self.left.wait(SECONDS_BETWEEN_LOOKS):
                 return
-            reason = self._who_is_gone() or (None if look % LOOKS_FOR_A_SIGN else self._who_is_silent())
+            reason = self._who_is_gone() or (None if look % LOOKS_BETWEEN_HEARTBEATS else self._who_is_silent())
             if self.left.is_set():  # while it looked
                 return
             if reason:
@@ -190,7 +190,7 @@ class Ranks:
 
     def _who_is_gone(self) -> str | None:
         try:
-            gone = [file for file in os.scandir(self.folder) if file.name.endswith(".gone")]
+            gone = [file for file in os.scandir(self.directory) if file.name.endswith(".gone")]
             # the others end because of the first one, and may have done so before this one has looked
             first = min(gone, key=lambda file: file.stat().st_ctime_ns, default=None)
         except FileNotFoundError:
@@ -205,17 +205,17 @@ class Ranks:
         """The first process looks at all others; they look at it alone, and hear from it of each other."""
         for number in [0] if rank() else range(1, others() + 1):
             sign = _time_of(self._alive(number))
-            if sign is None and number in self._signs:  # it has left, or the file system is away
+            if sign is None and number in self._beats:  # it has left, or the file system is away
                 continue
             self._silent[number] += 1
-            if sign is not None and sign != self._signs.get(number):
-                self._signs[number], self._silent[number] = sign, 0
-            if number not in self._signs and self._silent[number] > PATIENCE_AT_FIRST:
+            if sign is not None and sign != self._beats.get(number):
+                self._beats[number], self._silent[number] = sign, 0
+            if number not in self._beats and self._silent[number] > PATIENCE_AT_START:
                 return (
                     f"output_dir {self.run.root} on {socket.gethostname()} is not the one that process {number} works "
                     "in; it must lie on a file system that all nodes share"
                 )
-            if number in self._signs and self._silent[number] > PATIENCE:
+            if number in self._beats and self._silent[number] > PATIENCE:
                 return f"process {number} gives no sign of life any more (is its machine lost?); {GO_ON}"
         return None
 
@@ -288,5 +288,5 @@ def _end_children() -> None:
     """vLLM's worker, and what `datasets` has started; the witness has to tell the others, and ends by itself."""
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if WITNESS not in child.cmdline():
+            if HEARTBEAT not in child.cmdline():
                 child.kill()

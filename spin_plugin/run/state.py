@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_plugin.console import SpinError
-from spin_plugin.run.atomic import write_whole
+from spin_plugin.run.atomic import write_atomically
 
 FORMAT = 2
 
@@ -45,4 +45,4 @@ def read_state(file: Path) -> RunState | None:
 def write_state(file: Path, state: RunState) -> None:
     """Replace run.json in one step."""
     content = {"format": FORMAT, "version": state.version, "config": state.config, "finished": state.finished}
-    write_whole(file, json.dumps(content, indent=2, default=str) + "\n")
+    write_atomically(file, json.dumps(content, indent=2, default=str) + "\n")

@@ -20,7 +20,7 @@ from spin_plugin.generation.shards import Shards
 from spin_plugin.opponent.hub import bytes_of_weights, commit_of
 from spin_plugin.opponent.merge import merge, served_by_vllm
 from spin_plugin.opponent.weights import fingerprint, require_complete, require_complete_adapter, require_finite
-from spin_plugin.run.atomic import remove_whole
+from spin_plugin.run.atomic import remove_atomically
 from spin_plugin.run.checkpoint import check_weights
 from spin_plugin.run.directory import RunDir
 from spin_plugin.run.disk import Space, require_space
@@ -40,7 +40,7 @@ def base_revision(cfg: Any, run: RunDir, number: int) -> str | None:
 def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real, revision: str | None) -> Job:
     """Have vLLM draw this iteration's responses, from the merged model where it cannot serve the adapter."""
     options, vllm = spin.generation, vllm_args(cfg)
-    _warn_of_another_opponent(cfg, spin)
+    _warn_off_policy(cfg, spin)
     prompts = _prompts(cfg, spin, number, real)
     max_tokens = options.max_tokens or _longest_response(real.train, cfg.sequence_len)
     requests = _requests(cfg, spin, number, prompts, max_tokens)
@@ -88,11 +88,11 @@ def _draw(cfg: Any, run: RunDir, spin: SpinArgs, number: int, real: Real, revisi
         say(f"responses are drawn from the merged model, as vLLM cannot serve this adapter: {error}")
         draw(merged)
     for merged_opponent in run.iteration(number).path.glob("opponent*"):
-        remove_whole(merged_opponent)
+        remove_atomically(merged_opponent)
     return job
 
 
-def _warn_of_another_opponent(cfg: Any, spin: SpinArgs) -> None:
+def _warn_off_policy(cfg: Any, spin: SpinArgs) -> None:
     """Say where y' is not drawn from the opponent itself."""
     options = spin.generation
     if options.temperature != 1.0 or options.top_p != 1.0:

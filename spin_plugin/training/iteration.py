@@ -20,7 +20,7 @@ from spin_plugin.opponent.agreement import comparable, distance, require_agreeme
 from spin_plugin.opponent.hub import pin
 from spin_plugin.opponent.merge import merge
 from spin_plugin.opponent.weights import require_finite
-from spin_plugin.run.atomic import flush, remove_whole, write_whole
+from spin_plugin.run.atomic import flush, remove_atomically, write_atomically
 from spin_plugin.run.checkpoint import check_model_dir, why_incomplete
 from spin_plugin.run.directory import IterationDir
 from spin_plugin.run.processes import Ranks, end_with_launcher, name_of_start, rank
@@ -30,13 +30,13 @@ from spin_plugin.training.prepare import PairsOnDisk, open_pairs, prepare_iterat
 from spin_plugin.training.saving import store_in_16_bits
 
 
-class Game:
+class Iteration:
     """What the plugin's hooks share while one iteration is prepared, trained and finished."""
 
     def __init__(self, cfg: Any, lowered: Lowered) -> None:
         self.cfg, self.lowered, self.first = cfg, lowered, rank() == 0
         self.spin = lowered.spin.at(lowered.iteration)
-        self.folder: IterationDir = lowered.run.iteration(lowered.iteration)
+        self.directory: IterationDir = lowered.run.iteration(lowered.iteration)
         self.pairs: PairsOnDisk
         self.ranks: Ranks
         self.held = ExitStack()
@@ -63,12 +63,12 @@ class Game:
             self.pairs = prepare_iteration(self.cfg, run, self.spin, number)
             if for_training:
                 self._remove_incomplete_checkpoints()  # before the other processes look for one
-            self.ranks.tell_prepared()
+            self.ranks.signal_prepared()
         else:
-            self.ranks.wait_until_prepared()
-            self.pairs = open_pairs(self.folder)
+            self.ranks.wait_for_prepared()
+            self.pairs = open_pairs(self.directory)
             pin(self.cfg, self.pairs.revision)
-        self.cfg.output_dir = str(self.folder.path)
+        self.cfg.output_dir = str(self.directory.path)
         if self.pairs.eval is None:
             self.cfg.val_set_size, self.cfg.test_datasets = 0, None
         if for_training:
@@ -85,14 +85,14 @@ class Game:
                 raise SpinError(f"output_dir {run.root} holds a model that is not a SPIN run; use another output_dir")
             run.write_state(RunState(self.lowered.config, [], __version__))
             return
-        begun = len(state.finished) + self.folder.path.exists()
+        begun = len(state.finished) + self.directory.path.exists()
         keys = differing_keys(state.config, self.lowered.config, begun)
         if len(state.finished) != self.lowered.iteration:
             raise SpinError(
                 f"iteration {self.lowered.iteration} was finished by another process; run the same command again"
             )
         if not state.finished and not run.holds_responses():
-            remove_whole(run.real)  # nothing was drawn yet: configuration and data may change
+            remove_atomically(run.real)  # nothing was drawn yet: configuration and data may change
         elif keys:
             raise SpinError(
                 f"output_dir {run.root} belongs to a run with another configuration; these keys differ: "
@@ -103,22 +103,22 @@ class Game:
 
     def _remove_incomplete_checkpoints(self) -> None:
         """Leave nothing but places to go on from: what was cut off in the middle of its save is of no use."""
-        for checkpoint in self.folder.checkpoints():
+        for checkpoint in self.directory.checkpoints():
             if reason := why_incomplete(checkpoint):
                 warn(f"training cannot go on from {checkpoint.name}, which is removed: {reason}")
-                remove_whole(checkpoint)
+                remove_atomically(checkpoint)
 
     def _resume(self) -> None:
         """Go on from the last checkpoint; forget what was logged after it."""
-        checkpoint = next(reversed(self.folder.checkpoints()), None)
+        checkpoint = next(reversed(self.directory.checkpoints()), None)
         self.cfg.auto_resume_from_checkpoints = False
         self.cfg.resume_from_checkpoint = str(checkpoint) if checkpoint else None
         if not self.first:
             return
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
         # The summary at the end of training is written again.
-        kept = [entry for entry in self.folder.logged() if entry["step"] <= step and "train_runtime" not in entry]
-        write_whole(self.folder.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
+        kept = [entry for entry in self.directory.logged() if entry["step"] <= step and "train_runtime" not in entry]
+        write_atomically(self.directory.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
         if checkpoint:
             say(f"iteration {self.lowered.iteration}: resuming at step {step}")
 
@@ -136,12 +136,12 @@ class Game:
 
     # --- training ----------------------------------------------------------------------------
 
-    def look_at_formats(self, model: Any) -> None:
+    def note_formats(self, model: Any) -> None:
         """Note what has 32 bits although the model was loaded in 16, before Axolotl and the masters change that."""
         if self.cfg.torch_dtype in HALF and not self.cfg.deepspeed:
             self.kept = [name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32]
 
-    def equip(self, trainer: Any) -> None:
+    def configure(self, trainer: Any) -> None:
         """Hand the trainer its block and files."""
         from spin_plugin.training.precision import SameNoise
         from spin_plugin.training.saving import RoundAtTheEnd
@@ -151,8 +151,8 @@ class Game:
         trainer.spin = self.spin
         trainer.opponent_files = self.pairs.opponent_files
         trainer.opponent_key = self.pairs.opponent_key
-        trainer.judge_opponent = self._judge_opponent
-        trainer.metrics_file = self.folder.metrics
+        trainer.check_agreement = self._check_agreement
+        trainer.metrics_file = self.directory.metrics
         if self.cfg.torch_dtype == torch.bfloat16 and not self.cfg.adapter:
             trainer.add_callback(RoundAtTheEnd(self.kept))
         if is_lean(self.cfg):
@@ -160,12 +160,12 @@ class Game:
         if self.first:
             self._warn_of_warmup(trainer.args.get_warmup_steps(self.steps))
 
-    def _judge_opponent(self, policy: Callable[[list[dict[str, Any]]], list[Tensor]]) -> None:
+    def _check_agreement(self, policy: Callable[[list[dict[str, Any]]], list[Tensor]]) -> None:
         """Compare what the policy says of the tokens of some responses, before its first step, with what vLLM said.
 
         All processes call it, and `policy` in it for the same pairs.
         """
-        number, shards = self.lowered.iteration, Shards(self.folder.synthetic)
+        number, shards = self.lowered.iteration, Shards(self.directory.synthetic)
         pairs, drawn = comparable(shards.responses(), self.pairs.train, number)
         logps = policy(pairs)
         precision = {(shards.manifest() or {}).get("engine", {}).get("dtype"), str(self.cfg.torch_dtype)}
@@ -193,22 +193,22 @@ class Game:
         """Check what was saved, then mark the iteration as finished: the marker is written last."""
         run, number = self.lowered.run, self.lowered.iteration
         if not self.first:
-            self.ranks.tell_saved()
+            self.ranks.signal_saved()
             return self.ranks.leave()
-        self.ranks.wait_until_saved()
+        self.ranks.wait_for_saved()
         self.ranks.leave()
         self._require_no_watchdog()
-        files = check_model_dir(self.folder.path, adapter=bool(self.cfg.adapter))
+        files = check_model_dir(self.directory.path, adapter=bool(self.cfg.adapter))
         if self.cfg.torch_dtype in HALF and not self.cfg.adapter:
-            store_in_16_bits(self.folder.path, files, self.cfg.torch_dtype, self.kept)
+            store_in_16_bits(self.directory.path, files, self.cfg.torch_dtype, self.kept)
         require_finite(files, run.weights)
-        flush(self.folder.path.iterdir())
+        flush(self.directory.path.iterdir())
         if self.cfg.adapter and self.spin.adapter_chain == "merge":
-            merge(self.cfg, self.folder.path, self.folder.merged, tokenizer=self.folder.path)
+            merge(self.cfg, self.directory.path, self.directory.merged, tokenizer=self.directory.path)
         state = run.read_state()
         assert state is not None
         assert len(state.finished) == number
-        metrics = self.folder.last_metrics()
+        metrics = self.directory.last_metrics()
         stats = {split: value.as_dict() for split, value in self.pairs.stats.items() if value.responses}
         finished_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         state.finished.append({"iteration": number, "finished_at": finished_at, "pairs": stats, "metrics": metrics})
@@ -226,12 +226,12 @@ class Game:
             shown[-1] += f" of at most {1 - train.equal / train.pairs:.4f}, as equal responses cannot be told apart"
         say(
             f"iteration {number} finished, last epoch: {', '.join(shown)}; model in "
-            f"{self.folder.path}; {f'{left} to go: run the same command again' if left else 'that was the last one'}"
+            f"{self.directory.path}; {f'{left} to go: run the same command again' if left else 'that was the last one'}"
         )
 
     def _require_no_watchdog(self) -> None:
         """Axolotl's watchdog ends a training that diverges as if it had come to its end."""
-        step = max((entry["step"] for entry in self.folder.logged()), default=0)
+        step = max((entry["step"] for entry in self.directory.logged()), default=0)
         if self.cfg.loss_watchdog_threshold is not None and not self.cfg.early_stopping_patience and step < self.steps:
             raise SpinError(
                 f"loss_watchdog_threshold: training was ended at step {step} of {self.steps}; lower the learning_rate "

@@ -20,7 +20,7 @@ from spin_plugin.data.table import open_table
 from spin_plugin.generation.job import Job
 from spin_plugin.generation.shards import Shards
 from spin_plugin.opponent.hub import pin
-from spin_plugin.run.atomic import make_folder_whole, set_aside, write_whole
+from spin_plugin.run.atomic import set_aside, write_atomically, write_dir_atomically
 from spin_plugin.run.directory import IterationDir, RunDir
 from spin_plugin.training.generate import _draw, base_revision
 
@@ -59,20 +59,20 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
     Raises:
         SpinError: the data cannot be used, or vLLM is missing or died.
     """
-    folder = run.iteration(number)
-    folder.path.mkdir(parents=True, exist_ok=True)
+    directory = run.iteration(number)
+    directory.path.mkdir(parents=True, exist_ok=True)
     revision = base_revision(cfg, run, number)
     pin(cfg, revision)
     resolved = {key: value for key, value in without_secrets(cfg).items() if key != "spin_config"}
-    write_whole(folder.config, yaml.safe_dump(json.loads(json.dumps(resolved, default=str))))
+    write_atomically(directory.config, yaml.safe_dump(json.loads(json.dumps(resolved, default=str))))
     real = prepare_real(cfg, run, spin)
     job = _draw(cfg, run, spin, number, real, revision)
     sources = range(max(0, number - spin.history_iterations), number + 1)
     key = _pairs_key(run, sources, job, spin, cfg)
-    if reason := _why_anew(folder, key):
-        _set_training_aside(folder, number, reason)
-        make_folder_whole(folder.pairs, partial(_write_pairs, run, spin, cfg.sequence_len, real, sources, key))
-    found = open_pairs(folder)
+    if reason := _why_anew(directory, key):
+        _set_training_aside(directory, number, reason)
+        write_dir_atomically(directory.pairs, partial(_write_pairs, run, spin, cfg.sequence_len, real, sources, key))
+    found = open_pairs(directory)
     say(f"iteration {number}: {found.stats['train'].described()}")
     if not len(found.train):
         raise SpinError(
@@ -82,15 +82,15 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
     return found
 
 
-def open_pairs(folder: IterationDir) -> PairsOnDisk:
+def open_pairs(directory: IterationDir) -> PairsOnDisk:
     """The pairs of an iteration that was prepared."""
-    tables = {split: open_table(folder.pairs / f"{split}.arrow") for split in SPLITS}
-    manifest = Shards(folder.synthetic).manifest() or {}
+    tables = {split: open_table(directory.pairs / f"{split}.arrow") for split in SPLITS}
+    manifest = Shards(directory.synthetic).manifest() or {}
     return PairsOnDisk(
         train=tables["train"],
         eval=tables["eval"] if len(tables["eval"]) else None,
-        stats=read_stats(folder.pairs / "stats.json"),
-        opponent_files={split: folder.pairs / f"opponent-{split}.safetensors" for split in SPLITS},
+        stats=read_stats(directory.pairs / "stats.json"),
+        opponent_files={split: directory.pairs / f"opponent-{split}.safetensors" for split in SPLITS},
         weights=str(manifest.get("weights")),
         revision=manifest.get("revision"),
     )
@@ -110,10 +110,10 @@ def _pairs_key(run: RunDir, sources: range, job: Job, spin: SpinArgs, cfg: Any) 
     }
 
 
-def _why_anew(folder: IterationDir, key: dict[str, Any]) -> str | None:
+def _why_anew(directory: IterationDir, key: dict[str, Any]) -> str | None:
     """Why pairs have to be built; None where those on disk are the ones."""
     try:
-        stored = json.loads((folder.pairs / "key").read_text(encoding="utf-8"))
+        stored = json.loads((directory.pairs / "key").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         stored = None
     if not isinstance(stored, dict):
@@ -122,12 +122,12 @@ def _why_anew(folder: IterationDir, key: dict[str, Any]) -> str | None:
     return f"this changed: {', '.join(differing)}" if differing else None
 
 
-def _set_training_aside(folder: IterationDir, number: int, reason: str) -> None:
+def _set_training_aside(directory: IterationDir, number: int, reason: str) -> None:
     """What was computed from other pairs: the last checkpoint, and the opponent's log-probabilities."""
-    checkpoint = folder.set_checkpoints_aside()
-    if checkpoint is None and not any(folder.pairs.glob("opponent-*")):
+    checkpoint = directory.set_checkpoints_aside()
+    if checkpoint is None and not any(directory.pairs.glob("opponent-*")):
         return
-    kept = [checkpoint, set_aside(folder.pairs) if folder.pairs.is_dir() else None]
+    kept = [checkpoint, set_aside(directory.pairs) if directory.pairs.is_dir() else None]
     warn(
         f"iteration {number}: pairs are built and training begins anew, as {reason}; what there was is kept in "
         f"{' and '.join(str(path) for path in kept if path)}: remove it if you do not need it"
@@ -135,7 +135,7 @@ def _set_training_aside(folder: IterationDir, number: int, reason: str) -> None:
 
 
 def _write_pairs(
-    run: RunDir, spin: SpinArgs, sequence_len: int, real: Real, sources: range, key: dict[str, Any], folder: Path
+    run: RunDir, spin: SpinArgs, sequence_len: int, real: Real, sources: range, key: dict[str, Any], directory: Path
 ) -> None:
     """Join this iteration's responses, and those of earlier ones for training, with the real ones."""
     stats = {}
@@ -146,13 +146,13 @@ def _write_pairs(
         stats[split] = build_pairs(
             examples if examples is not None else real.train,
             _responses(run, iterations, split),
-            folder / f"{split}.arrow",
+            directory / f"{split}.arrow",
             end_tokens=real.stop_tokens,
             sequence_len=sequence_len,
             keep_equal=spin.equal_pairs == "keep",
         )
-    write_stats(folder / "stats.json", stats)
-    (folder / "key").write_text(json.dumps(key), encoding="utf-8")
+    write_stats(directory / "stats.json", stats)
+    (directory / "key").write_text(json.dumps(key), encoding="utf-8")
 
 
 def _responses(run: RunDir, iterations: list[int], split: str) -> Iterator[Synthetic]:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spin_plugin.console import SpinError
-from spin_plugin.run.atomic import write_whole
+from spin_plugin.run.atomic import write_atomically
 from spin_plugin.run.checkpoint import check_safetensors
 
 
@@ -34,17 +34,17 @@ def mend_times(checkpoints: list[Path]) -> None:
 
 
 @contextmanager
-def naming_the_disk(folder: str) -> Iterator[None]:
+def naming_the_disk(directory: str) -> Iterator[None]:
     """safetensors and torch report a full disk each in its own way; say it in ours."""
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
         if not re.search(r"os error \d|PytorchStreamWriter|inline_container", str(error)):
             raise
-        free = shutil.disk_usage(folder).free / 1e9
+        free = shutil.disk_usage(directory).free / 1e9
         raise SpinError(
-            f"{folder} could not be written ({free:.1f} GB are free): {str(error)[:200]}; make room, then run the same "
-            "command again: it goes on from the last complete checkpoint"
+            f"{directory} could not be written ({free:.1f} GB are free): {str(error)[:200]}; make room, then run the "
+            "same command again: it goes on from the last complete checkpoint"
         ) from None
 
 
@@ -134,11 +134,11 @@ def _generator(tensor: Tensor, seed: int) -> torch.Generator:
     return torch.Generator(tensor.device).manual_seed(seed)
 
 
-def store_in_16_bits(folder: Path, files: Iterable[Path], dtype: torch.dtype, kept: Iterable[str]) -> None:
+def store_in_16_bits(directory: Path, files: Iterable[Path], dtype: torch.dtype, kept: Iterable[str]) -> None:
     """Rewrite a model's safetensors, a file at a time and each in one step, with its 32-bit tensors in 16 bits.
 
     Args:
-        folder: the model's directory.
+        directory: the model's directory.
         files: its safetensors files.
         dtype: bfloat16, or float16.
         kept: names of tensors that the architecture wants in 32 bits.
@@ -159,13 +159,13 @@ def store_in_16_bits(folder: Path, files: Iterable[Path], dtype: torch.dtype, ke
         rounded = file.with_name(f".{file.name}.16")
         save_file(tensors, rounded, metadata)
         rounded.replace(file)
-    index = folder / "model.safetensors.index.json"
+    index = directory / "model.safetensors.index.json"
     if index.is_file():
         content = json.loads(index.read_text(encoding="utf-8"))
         headers = [check_safetensors(file).values() for file in files]
         ends = (entry["data_offsets"] for header in headers for entry in header)
         content.setdefault("metadata", {})["total_size"] = sum(end - start for start, end in ends)
-        write_whole(index, json.dumps(content, indent=2) + "\n")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        write_atomically(index, json.dumps(content, indent=2) + "\n")
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
-    write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_atomically(directory / "config.json", json.dumps(config, indent=2) + "\n")

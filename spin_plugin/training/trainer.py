@@ -21,10 +21,10 @@ from spin_plugin.data.order import BalancedSampler, counted, steps_in_epoch
 from spin_plugin.model.forward import install, logps, silence_dropout
 from spin_plugin.model.layout import Pair, by_token
 from spin_plugin.model.probe import probe
-from spin_plugin.model.select import choose_forms
+from spin_plugin.model.select import choose_layout
 from spin_plugin.objective.losses import spin_terms
 from spin_plugin.objective.metrics import METRICS, metric_sums
-from spin_plugin.opponent.scoring import fill, missing, scoring_tokens, shares
+from spin_plugin.opponent.scoring import fill, scoring_batches, scoring_tokens, unscored
 from spin_plugin.opponent.store import OpponentStore
 from spin_plugin.run.directory import IterationDir
 from spin_plugin.training.precision import keep_results_in_32_bits, require_masters
@@ -36,14 +36,14 @@ PREFIX = {"train": "spin/", "eval": "eval_spin/"}  # reporters turn the eval_ pr
 class SpinTrainer(AxolotlTrainer):
     """Trains the main player against stored log-probabilities of the opponent.
 
-    `spin`, `opponent_files`, `opponent_key`, `judge_opponent` and `metrics_file` are set by the plugin right after
+    `spin`, `opponent_files`, `opponent_key`, `check_agreement` and `metrics_file` are set by the plugin right after
     construction.
     """
 
     spin: SpinArgs
     opponent_files: dict[str, Path]
     opponent_key: Callable[[str], str]
-    judge_opponent: Callable[[Callable[[list[dict[str, Any]]], list[Tensor]]], None]
+    check_agreement: Callable[[Callable[[list[dict[str, Any]]], list[Tensor]]], None]
     metrics_file: Path
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -67,7 +67,7 @@ class SpinTrainer(AxolotlTrainer):
 
     # --- log-probabilities -------------------------------------------------------------------
 
-    def choose_form(self, model: nn.Module) -> None:
+    def choose_layout(self, model: nn.Module) -> None:
         """Settle whether pairs are flat rows or padded sequences, before the first of them is scored."""
 
         def pair(index: int) -> Pair:
@@ -76,7 +76,7 @@ class SpinTrainer(AxolotlTrainer):
 
         lengths = token_counts(self.train_dataset)
         with self.compute_loss_context_manager():
-            forms = choose_forms(
+            forms = choose_layout(
                 model,
                 probe(lengths, pair, self.args.max_seq_length),
                 wanted=self.spin.shared_prefix != "off",
@@ -93,7 +93,7 @@ class SpinTrainer(AxolotlTrainer):
 
     def load_opponent(self, model: nn.Module) -> None:
         """Fill `opponent` with what is stored; compute and store the rest with the model as it is now."""
-        self.choose_form(model)
+        self.choose_layout(model)
         splits = {"train": self.train_dataset, "eval": self.eval_dataset}
         for split, pairs in splits.items():
             if pairs is not None:
@@ -102,7 +102,7 @@ class SpinTrainer(AxolotlTrainer):
                 if self.opponent[split].isnan().any():
                     self._score(model, pairs, split, store)
         if not self.state.global_step:  # after that the policy has moved on
-            self.judge_opponent(partial(self._token_logps, model))
+            self.check_agreement(partial(self._token_logps, model))
 
     @torch.no_grad()
     def _token_logps(self, model: nn.Module, pairs: list[dict[str, Any]]) -> list[Tensor]:
@@ -146,8 +146,8 @@ class SpinTrainer(AxolotlTrainer):
             return index, gathered.T
 
         tokens = scoring_tokens(token_counts(self.train_dataset), micro_batch=self.args.per_device_train_batch_size)
-        rounds = shares(token_counts(pairs), tokens=tokens, world=state.num_processes)
-        left = missing(rounds, self.opponent[split])
+        rounds = scoring_batches(token_counts(pairs), tokens=tokens, world=state.num_processes)
+        left = unscored(rounds, self.opponent[split])
         model.eval()
         shown = self._shown(left, f"opponent's log-probabilities ({split})")
         fill(self.opponent[split], store, shown, score, write=state.is_main_process)
