@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from references import naive_logp, slow_logps
 from tiny import SMALL
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -204,16 +205,6 @@ def test_saturation_begins_where_the_pull_is_gone(name: str, margin: float) -> N
 # --- log-probabilities -------------------------------------------------------------------------
 
 
-def slow_logps(logits: list[list[float]], targets: list[int], segments: list[int], responses: int) -> list[float]:
-    """log_softmax and its sum by the definition, on python floats."""
-    sums = [0.0] * responses
-    for row, target, segment in zip(logits, targets, segments, strict=True):
-        highest = max(row)
-        normaliser = highest + math.log(sum(math.exp(value - highest) for value in row))
-        sums[segment] += row[target] - normaliser
-    return sums
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_response_logps_agree_with_a_slow_loop(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -273,16 +264,6 @@ PAIRS = [
 def model() -> LlamaForCausalLM:
     torch.manual_seed(11)
     return LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
-
-
-def naive_logp(model: LlamaForCausalLM, prompt: list[int], response: list[int]) -> float:
-    """log p(response | prompt), one token at a time: each is predicted from all before it and nothing else."""
-    total = 0.0
-    for position, token in enumerate(response):
-        context = torch.tensor([[*prompt, *response[:position]]])
-        last = model(input_ids=context).logits[0, -1].double().tolist()
-        total += slow_logps([last], [token], [0], 1)[0]
-    return total
 
 
 @torch.no_grad()

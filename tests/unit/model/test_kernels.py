@@ -6,16 +6,15 @@ On torch's build for CPUs and with private names of torch 2.13 and Triton 3.9, s
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton
+from conftest import ROOT
 
 from spin_plugin.model.flex import kernel_options
 
-HERE = Path(__file__).parent
 known = pytest.mark.skipif(
     not torch.__version__.startswith("2.13.") or not triton.__version__.startswith("3.9."),
     reason=f"reads torch 2.13 and Triton 3.9, and these are {torch.__version__} and {triton.__version__}",
@@ -28,7 +27,7 @@ TWO_PAIRS = [[300, 60, 60], [30, 30, 20]]
 def alone(script: str, *arguments: str) -> list[dict[str, Any]]:
     """What a script prints in a process of its own, a line of JSON each."""
     done = subprocess.run(
-        [sys.executable, HERE / script, *arguments], cwd=HERE.parent, capture_output=True, text=True, check=False
+        [sys.executable, ROOT / "tests" / script, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

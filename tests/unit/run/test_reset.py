@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner, Result
-from test_run import content, finished_iteration, other_process_holds
+from test_directory import content, finished_iteration, other_process_holds
 
 import spin_plugin.run.directory
 from spin_plugin.cli import spin

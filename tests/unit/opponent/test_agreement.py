@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from test_loss import naive_logp
+from references import naive_logp
 from tiny import SMALL
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
