@@ -75,9 +75,7 @@ class SpinPlugin(BasePlugin):
     def get_trainer_cls(self, cfg: Any) -> Any:
         if self.iteration is None:
             return None
-        from spin_plugin.training.trainer import SpinTrainer
-
-        return SpinTrainer
+        return self.iteration.trainer_class()
 
     def get_collator_cls_and_kwargs(self, cfg: Any, is_eval: bool = False) -> Any:
         if self.iteration is None:
@@ -113,7 +111,7 @@ class SpinPlugin(BasePlugin):
             return
         if self.iteration is None:
             raise SpinError("another plugin brought the data, so this is not SPIN; remove it from `plugins`")
-        self.iteration.configure(trainer)
+        self.iteration.check_trainer(trainer)
 
     @exit_in_one_line
     def post_train_unload(self, cfg: Any) -> None:

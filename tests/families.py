@@ -118,16 +118,17 @@ def judge(family: str, **changes: Any) -> Verdict:
     model = build(family, **changes)
     untouched = copy.deepcopy(model)
     install(model)
-    reason, chosen = None, "refused"
+    reason, chosen, own = None, "refused", True
     try:
-        forms = choose_layout(model, SHOWN, wanted=True, pad_token_id=PAD)
-        chosen, reason = "shared" if forms.shared_prefix else "padded", forms.no_shared_prefix_because
+        layout = choose_layout(model, SHOWN, wanted=True, pad_token_id=PAD)
+        chosen, reason = "shared" if layout.shared_prefix else "padded", layout.not_shared_because
+        own = layout.own_logits
     except SpinError as error:
         reason = str(error)
     batch = shared_prefix_batch(JUDGED) if chosen == "shared" else padded_batch(JUDGED, PAD)
-    found, gradients = _step(model, logps(model, batch))
+    found, gradients = _step(model, logps(model, batch, own_logits=own))
     sides = [[_alone(untouched, pair.prompt, response) for pair, response in _with(side)] for side in (1, 2)]
-    expected, true_gradients = _step(untouched, torch.stack([torch.stack(side) for side in sides]))
+    expected, true_gradients = _step(untouched, torch.stack([value for side in sides for value in side]))
     apart = ((found - expected).abs() / batch["lengths"]).max().item()
     names = true_gradients.keys() & gradients.keys()
     squares = sum((gradients[name] - true_gradients[name]).square().sum() for name in names)
@@ -148,5 +149,5 @@ def _alone(model: nn.Module, prompt: Any, response: Any) -> Tensor:
 
 def _step(model: nn.Module, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
-    (values * torch.tensor([[2.0], [-1.0]])).sum().backward()
+    (values * torch.tensor([2.0, -1.0]).repeat_interleave(len(JUDGED))).sum().backward()
     return values.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

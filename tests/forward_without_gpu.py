@@ -112,8 +112,8 @@ def on_gpu(model: torch.nn.Module) -> torch.nn.Module:
 def step(model: Any, batch: dict[str, Tensor], opponent: Tensor) -> Tensor:
     """What the trainer does with a micro-batch: the loss, after the sums for the log are made."""
     policy = logps(model, batch)
-    terms = spin_terms(policy, opponent[:, batch["index"]], beta=0.1, loss="logistic")
-    sums = metric_sums(terms, policy, batch["lengths"], loss="logistic")
+    terms = spin_terms(policy, opponent[batch["responses"]], batch["sides"], beta=0.1, loss="logistic")
+    sums = metric_sums(terms, policy, batch["lengths"], batch["sides"], loss="logistic")
     assert sums.device == policy.device == opponent.device
     return terms.loss.sum()
 
@@ -139,7 +139,7 @@ def forward(architecture: str, form: str) -> None:
     real, model = collated(form), make(architecture, form, "meta")
     with FakeTensorMode() as fake, Dispatched(), torch.no_grad(), kernel(looked_over):
         batch = {name: fake.from_tensor(tensor).to("cuda:0") for name, tensor in real.items()}
-        step(on_gpu(model), batch, torch.empty(2, len(ROWS), device="cuda:0"))
+        step(on_gpu(model), batch, torch.empty(2 * len(ROWS), device="cuda:0"))
 
 
 def backward(architecture: str, form: str) -> None:
@@ -154,7 +154,7 @@ def backward(architecture: str, form: str) -> None:
         mock.patch.object(attention, "_by_pair", attention._by_blocks),
         mock.patch.multiple(torch, **nothing),  # `meta` has no autocast
     ):
-        step(model, batch, torch.empty(2, len(ROWS), device="meta")).backward()
+        step(model, batch, torch.empty(2 * len(ROWS), device="meta")).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 

@@ -79,7 +79,7 @@ def matrices(model: nn.Module) -> Weights:
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor], opponent: Tensor) -> Tensor:
-    return spin_terms(logps(model, batch), opponent, beta=BETA, loss="logistic").loss.mean()
+    return spin_terms(logps(model, batch), opponent, batch["sides"], beta=BETA, loss="logistic").loss.mean()
 
 
 def scored(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[Tensor]:

@@ -103,7 +103,7 @@ def our_step(model: nn.Module, batch: dict[str, Tensor], options: argparse.Names
     def train() -> None:
         with computing(options):
             policy = logps(model.train(), batch)
-            loss = spin_terms(policy, opponent[0], beta=BETA, loss="logistic").loss.mean()
+            loss = spin_terms(policy, opponent[0], batch["sides"], beta=BETA, loss="logistic").loss.mean()
         loss.backward()
 
     return [(0.5, score), (1.0, train)]

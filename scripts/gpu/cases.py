@@ -83,7 +83,7 @@ def first_loss(model: Any, batch: dict[str, Tensor], setting: Setting, *, bf16: 
     """The loss before the first step, where the opponent is the policy itself: ln 2, with a gradient."""
     with in_bf16(setting, bf16):
         policy = logps(model, batch)
-        return spin_terms(policy, policy, beta=BETA, loss="logistic").loss.mean()
+        return spin_terms(policy, policy, batch["sides"], beta=BETA, loss="logistic").loss.mean()
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

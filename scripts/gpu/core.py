@@ -133,7 +133,7 @@ def head_row(setting: Setting) -> Found:
     with torch.no_grad(), in_bf16(setting):
         states = model.model(input_ids=batch["input_ids"])[0].flatten(0, 1)[batch["keep"]].bfloat16()
     weight = model.lm_head.weight.detach().bfloat16()
-    force = torch.randn(batch["lengths"].numel(), generator=torch.Generator().manual_seed(0)).to(setting.device)
+    force = torch.randn(len(batch["lengths"]), generator=torch.Generator().manual_seed(0)).to(setting.device)
 
     def written_out(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """[R] log-probabilities and the gradient of the weight, from logits in `dtype`."""
@@ -148,7 +148,7 @@ def head_row(setting: Setting) -> Found:
 
     exact, naive = written_out(torch.float64), written_out(torch.bfloat16)
     with in_bf16(setting):
-        found = logps(model, batch).flatten()
+        found = logps(model, batch)
     (found * force).sum().backward()
     values, gradient = (found.detach() - exact[0]).abs().max().item(), relative(model.lm_head.weight.grad, exact[1])
     plain, plain_gradient = (naive[0] - exact[0]).abs().max().item(), relative(naive[1], exact[1])

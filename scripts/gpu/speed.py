@@ -119,8 +119,8 @@ def waits_row(setting: Setting) -> Found:
     def step() -> Tensor:
         with in_bf16(setting):
             policy = logps(model, batch)
-            terms = spin_terms(policy, policy, beta=BETA, loss="logistic")
-        sums = metric_sums(terms, policy, batch["lengths"], loss="logistic")
+            terms = spin_terms(policy, policy, batch["sides"], beta=BETA, loss="logistic")
+        sums = metric_sums(terms, policy, batch["lengths"], batch["sides"], loss="logistic")
         terms.loss.mean().backward()
         return sums
 

@@ -142,7 +142,7 @@ def changed_share(masters: bool, setting: Setting) -> tuple[float, list[float]]:
         with in_bf16(setting, masters):
             policy = logps(model, batch)
             opponent = policy.detach() if opponent is None else opponent
-            loss = spin_terms(policy, opponent, beta=BETA, loss="logistic").loss.mean()
+            loss = spin_terms(policy, opponent, batch["sides"], beta=BETA, loss="logistic").loss.mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -13,17 +13,13 @@ from spin_plugin.model.head import LogitMap, head_logps, linear_forward
 from spin_plugin.model.logprobs import response_logps
 from spin_plugin.model.support import causal_lm
 
-# --- the forward ---------------------------------------------------------------------------------
-
 
 def install(model: nn.Module) -> None:
     """Teach the causal LM inside `model` the keyword `spin_batch`. Before it is wrapped for training, and once."""
     inner = causal_lm(model)
-    if hasattr(inner, "spin_own_logits"):
+    if hasattr(inner, "spin_earlier_forward"):
         return
-    head, decoder = inner.get_output_embeddings(), inner.get_decoder()
-    # without a head, or with one that the decoder applies itself (Llama 4), only the model's own way is left
-    inner.spin_own_logits = head is None or any(module is head for module in decoder.modules())
+    head = inner.get_output_embeddings()
     inner.spin_earlier_forward = inner.__dict__.get("forward")
 
     # wraps: others read the forward's signature
@@ -37,16 +33,14 @@ def install(model: nn.Module) -> None:
         head.forward = MethodType(linear_forward, head)
 
 
-def _forward(
-    self: Any, batch: dict[str, Tensor] | None, *args: Any, own_logits: bool | None = None, **kwargs: Any
-) -> Any:
+def _forward(self: Any, batch: dict[str, Tensor] | None, *args: Any, own_logits: bool = False, **kwargs: Any) -> Any:
     original = self.spin_earlier_forward or MethodType(type(self).forward, self)
     if batch is None:
         return original(*args, **kwargs)
     kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes many as None
     if isinstance(kwargs.get("spans"), Tensor):
         kwargs |= shared_prefix_inputs(kwargs["spans"], kwargs["input_ids"].shape[1])
-    if self.spin_own_logits if own_logits is None else own_logits:
+    if own_logits:
         return _own_logps(original, batch, kwargs)
     hidden = self.get_decoder()(**kwargs)[0].flatten(0, 1)[batch["keep"]]
     logit_map = LogitMap.of(self.config.get_text_config())
@@ -65,19 +59,18 @@ def _own_logps(original: Callable[..., Any], batch: dict[str, Tensor], inputs: d
     return response_logps(logits, batch["targets"], batch["segments"], batch["lengths"].numel())
 
 
-def logps(model: nn.Module, batch: dict[str, Tensor], *, own_logits: bool | None = None) -> Tensor:
-    """[2, B] summed log-probabilities of the real and synthetic responses, fp32; [1] of a sequence alone.
+def logps(model: nn.Module, batch: dict[str, Tensor], *, own_logits: bool = False) -> Tensor:
+    """[R] summed log-probabilities of the responses of a batch, fp32.
 
     Args:
         model: as it is trained, wrapped by whatever; `install` has been called.
         batch: of `layout.padded_batch`, `layout.shared_prefix_batch` or `layout.single_batch`.
-        own_logits: whether to use the model's own logits instead of the chunked head; None is what was
-            found out by `select.choose_layout`.
+        own_logits: use the model's own logits instead of the chunked head, as `select.choose_layout` has found out.
     """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "spans") if name in batch}
     named = {name: batch[name] for name in ("keep", "targets", "segments", "lengths")}
     found: Tensor = model(**inputs, use_cache=False, spin_batch=named, own_logits=own_logits)
-    return found.view(batch["lengths"].shape)
+    return found
 
 
 def silence_dropout(module: nn.Module) -> float:

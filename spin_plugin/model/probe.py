@@ -52,10 +52,9 @@ class Apart(NamedTuple):
 
     @classmethod
     def of(cls, found: Tensor, expected: Tensor, lengths: Tensor) -> "Apart":
-        """The worst of [2, B] log-probabilities with [2, B] tokens; what is not a number is infinitely far."""
-        far = (found - expected).abs().nan_to_num(torch.inf, torch.inf).flatten()
-        tokens = lengths.flatten()
-        return max(cls(*one) for one in zip((far / tokens.sqrt()).tolist(), (far / tokens).tolist(), strict=True))
+        """The worst of [R] log-probabilities with [R] tokens; what is not a number is infinitely far."""
+        far = (found - expected).abs().nan_to_num(torch.inf, torch.inf)
+        return max(cls(*one) for one in zip((far / lengths.sqrt()).tolist(), (far / lengths).tolist(), strict=True))
 
 
 class Tolerance(NamedTuple):

@@ -24,6 +24,12 @@ def family(inner: nn.Module) -> type:
     return next(kind for kind in type(inner).__mro__ if not issubclass(kind, FSDPModule))
 
 
+def needs_own_logits(inner: Any) -> bool:
+    """Whether a model has no head, or one that its decoder applies itself (Llama 4)."""
+    head, decoder = inner.get_output_embeddings(), inner.get_decoder()
+    return head is None or any(module is head for module in decoder.modules())
+
+
 def unsupported_reason(model: nn.Module) -> str | None:
     """Why a causal LM, wrapped or not, must use the padded form, in one line, or None. What is unknown must."""
     if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):

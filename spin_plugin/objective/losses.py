@@ -1,4 +1,4 @@
-"""The SPIN objective: log-probabilities and plain numbers in, losses and metrics out.
+"""The SPIN objective: log-probabilities and plain numbers in, losses out.
 
 SPIN (arXiv 2401.01335, equation 4.7), with r = log p_theta(y|x) - log p_t(y|x) for the real response y
 and r' the same for the synthetic response y' ~ p_t(.|x):
@@ -6,6 +6,8 @@ and r' the same for the synthetic response y' ~ p_t(.|x):
     L(theta) = E[ l( beta * r - beta * r' ) ]
 
 where l is convex and decreasing, theta is the main player and p_t the opponent.
+
+A new loss is one entry in `LOSSES`, and its name in the option `loss_type` (args.py).
 """
 
 from collections.abc import Callable
@@ -16,22 +18,47 @@ from torch import Tensor
 from torch.nn.functional import relu, softplus
 
 
-class LossFunction(NamedTuple):
-    """A convex decreasing function of the reward margin and the size of its derivative."""
+class Loss(NamedTuple):
+    """A convex decreasing function l of the reward margin z."""
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
+    """-l'(z), how hard a pair pulls."""
+    formula: str
+    source: str
+    use: str
+    """When to choose it, in one sentence."""
 
 
-LOSSES: dict[str, LossFunction] = {
-    # log(1 + e^-z); l(0) = ln 2, l'(0) = -1/2
-    "logistic": LossFunction(lambda z: softplus(-z), lambda z: torch.sigmoid(-z)),
-    # max(0, 1 - z); the slope is 0 past the margin 1
-    "hinge": LossFunction(lambda z: relu(1 - z), lambda z: (z < 1).to(z.dtype)),
-    # e^-z
-    "exponential": LossFunction(lambda z: torch.exp(-z), lambda z: torch.exp(-z)),
-    # 1 - z, the integral probability metric of section 4.1: linear, so it never saturates
-    "correlation": LossFunction(lambda z: 1 - z, torch.ones_like),
+LOSSES: dict[str, Loss] = {
+    "logistic": Loss(
+        lambda z: softplus(-z),
+        lambda z: torch.sigmoid(-z),
+        formula="log(1 + exp(-z))",
+        source="arXiv 2401.01335, equation 4.7 and all of its experiments",
+        use="The default. Starts at ln 2; pairs that are told apart pull less and less.",
+    ),
+    "hinge": Loss(
+        lambda z: relu(1 - z),
+        lambda z: (z < 1).to(z.dtype),
+        formula="max(0, 1 - z)",
+        source="arXiv 2401.01335, section 4.1",
+        use="To ignore every pair whose margin is above 1, and pull at all others alike.",
+    ),
+    "exponential": Loss(
+        lambda z: torch.exp(-z),
+        lambda z: torch.exp(-z),
+        formula="exp(-z)",
+        source="arXiv 2401.01335, section 4.1",
+        use="To pull hardest at pairs that are ranked wrong; one outlier can dominate a step.",
+    ),
+    "correlation": Loss(
+        lambda z: 1 - z,
+        torch.ones_like,
+        formula="1 - z",
+        source="arXiv 2401.01335, section 4.1: the integral probability metric",
+        use="For analysis: linear, never saturates, so nothing but the learning rate ends it.",
+    ),
 }
 
 
@@ -42,15 +69,21 @@ class SpinTerms(NamedTuple):
     reward_real: Tensor
     reward_synthetic: Tensor
 
+    @property
+    def margin(self) -> Tensor:
+        """The reward margin z."""
+        return self.reward_real - self.reward_synthetic
 
-def spin_terms(policy: Tensor, opponent: Tensor, *, beta: float, loss: str) -> SpinTerms:
+
+def spin_terms(policy: Tensor, opponent: Tensor, sides: Tensor, *, beta: float, loss: str) -> SpinTerms:
     """Loss and rewards of each pair.
 
     Args:
-        policy: [2, B] summed log-probabilities of the main player, row 0 real and row 1 synthetic responses.
-        opponent: [2, B] the same of the opponent; no gradient flows into it.
+        policy: [R] summed log-probabilities of the main player, of every response.
+        opponent: [R] the same of the opponent; no gradient flows into it.
+        sides: [2, B] which of the responses are the real and the synthetic side of each pair.
         beta: the paper's lambda.
         loss: a key of `LOSSES`.
     """
-    reward_real, reward_synthetic = beta * (policy - opponent.detach())
+    reward_real, reward_synthetic = (beta * (policy - opponent.detach()))[sides]
     return SpinTerms(LOSSES[loss].value(reward_real - reward_synthetic), reward_real, reward_synthetic)

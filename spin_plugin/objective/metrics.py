@@ -1,4 +1,7 @@
-"""What training logs of every pair besides its loss."""
+"""What training logs of every pair: one entry a metric, read by the trainer, `axolotl spin status` and the docs."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,44 +12,79 @@ from spin_plugin.objective.losses import LOSSES, SpinTerms
 SATURATED_BELOW = 0.01
 
 
-METRICS = (
-    "loss",
-    "reward_real",
-    "reward_synthetic",
-    "reward_margin",
-    "accuracy",
-    "saturated",
-    "logp_real",
-    "logp_synthetic",
-    "logp_real_per_token",
-    "logp_synthetic_per_token",
-)
+class Batch(NamedTuple):
+    """What a metric may look at: B pairs, all tensors detached."""
+
+    terms: SpinTerms
+    logps: Tensor
+    """[2, B] summed log-probabilities of the main player, of the real and the synthetic responses."""
+    lengths: Tensor
+    """[2, B] tokens of the responses."""
+    loss: str
+    """A key of `LOSSES`."""
 
 
-def metric_sums(terms: SpinTerms, policy: Tensor, lengths: Tensor, *, loss: str) -> Tensor:
+class Metric(NamedTuple):
+    """A number of each pair, logged as its mean."""
+
+    value: Callable[[Batch], Tensor]
+    """[B] of a batch."""
+    formula: str
+    meaning: str
+
+
+def _saturated(batch: Batch) -> Tensor:
+    margin, slope = batch.terms.margin, LOSSES[batch.loss].slope
+    return slope(margin) < SATURATED_BELOW * slope(torch.zeros_like(margin))
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric(lambda batch: batch.terms.loss, "l(z)", "ln 2 at the first step (logistic), then falling"),
+    "reward_real": Metric(
+        lambda batch: batch.terms.reward_real,
+        "beta (log p(y) - log p_t(y))",
+        "above 0: real responses have become more likely than under the opponent",
+    ),
+    "reward_synthetic": Metric(
+        lambda batch: batch.terms.reward_synthetic,
+        "beta (log p(y') - log p_t(y'))",
+        "below 0: the opponent's own responses have become less likely",
+    ),
+    "reward_margin": Metric(
+        lambda batch: batch.terms.margin, "z = reward_real - reward_synthetic", "0 at the first step, then rising"
+    ),
+    "accuracy": Metric(
+        lambda batch: batch.terms.margin > 0, "share of z > 0", "how many pairs are told apart; equal ones cannot be"
+    ),
+    "saturated": Metric(
+        _saturated,
+        f"share of -l'(z) < {SATURATED_BELOW} of -l'(0)",
+        "pairs with near-zero gradient; when most are, the iteration has nothing left to learn",
+    ),
+    "logp_real": Metric(lambda batch: batch.logps[0], "log p(y)", "rising, or falling less than logp_synthetic"),
+    "logp_synthetic": Metric(lambda batch: batch.logps[1], "log p(y')", "falling"),
+    "logp_real_per_token": Metric(
+        lambda batch: batch.logps[0] / batch.lengths[0], "log p(y) / tokens of y", "the same, whatever the lengths"
+    ),
+    "logp_synthetic_per_token": Metric(
+        lambda batch: batch.logps[1] / batch.lengths[1], "log p(y') / tokens of y'", "the same, whatever the lengths"
+    ),
+}
+
+
+def metric_sums(terms: SpinTerms, policy: Tensor, lengths: Tensor, sides: Tensor, *, loss: str) -> Tensor:
     """Sums over the pairs of the micro-batch, to be divided by the number of pairs when they are logged.
 
     Args:
         terms: what `spin_terms` gave.
-        policy: [2, B] summed log-probabilities of the main player.
-        lengths: [2, B] response lengths in tokens.
+        policy: [R] summed log-probabilities of the main player.
+        lengths: [R] response lengths in tokens.
+        sides: [2, B] which of the responses are the real and the synthetic side of each pair.
         loss: a key of `LOSSES`.
 
     Returns:
         [len(METRICS)] detached, in the order of `METRICS`; no host synchronisation happens.
     """
-    margin = (terms.reward_real - terms.reward_synthetic).detach()
-    slope = LOSSES[loss].slope
-    saturated = slope(margin) < SATURATED_BELOW * slope(torch.zeros_like(margin))
-    per_token = policy / lengths
-    columns = [
-        terms.loss,
-        terms.reward_real,
-        terms.reward_synthetic,
-        margin,
-        margin > 0,
-        saturated,
-        *policy,
-        *per_token,
-    ]
-    return torch.stack([column.detach().float().sum() for column in columns])
+    detached = SpinTerms(*(term.detach() for term in terms))
+    batch = Batch(detached, policy.detach()[sides], lengths[sides], loss)
+    return torch.stack([metric.value(batch).float().sum() for metric in METRICS.values()])

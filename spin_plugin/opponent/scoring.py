@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spin_plugin.console import SpinError
+from spin_plugin.model.layout import response_numbers
 from spin_plugin.opponent.store import OpponentStore
 
 SCORING_FACTOR = 4  # without gradients this many times the tokens fit into memory
@@ -42,31 +43,31 @@ def scoring_batches(lengths: Tensor, *, tokens: int, world: int) -> list[Tensor]
 
 
 Score = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""One round's [world, batch] pair indices to n indices and their [2, n] log-probabilities, those of all ranks."""
+"""One round's [world, batch] pair indices to the numbers and log-probabilities [n] of their responses, of all ranks."""
 
 
 def unscored(rounds: list[Tensor], values: Tensor) -> list[Tensor]:
     """The rounds in which a value is still NaN, whole: a pair's value depends a little on the batch it is in."""
-    absent = values.isnan().any(0).cpu()
-    return [indices for indices in rounds if absent[indices].any()]
+    absent = values.isnan().cpu()
+    return [indices for indices in rounds if absent[response_numbers(indices)].any()]
 
 
 def fill(values: Tensor, store: OpponentStore, rounds: Iterable[Tensor], score: Score, *, write: bool) -> None:
-    """Compute `values`, round by round and in place; where `write` says so, store them a part at a time.
+    """Compute `values` [R], round by round and in place; where `write` says so, store them a part at a time.
 
     Raises:
         SpinError: a log-probability is NaN or infinite.
     """
     unstored = 0
     for indices in rounds:
-        index, logps = score(indices)
+        responses, logps = score(indices)
         if not torch.isfinite(logps).all():
             raise SpinError(
                 "the opponent gives log-probabilities that are not finite: its weights are damaged, or its numbers "
                 "overflow (`fp16`); restore them, or use bf16"
             )
-        values[:, index] = logps.float()
-        unstored += len(index)
+        values[responses] = logps.float()
+        unstored += len(responses)
         if write and unstored >= store.part:
             store.save(values)
             unstored = 0

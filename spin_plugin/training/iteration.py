@@ -141,22 +141,23 @@ class Iteration:
         if self.cfg.torch_dtype in HALF and not self.cfg.deepspeed:
             self.kept = [name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32]
 
-    def configure(self, trainer: Any) -> None:
-        """Hand the trainer its block and files."""
+    def trainer_class(self) -> type[Any]:
+        """The class of trainers for this iteration."""
         from spin_plugin.training.precision import SameNoise
         from spin_plugin.training.saving import RoundAtTheEnd
-        from spin_plugin.training.trainer import SpinTrainer
+        from spin_plugin.training.task import TrainingTask
+        from spin_plugin.training.trainer import trainer_for
 
-        assert isinstance(trainer, SpinTrainer)  # other plugins' were refused
-        trainer.spin = self.spin
-        trainer.opponent_files = self.pairs.opponent_files
-        trainer.opponent_key = self.pairs.opponent_key
-        trainer.check_agreement = self._check_agreement
-        trainer.metrics_file = self.directory.metrics
+        callbacks: list[Any] = []
         if self.cfg.torch_dtype == torch.bfloat16 and not self.cfg.adapter:
-            trainer.add_callback(RoundAtTheEnd(self.kept))
+            callbacks.append(RoundAtTheEnd(self.kept))
         if is_lean(self.cfg):
-            trainer.add_callback(SameNoise())
+            callbacks.append(SameNoise())
+        task = TrainingTask(self.spin, self.pairs, self.directory.metrics, self._check_agreement, tuple(callbacks))
+        return trainer_for(task)
+
+    def check_trainer(self, trainer: Any) -> None:
+        """Look at what Axolotl has constructed."""
         if self.first:
             self._warn_of_warmup(trainer.args.get_warmup_steps(self.steps))
 

@@ -1,7 +1,7 @@
 """SpinTrainer: forward, log-probabilities, loss, log. Everything else is Axolotl's trainer."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from spin_plugin.args import SpinArgs
 from spin_plugin.console import SpinError, console, exit_in_one_line, say
 from spin_plugin.data.order import BalancedSampler, counted, steps_in_epoch
 from spin_plugin.model.forward import install, logps, silence_dropout
 from spin_plugin.model.layout import Pair, by_token
 from spin_plugin.model.probe import probe
-from spin_plugin.model.select import choose_layout
+from spin_plugin.model.select import Layout, choose_layout
 from spin_plugin.objective.losses import spin_terms
 from spin_plugin.objective.metrics import METRICS, metric_sums
 from spin_plugin.opponent.scoring import fill, scoring_batches, scoring_tokens, unscored
@@ -29,22 +28,21 @@ from spin_plugin.opponent.store import OpponentStore
 from spin_plugin.run.directory import IterationDir
 from spin_plugin.training.precision import keep_results_in_32_bits, require_masters
 from spin_plugin.training.saving import mend_times, naming_the_disk
+from spin_plugin.training.task import TrainingTask
 
 PREFIX = {"train": "spin/", "eval": "eval_spin/"}  # reporters turn the eval_ prefix into a group of its own
 
 
+def trainer_for(task: TrainingTask) -> type["SpinTrainer"]:
+    """The class of trainers that work on this task."""
+    return type("SpinTrainer", (SpinTrainer,), {"task": task})
+
+
 class SpinTrainer(AxolotlTrainer):
-    """Trains the main player against stored log-probabilities of the opponent.
+    """Trains the main player against stored log-probabilities of the opponent."""
 
-    `spin`, `opponent_files`, `opponent_key`, `check_agreement` and `metrics_file` are set by the plugin right after
-    construction.
-    """
-
-    spin: SpinArgs
-    opponent_files: dict[str, Path]
-    opponent_key: Callable[[str], str]
-    check_agreement: Callable[[Callable[[list[dict[str, Any]]], list[Tensor]]], None]
-    metrics_file: Path
+    task: TrainingTask
+    """Axolotl constructs the trainer itself, and asks for a class: so the task comes with the class (`trainer_for`)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # A single process with several GPUs in sight (vLLM needs them) would get torch's DataParallel, which tears a
@@ -59,16 +57,18 @@ class SpinTrainer(AxolotlTrainer):
         if dropout and self.is_world_process_zero():
             say(f"dropout of {dropout:g} is switched off: before its first step the policy has to equal the opponent")
         install(self.model)  # before anything wraps the model
+        self.layout = Layout(shared_prefix=False, own_logits=False)  # until the model is wrapped for training
         self.opponent: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor | None] = dict.fromkeys(PREFIX)
         self._pairs = dict.fromkeys(PREFIX, 0)
         self._eval_batches = 0
-        self.add_callback(_OpponentBeforeFirstStep(self))
+        for callback in (_OpponentBeforeFirstStep(self), *self.task.callbacks):
+            self.add_callback(callback)
 
     # --- log-probabilities -------------------------------------------------------------------
 
     def choose_layout(self, model: nn.Module) -> None:
-        """Settle whether pairs are flat rows or padded sequences, before the first of them is scored."""
+        """Settle the layout of the pairs before the first of them is scored."""
 
         def pair(index: int) -> Pair:
             row = self.train_dataset[index]
@@ -76,20 +76,25 @@ class SpinTrainer(AxolotlTrainer):
 
         lengths = token_counts(self.train_dataset)
         with self.compute_loss_context_manager():
-            forms = choose_layout(
+            self.layout = choose_layout(
                 model,
                 probe(lengths, pair, self.args.max_seq_length),
-                wanted=self.spin.shared_prefix != "off",
+                wanted=self.task.spin.shared_prefix != "off",
                 pad_token_id=self.train_data_collator.pad_token_id,
                 device=self.args.device,
-                everyone=lambda found: gather_object([found]),
+                gather=lambda found: gather_object([found]),
             )
-        if forms.no_shared_prefix_because and self.spin.shared_prefix == "on":
-            raise SpinError(f"spin.shared_prefix: on is not possible: {forms.no_shared_prefix_because}; use auto")
-        if forms.no_shared_prefix_because and self.is_world_process_zero():
-            say(f"pairs are padded instead of sharing their prompt: {forms.no_shared_prefix_because}")
+        if reason := self.layout.not_shared_because:
+            if self.task.spin.shared_prefix == "on":
+                raise SpinError(f"spin.shared_prefix: on is not possible: {reason}; use auto")
+            if self.is_world_process_zero():
+                say(f"pairs are padded instead of sharing their prompt: {reason}")
         for collator in (self.train_data_collator, self.eval_data_collator):
-            collator.shared_prefix = forms.shared_prefix
+            collator.shared_prefix = self.layout.shared_prefix
+
+    def _logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """[R] log-probabilities of a batch's responses."""
+        return logps(model, batch, own_logits=self.layout.own_logits)
 
     def load_opponent(self, model: nn.Module) -> None:
         """Fill `opponent` with what is stored; compute and store the rest with the model as it is now."""
@@ -97,12 +102,14 @@ class SpinTrainer(AxolotlTrainer):
         splits = {"train": self.train_dataset, "eval": self.eval_dataset}
         for split, pairs in splits.items():
             if pairs is not None:
-                store = OpponentStore(self.opponent_files[split], len(pairs), self.opponent_key(split))
+                store = OpponentStore(
+                    self.task.pairs.opponent_files[split], 2 * len(pairs), self.task.pairs.opponent_key(split)
+                )
                 self.opponent[split] = self._stored(store)
                 if self.opponent[split].isnan().any():
                     self._score(model, pairs, split, store)
         if not self.state.global_step:  # after that the policy has moved on
-            self.check_agreement(partial(self._token_logps, model))
+            self.task.check_agreement(partial(self._token_logps, model))
 
     @torch.no_grad()
     def _token_logps(self, model: nn.Module, pairs: list[dict[str, Any]]) -> list[Tensor]:
@@ -114,16 +121,15 @@ class SpinTrainer(AxolotlTrainer):
         for start in range(0, len(pairs), size):
             batch = self._prepare_inputs(self.train_data_collator(pairs[start : start + size]))
             with self.compute_loss_context_manager():
-                tokens = logps(model, by_token(batch))[0]
-            responses = tokens.split(batch["lengths"].flatten().tolist())
-            found += responses[len(responses) // 2 :]
+                responses = self._logps(model, by_token(batch)).split(batch["lengths"].tolist())
+            found += [responses[number] for number in batch["sides"][1].tolist()]
         model.train(training)
         return found
 
     def _stored(self, store: OpponentStore) -> Tensor:
         """What the first process reads, on every rank: they have to agree on what is left to compute."""
         first = self.accelerator.is_main_process
-        values = store.load() if first else torch.empty(2, store.pairs)
+        values = store.load() if first else torch.empty(store.responses)
         values = broadcast(values.to(self.args.device))
         if self.state.global_step and values.isnan().any():
             raise SpinError(
@@ -141,9 +147,9 @@ class SpinTrainer(AxolotlTrainer):
             share = indices[state.process_index].tolist()
             batch = self._prepare_inputs(self.train_data_collator([pairs[index] for index in share]))
             with self.compute_loss_context_manager():
-                values = logps(model, batch)
-            index, gathered = state.gather((batch["index"], values.T.contiguous()))
-            return index, gathered.T
+                values = self._logps(model, batch)
+            responses, gathered = state.gather((batch["responses"], values))
+            return responses, gathered
 
         tokens = scoring_tokens(token_counts(self.train_dataset), micro_batch=self.args.per_device_train_batch_size)
         rounds = scoring_batches(token_counts(pairs), tokens=tokens, world=state.num_processes)
@@ -194,14 +200,13 @@ class SpinTrainer(AxolotlTrainer):
     ) -> Any:
         """The sum of the micro-batch's losses over the pairs of the global batch."""
         split = "train" if model.training else "eval"
-        policy = logps(model, inputs)
-        first = inputs["counted"]
-        policy, index, lengths = policy[:, :first], inputs["index"][:first], inputs["lengths"][:, :first]
-        terms = spin_terms(policy, self.opponent[split][:, index], beta=self.spin.beta, loss=self.spin.loss_type)
-        sums = metric_sums(terms, policy, lengths, loss=self.spin.loss_type)
+        policy = self._logps(model, inputs)
+        opponent, sides = self.opponent[split][inputs["responses"]], inputs["sides"][:, : inputs["counted"]]
+        terms = spin_terms(policy, opponent, sides, beta=self.task.spin.beta, loss=self.task.spin.loss_type)
+        sums = metric_sums(terms, policy, inputs["lengths"], sides, loss=self.task.spin.loss_type)
         kept = self._sums[split]
         self._sums[split] = sums if kept is None else kept + sums
-        self._pairs[split] += len(index)
+        self._pairs[split] += len(terms.loss)
         if split == "eval" or num_items_in_batch is None:
             loss = terms.loss.sum() / max(1, len(terms.loss))
         else:
@@ -247,7 +252,7 @@ class SpinTrainer(AxolotlTrainer):
             metrics, entry["pairs"] = self._drain("train")
             logs |= metrics
         if self.is_world_process_zero():
-            with open(self.metrics_file, "a", encoding="utf-8") as file:
+            with open(self.task.metrics_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry | logs) + "\n")
         super().log(logs, start_time)
 

@@ -164,7 +164,7 @@ def test_the_opponent_is_the_model_of_the_iteration_before(chains: Path, tmp_pat
     job = json.loads((run.iteration(iterations - 1).synthetic / "job.json").read_text())
     assert (job["adapter"] is not None) == served
     assert not list(run.iteration(iterations - 1).path.glob("opponent-*")), "it is there only while vLLM draws"
-    stored = load_file(pairs.opponent_files["train"])["logps"][0, 0].item()
+    stored = load_file(pairs.opponent_files["train"])["logps"][0].item()
     before, merges = run.iteration(iterations - 2), name.endswith("merge")
     whole = before.path if name == "full" else before.merged
     if not (merges or name == "full"):

@@ -68,7 +68,7 @@ def test_opponent_is_the_model_of_the_iteration_before(played: Path, llama: Path
                 logps = opponent(tokens).logits.log_softmax(-1)[0, :-1]
             response = range(len(pair["prompt"]) - 1, tokens.shape[1] - 1)
             by_hand = sum(logps[place, tokens[0, place + 1]].item() for place in response)
-            assert stored[row, pair["index"]].item() == pytest.approx(by_hand, abs=1e-3)
+            assert stored[2 * pair["index"] + row].item() == pytest.approx(by_hand, abs=1e-3)
 
 
 def test_second_iteration_mixes_in_the_responses_of_the_first(played: Path) -> None:

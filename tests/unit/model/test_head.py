@@ -251,12 +251,12 @@ def strange() -> Strange:
 def test_unknown_head_falls_back_to_the_models_own_logits() -> None:
     model = strange()
     install(model)
-    forms = choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD)
-    assert forms == (False, "Strange is not one of transformers' own models", True)
+    layout = choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD)
+    assert layout == (False, True, "Strange is not one of transformers' own models")
     batch = padded_batch(PAIRS, PAD)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten(0, 1)
-    expected = response_logps(logits[batch["keep"]], batch["targets"], batch["segments"], 2 * len(PAIRS)).view(2, -1)
-    assert torch.equal(logps(model, batch), expected)
+    expected = response_logps(logits[batch["keep"]], batch["targets"], batch["segments"], 2 * len(PAIRS))
+    assert torch.equal(logps(model, batch, own_logits=True), expected)
 
 
 def test_model_without_an_output_layer_of_its_own() -> None:
@@ -264,7 +264,6 @@ def test_model_without_an_output_layer_of_its_own() -> None:
     changes = {"num_local_experts": 2, "intermediate_size_mlp": 96}
     model = make("llama4_text", **changes)
     install(model)
-    assert model.spin_own_logits
     assert choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD).own_logits
 
 
@@ -273,16 +272,16 @@ def test_forms_that_differ_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> Non
     model = make()
     install(model)
     monkeypatch.setattr(forward, "shared_prefix_inputs", lambda spans, tokens: {"spans": None})
-    forms = choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD)
-    assert not forms.shared_prefix
-    assert "a row of LlamaForCausalLM differs from one sequence at a time by" in str(forms.no_shared_prefix_because)
+    layout = choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD)
+    assert not layout.shared_prefix
+    assert "a row of LlamaForCausalLM differs from one sequence at a time by" in str(layout.not_shared_because)
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_shared_prefix_that_is_not_wanted() -> None:
     model = make().train()
     install(model)
-    assert choose_layout(model, [PAIRS], wanted=False, pad_token_id=PAD) == (False, None, False)
+    assert choose_layout(model, [PAIRS], wanted=False, pad_token_id=PAD) == (False, False, None)
     assert model.config._attn_implementation == "sdpa"
     assert model.training
 

@@ -30,7 +30,8 @@ def test_padded_batch_by_hand() -> None:
         "keep": [1, 2, 3, 5, 11, 15, 16, 17, 18],
         "targets": [10, 11, 12, 20, 13, 30, 31, 32, 33],
         "segments": [0, 0, 0, 1, 2, 3, 3, 3, 3],
-        "lengths": [[3, 1], [1, 4]],
+        "lengths": [3, 1, 1, 4],
+        "sides": [[0, 1], [2, 3]],
     }
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
@@ -41,7 +42,7 @@ def test_every_kept_position_stands_right_before_its_target() -> None:
     batch = padded_batch(pairs, PAD)
     flat = batch["input_ids"].flatten()
     assert torch.equal(flat[batch["keep"] + 1], batch["targets"])
-    assert torch.equal(batch["segments"].bincount(), batch["lengths"].flatten())
+    assert torch.equal(batch["segments"].bincount(), batch["lengths"])
     assert torch.equal(batch["keep"] // batch["input_ids"].shape[1], batch["segments"])
 
 
@@ -72,8 +73,8 @@ def step(model: LlamaForCausalLM, batch: dict[str, Tensor]) -> Step:
     model.zero_grad()
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     logits.retain_grad()
-    logps = response_logps(logits.flatten(0, 1)[batch["keep"]], batch["targets"], batch["segments"], 4).view(2, -1)
-    spin_terms(logps, torch.zeros_like(logps), beta=0.1, loss="correlation").loss.sum().backward()
+    logps = response_logps(logits.flatten(0, 1)[batch["keep"]], batch["targets"], batch["segments"], 4)
+    spin_terms(logps, torch.zeros_like(logps), batch["sides"], beta=0.1, loss="correlation").loss.sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return Step(logps.detach(), logits.grad.clone(), gradients)
 
@@ -126,7 +127,7 @@ def test_a_pair_does_not_depend_on_its_neighbours(model: LlamaForCausalLM) -> No
         with torch.no_grad():
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten(0, 1)
         alone = response_logps(logits[batch["keep"]], batch["targets"], batch["segments"], 2)
-        torch.testing.assert_close(alone, together[:, number], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(alone, together[[number, number + len(PAIRS)]], rtol=1e-5, atol=1e-5)
 
 
 # --- the collator ------------------------------------------------------------------------------
@@ -141,9 +142,9 @@ def test_collator_pads_with_the_pad_token() -> None:
     tokenizer = byte_tokenizer()
     batch = PairCollator(tokenizer)(ROWS)
     expected = padded_batch([Pair([1, 2], [10, 11], [13]), Pair([3], [20], [21, 22, 23])], tokenizer.pad_token_id)
-    assert batch.keys() == {*expected, "index"}
+    assert batch.keys() == {*expected, "responses"}
     assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
-    assert batch["index"].tolist() == [7, 0]
+    assert batch["responses"].tolist() == [14, 0, 15, 1]
 
 
 def test_collator_pads_with_eos_where_there_is_no_pad_token() -> None:

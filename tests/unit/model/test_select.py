@@ -16,7 +16,7 @@ from spin_plugin.console import SpinError
 from spin_plugin.model import attention, select
 from spin_plugin.model.forward import install
 from spin_plugin.model.layout import Pair
-from spin_plugin.model.probe import ROW, probe
+from spin_plugin.model.probe import ROW, SHORT_ROW, probe
 from spin_plugin.model.select import Layout, choose_layout
 
 # --- the pairs that are compared -----------------------------------------------------------------
@@ -52,7 +52,7 @@ def test_probe_of_short_pairs_makes_a_row_of_several_blocks() -> None:
     rows = probed([40] * 100)
     assert rows[0] == [40] * 8
     assert sum(rows[0]) >= ROW
-    assert len(probed([3] * 100)[0]) == select.SHORT_ROW
+    assert len(probed([3] * 100)[0]) == SHORT_ROW
     assert [len(row) for row in probed([30])] == [1, 1, 1]
 
 
@@ -124,15 +124,15 @@ def test_a_window_that_only_the_longest_pair_reaches() -> None:
 def test_values_that_are_right_with_wrong_gradients(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     by_pair = attention._by_pair
     monkeypatch.setattr(attention, "_by_pair", lambda query, key, *rest: by_pair(query, key.detach() + 0 * key, *rest))
-    forms = choose(llama_model)
-    assert not forms.shared_prefix
-    assert "the gradients of a row of LlamaForCausalLM differ" in str(forms.no_shared_prefix_because)
+    layout = choose(llama_model)
+    assert not layout.shared_prefix
+    assert "the gradients of a row of LlamaForCausalLM differ" in str(layout.not_shared_because)
 
 
 def test_no_number_is_no_agreement(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     by_pair = attention._by_pair
     monkeypatch.setattr(attention, "_by_pair", lambda *states: by_pair(*states) * torch.nan)
-    assert "differs from one sequence at a time by inf" in str(choose(llama_model).no_shared_prefix_because)
+    assert "differs from one sequence at a time by inf" in str(choose(llama_model).not_shared_because)
 
 
 def fail(*_states: Any) -> Tensor:
@@ -142,7 +142,7 @@ def fail(*_states: Any) -> Tensor:
 def test_a_kernel_that_fails_is_a_line(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_by_pair", fail)
     reason = "the attention of a row fails for LlamaForCausalLM: LookupError: no kernel for this card"
-    assert choose(llama_model) == (False, reason, False)
+    assert choose(llama_model) == (False, False, reason)
     assert llama_model.config._attn_implementation == "sdpa"
 
 
@@ -159,7 +159,7 @@ def test_a_kernel_whose_backward_fails(llama_model: Any, monkeypatch: pytest.Mon
     by_pair = attention._by_pair
     monkeypatch.setattr(attention, "_by_pair", lambda *states: Fails.apply(by_pair(*states)))
     monkeypatch.setattr(select, "_takes_gradients", lambda _model: False)  # DeepSpeed: the model is run forward alone
-    assert "LookupError" in str(choose(llama_model).no_shared_prefix_because)
+    assert "LookupError" in str(choose(llama_model).not_shared_because)
 
 
 def test_too_little_memory_is_no_kernel_that_fails(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_a_compilation_may_not_fail_in_silence(llama_model: Any, monkeypatch: py
 def test_nothing_is_left_behind(llama_model: Any, training: bool) -> None:
     llama_model.train(training)
     before, state = {n: p.clone() for n, p in llama_model.named_parameters()}, torch.get_rng_state()
-    assert choose(llama_model) == (True, None, False)
+    assert choose(llama_model) == (True, False, None)
     assert torch.equal(torch.get_rng_state(), state)
     assert llama_model.training is training
     for name, parameter in llama_model.named_parameters():
@@ -217,7 +217,7 @@ def test_noise_in_training_is_no_fault_of_the_row(llama_model: Any) -> None:
         return output + torch.randn_like(output) if module.training else output
 
     llama_model.model.embed_tokens.register_forward_hook(noise)
-    assert choose(llama_model) == (True, None, False)
+    assert choose(llama_model) == (True, False, None)
 
 
 def test_compiled_model_is_compared_uncompiled(llama_model: Any) -> None:
@@ -235,7 +235,7 @@ import torch
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from families import PAD, SHOWN, build
-from spin_plugin import attention
+from spin_plugin.model import attention
 from spin_plugin.model.forward import install
 from spin_plugin.model.select import choose_layout
 
@@ -257,9 +257,9 @@ def play(rank, failing):
     mesh = distributed.init_device_mesh("cpu", (2,))
     for layer in [*model.model.layers, model]:
         fully_shard(layer, mesh=mesh)
-    forms = choose_layout(model, SHOWN, wanted=True, pad_token_id=PAD, device=torch.device("cpu"), everyone=everyone)
+    layout = choose_layout(model, SHOWN, wanted=True, pad_token_id=PAD, device=torch.device("cpu"), gather=everyone)
     assert all(parameter.grad is None for parameter in model.parameters())
-    print(failing, rank, tuple(forms), flush=True)
+    print(failing, rank, tuple(layout), flush=True)
 
 for failing in (None, 1):
     ranks = []
@@ -290,6 +290,6 @@ def test_a_kernel_that_fails_on_one_rank_alone(tmp_path: Path) -> None:
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith(("None", "1 ")))
     reason = "the attention of a row fails for LlamaForCausalLM: LookupError: no kernel for this card"
     assert lines == [
-        *(f"1 {rank} {(False, reason, False)}" for rank in range(2)),
-        *(f"None {rank} {(True, None, False)}" for rank in range(2)),
+        *(f"1 {rank} {(False, False, reason)}" for rank in range(2)),
+        *(f"None {rank} {(True, False, None)}" for rank in range(2)),
     ], done.stderr[-3000:]

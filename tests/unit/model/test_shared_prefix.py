@@ -72,10 +72,10 @@ def make(architecture: str = "llama", **changes: Any) -> Any:
 def step(
     model: nn.Module, batch: dict[str, Tensor], *, scale: float = 1.0, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """[2, B] log-probabilities and the gradients of a training step's loss, which is scaled before backward."""
+    """[R] log-probabilities and the gradients of a training step's loss, which is scaled before backward."""
     model.zero_grad()
     found = logps(model, batch, **options)
-    loss = spin_terms(found, found.detach() + 0.1, beta=0.1, loss="logistic").loss.sum()
+    loss = spin_terms(found, found.detach() + 0.1, batch["sides"], beta=0.1, loss="logistic").loss.sum()
     (scale * loss).backward()
     return found.detach(), {name: p.grad.float() / scale for name, p in model.named_parameters() if p.grad is not None}
 
@@ -105,7 +105,8 @@ def test_flat_batch_by_hand() -> None:
         "keep": [1, 2, 3, 6, 1, 6, 8],
         "targets": [10, 11, 12, 20, 13, 30, 31],
         "segments": [0, 0, 0, 1, 2, 3, 3],
-        "lengths": [[3, 1], [1, 2]],
+        "lengths": [3, 1, 1, 2],
+        "sides": [[0, 1], [2, 3]],
     }
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
@@ -139,7 +140,7 @@ def test_collator_makes_the_flat_row_when_told() -> None:
     collator.shared_prefix = True
     batch = collator([{"prompt": [1, 2], "real": [10, 11], "synthetic": [13], "index": 7}])
     expected = shared_prefix_batch([Pair([1, 2], [10, 11], [13])])
-    assert batch.keys() == {*expected, "index"}
+    assert batch.keys() == {*expected, "responses"}
     assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
 
 
@@ -151,8 +152,8 @@ def test_flat_equals_padded(architecture: str) -> None:
     """And both equal the model's own logits in the padded form, which nothing of ours touches."""
     model = make(architecture)
     expected, gradients = step(model, padded_batch(PAIRS, PAD), own_logits=True)
-    forms = choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD)
-    assert forms == (True, None, False)
+    layout = choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD)
+    assert layout == (True, False, None)
     for batch in (shared_prefix_batch(PAIRS), padded_batch(PAIRS, PAD)):
         if architecture == "gemma2" and "spans" not in batch:
             continue  # once the flat row is on, its padded form is SDPA, without soft-capping
@@ -192,7 +193,7 @@ def test_lora(targets: list[str], tied: bool) -> None:
     model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     install(model)
     expected, gradients = step(model, padded_batch(PAIRS, PAD), own_logits=True)
-    assert choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD) == (True, None, False)
+    assert choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD) == (True, False, None)
     found, found_gradients = step(model, shared_prefix_batch(PAIRS))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert distance(found_gradients, gradients) < 1e-5
@@ -240,11 +241,11 @@ def test_corrupting_one_pair_leaves_the_others_alone() -> None:
     model = make()
     enable(model)
     with torch.no_grad():
-        before = logps(model, shared_prefix_batch(PAIRS))
+        before = logps(model, shared_prefix_batch(PAIRS)).view(2, -1)
         for corrupt, pair in enumerate(PAIRS):
             changed = list(PAIRS)
             changed[corrupt] = Pair(*([token % 200 + 5 for token in part] for part in pair))
-            after = logps(model, shared_prefix_batch(changed))
+            after = logps(model, shared_prefix_batch(changed)).view(2, -1)
             others = [number for number in range(len(PAIRS)) if number != corrupt]
             torch.testing.assert_close(after[:, others], before[:, others], rtol=0, atol=1e-6)
             assert (after[:, corrupt] - before[:, corrupt]).abs().max() > 1e-3
@@ -257,8 +258,8 @@ def test_responses_do_not_see_each_other() -> None:
         before = logps(model, shared_prefix_batch(PAIRS))
         real = logps(model, shared_prefix_batch([pair._replace(synthetic=[5] * len(pair.synthetic)) for pair in PAIRS]))
         synthetic = logps(model, shared_prefix_batch([pair._replace(real=[5] * len(pair.real)) for pair in PAIRS]))
-    torch.testing.assert_close(real[0], before[0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(synthetic[1], before[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(real[: len(PAIRS)], before[: len(PAIRS)], rtol=0, atol=1e-6)
+    torch.testing.assert_close(synthetic[len(PAIRS) :], before[len(PAIRS) :], rtol=0, atol=1e-6)
 
 
 def test_padded_reference_is_what_the_loss_module_says() -> None:
@@ -267,4 +268,4 @@ def test_padded_reference_is_what_the_loss_module_says() -> None:
     batch = padded_batch(PAIRS, PAD)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten(0, 1)
     expected = response_logps(logits[batch["keep"]], batch["targets"], batch["segments"], 2 * len(PAIRS))
-    assert torch.equal(logps(model, batch, own_logits=True).flatten(), expected)
+    assert torch.equal(logps(model, batch, own_logits=True), expected)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_plugin.model.layout import Pair, padded_batch
 from spin_plugin.model.logprobs import response_logps
-from spin_plugin.objective.losses import LOSSES, spin_terms
+from spin_plugin.objective.losses import LOSSES, SpinTerms, spin_terms
 from spin_plugin.objective.metrics import METRICS, SATURATED_BELOW, metric_sums
 
 LN2 = math.log(2)
@@ -47,6 +48,19 @@ def drawn(pairs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return opponent + 8 * torch.randn(2, pairs, generator=generator, dtype=torch.float64), opponent
 
 
+def sides(pairs: int) -> Tensor:
+    return torch.arange(2 * pairs).view(2, -1)
+
+
+def terms_of(policy: Tensor, opponent: Tensor, **options: Any) -> SpinTerms:
+    """`spin_terms` of [2, B] log-probabilities, row 0 real and row 1 synthetic responses."""
+    return spin_terms(policy.flatten(), opponent.flatten(), sides(policy.shape[1]), **options)
+
+
+def sums_of(terms: SpinTerms, policy: Tensor, lengths: Tensor, *, loss: str) -> Tensor:
+    return metric_sums(terms, policy.flatten(), lengths.flatten(), sides(policy.shape[1]), loss=loss)
+
+
 # --- the loss ----------------------------------------------------------------------------------
 
 
@@ -59,7 +73,7 @@ def test_every_loss_of_the_paper_is_there() -> None:
 def test_value_and_gradient_are_the_equations(name: str, beta: float) -> None:
     policy, opponent = drawn(32)
     policy.requires_grad_()
-    terms = spin_terms(policy, opponent, beta=beta, loss=name)
+    terms = terms_of(policy, opponent, beta=beta, loss=name)
     terms.loss.sum().backward()
     assert policy.grad is not None
     for pair in range(32):
@@ -74,7 +88,7 @@ def test_value_and_gradient_are_the_equations(name: str, beta: float) -> None:
 def test_gradient_agrees_with_finite_differences(name: str) -> None:
     policy, opponent = drawn(8, seed=1)
     policy.requires_grad_()
-    assert torch.autograd.gradcheck(lambda p: spin_terms(p, opponent, beta=0.3, loss=name).loss, policy)
+    assert torch.autograd.gradcheck(lambda p: terms_of(p, opponent, beta=0.3, loss=name).loss, policy)
 
 
 def test_hand_worked_pair() -> None:
@@ -95,7 +109,7 @@ def test_hand_worked_pair() -> None:
     opponent = torch.tensor([[-12.0], [-26.0]])
     for name, (value, gradient) in expected.items():
         policy = torch.tensor([[-10.0], [-30.0]], requires_grad=True)
-        terms = spin_terms(policy, opponent, beta=0.5, loss=name)
+        terms = terms_of(policy, opponent, beta=0.5, loss=name)
         terms.loss.sum().backward()
         assert policy.grad is not None
         assert (terms.reward_real.item(), terms.reward_synthetic.item()) == (1.0, -2.0)
@@ -103,18 +117,41 @@ def test_hand_worked_pair() -> None:
         assert policy.grad.flatten().tolist() == pytest.approx([gradient, -gradient], abs=1e-6)
 
 
+def test_pairs_may_share_a_response() -> None:
+    """One real response and two synthetic ones: its gradient is the sum of those of the pairs, each by itself."""
+    policy, opponent = torch.tensor([-10.0, -30.0, -7.0], requires_grad=True), torch.tensor([-12.0, -26.0, -9.0])
+    shared = spin_terms(policy, opponent, torch.tensor([[0, 0], [1, 2]]), beta=0.5, loss="logistic")
+    shared.loss.sum().backward()
+    assert policy.grad is not None
+    gradient = torch.zeros(3)
+    for number, synthetic in enumerate((1, 2)):
+        alone = policy.detach().clone().requires_grad_()
+        terms = spin_terms(alone, opponent, torch.tensor([[0], [synthetic]]), beta=0.5, loss="logistic")
+        terms.loss.sum().backward()
+        assert alone.grad is not None
+        gradient += alone.grad
+        assert terms.loss.item() == shared.loss[number].item()
+    torch.testing.assert_close(policy.grad, gradient)
+
+
+def test_every_entry_says_what_it_is() -> None:
+    """The documentation is made from them."""
+    assert all(loss.formula and loss.source and loss.use for loss in LOSSES.values())
+    assert all(metric.formula and metric.meaning for metric in METRICS.values())
+
+
 @pytest.mark.parametrize(("name", "value"), [("logistic", LN2), ("hinge", 1), ("exponential", 1), ("correlation", 1)])
 def test_first_step_has_the_known_loss(name: str, value: float) -> None:
     """Before its first step the policy is the opponent: every margin is 0, whatever beta."""
     policy, _ = drawn(4)
-    assert spin_terms(policy, policy.clone(), beta=0.7, loss=name).loss.tolist() == pytest.approx([value] * 4)
+    assert terms_of(policy, policy.clone(), beta=0.7, loss=name).loss.tolist() == pytest.approx([value] * 4)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_gradient_flows_into_the_opponent(name: str) -> None:
     policy, opponent = drawn(4)
     opponent.requires_grad_()
-    spin_terms(policy.requires_grad_(), opponent, beta=0.1, loss=name).loss.sum().backward()
+    terms_of(policy.requires_grad_(), opponent, beta=0.1, loss=name).loss.sum().backward()
     assert opponent.grad is None
 
 
@@ -138,7 +175,7 @@ def test_slope_is_the_size_of_the_derivative(name: str) -> None:
 @pytest.mark.parametrize("name", ["logistic", "hinge", "correlation"])
 def test_extreme_margins_stay_finite(name: str) -> None:
     policy = torch.tensor([[-1e5, 0.0], [0.0, -1e5]], requires_grad=True)
-    terms = spin_terms(policy, torch.zeros(2, 2), beta=1.0, loss=name)
+    terms = terms_of(policy, torch.zeros(2, 2), beta=1.0, loss=name)
     terms.loss.sum().backward()
     assert policy.grad is not None
     assert terms.loss.isfinite().all()
@@ -160,8 +197,8 @@ def test_metric_sums_by_hand() -> None:
     policy = torch.tensor([[-20.0, -8.0], [-70.0, -3.0]], requires_grad=True)
     opponent = torch.tensor([[-25.0, -6.0], [-15.0, -4.0]])
     lengths = torch.tensor([[4, 2], [7, 3]])
-    terms = spin_terms(policy, opponent, beta=0.1, loss="logistic")
-    sums = metric_sums(terms, policy, lengths, loss="logistic")
+    terms = terms_of(policy, opponent, beta=0.1, loss="logistic")
+    sums = sums_of(terms, policy, lengths, loss="logistic")
     assert not sums.requires_grad
     assert sums.dtype == torch.float32
     assert dict(zip(METRICS, sums.tolist(), strict=True)) == pytest.approx(
@@ -184,10 +221,10 @@ def test_metric_sums_by_hand() -> None:
 def test_a_tie_is_no_success() -> None:
     """Before the first step all margins are 0; an accuracy of 1 there would look like a won game."""
     policy = torch.full((2, 3), -5.0)
-    terms = spin_terms(policy, policy.clone(), beta=0.1, loss="logistic")
-    sums = metric_sums(terms, policy, torch.ones(2, 3), loss="logistic")
-    assert sums[METRICS.index("accuracy")] == 0
-    assert sums[METRICS.index("saturated")] == 0
+    terms = terms_of(policy, policy.clone(), beta=0.1, loss="logistic")
+    sums = sums_of(terms, policy, torch.ones(2, 3), loss="logistic")
+    assert sums[list(METRICS).index("accuracy")] == 0
+    assert sums[list(METRICS).index("saturated")] == 0
 
 
 @pytest.mark.parametrize(
@@ -197,9 +234,9 @@ def test_a_tie_is_no_success() -> None:
 def test_saturation_begins_where_the_pull_is_gone(name: str, margin: float) -> None:
     """logistic: 1/(1 + e^z) = 0.005 at z = ln 199, close to ln 200; exponential: e^-z = 0.01; hinge: at 1."""
     policy = torch.tensor([[margin - 0.05, margin + 0.05], [0.0, 0.0]])
-    terms = spin_terms(policy, torch.zeros(2, 2), beta=1.0, loss=name)
-    sums = metric_sums(terms, policy, torch.ones(2, 2), loss=name)
-    assert sums[METRICS.index("saturated")] == 1
+    terms = terms_of(policy, torch.zeros(2, 2), beta=1.0, loss=name)
+    sums = sums_of(terms, policy, torch.ones(2, 2), loss=name)
+    assert sums[list(METRICS).index("saturated")] == 1
 
 
 # --- log-probabilities -------------------------------------------------------------------------

@@ -160,18 +160,18 @@ def test_tokens_of_a_batch_are_what_a_loop_finds(own_logits: bool) -> None:
     model = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
     install(model)
     batch = padded_batch(PAIRS, pad_token_id=256)
-    found = logps(model, by_token(batch), own_logits=own_logits)[0]
+    found = logps(model, by_token(batch), own_logits=own_logits)
     expected: list[float] = []
     for side in ("real", "synthetic"):
         for pair in PAIRS:
             expected += in_a_loop(model, list(pair.prompt), list(getattr(pair, side)))
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-5)
-    sums = torch.stack([part.sum() for part in found.split(batch["lengths"].flatten().tolist())]).view(2, -1)
+    sums = torch.stack([part.sum() for part in found.split(batch["lengths"].tolist())])
     torch.testing.assert_close(sums, logps(model, batch), rtol=1e-5, atol=1e-5)
 
 
 def test_tokens_of_a_flat_batch_stand_in_the_order_of_its_lengths() -> None:
     flat = shared_prefix_batch(PAIRS)
-    parts: tuple[Tensor, ...] = flat["targets"].split(flat["lengths"].flatten().tolist())
+    parts: tuple[Tensor, ...] = flat["targets"].split(flat["lengths"].tolist())
     assert [part.tolist() for part in parts] == [list(p.real) for p in PAIRS] + [list(p.synthetic) for p in PAIRS]
     assert by_token(flat)["segments"].tolist() == list(range(len(flat["targets"])))

@@ -11,23 +11,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spin_plugin.console import SpinError
+from spin_plugin.model.layout import response_numbers
 from spin_plugin.opponent.scoring import SCORING_FACTOR, fill, scoring_batches, scoring_tokens, unscored
 from spin_plugin.opponent.store import FEW, PARTS, OpponentStore
 
-PAIRS = 10 * FEW + 3
+PAIRS = 5 * FEW + 3
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> OpponentStore:
-    return OpponentStore(tmp_path / "opponent-train.safetensors", PAIRS, "weights/pairs")
+    return OpponentStore(tmp_path / "opponent-train.safetensors", 2 * PAIRS, "weights/pairs")
 
 
 LENGTHS = torch.randint(5, 900, (PAIRS,), generator=torch.Generator().manual_seed(0))
-TRUTH = torch.stack([-LENGTHS.float(), -LENGTHS * 2.5])
+TRUTH = torch.stack([-LENGTHS.float(), -LENGTHS * 2.5], dim=1).flatten()
 
 
 def score(indices: Tensor) -> tuple[Tensor, Tensor]:
-    return indices.flatten(), TRUTH[:, indices.flatten()]
+    responses = response_numbers(indices).flatten()
+    return responses, TRUTH[responses]
 
 
 def killed_after(rounds: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -84,16 +86,16 @@ def test_shares_hold_every_pair_within_the_tokens(lengths: list[int], tokens: in
         assert len(share) == 1 or len(share) * max(lengths[index] for index in share) <= tokens
 
 
-@pytest.mark.parametrize("killed", [0, 1, 40, 300])
+@pytest.mark.parametrize("killed", [0, 1, 40, 150])
 def test_killed_in_the_middle_it_goes_on_after_the_last_part(store: OpponentStore, killed: int) -> None:
     rounds = [indices[None] for indices in torch.arange(PAIRS).split(16)]
     with pytest.raises(KeyboardInterrupt):
         fill(store.load(), store, rounds, killed_after(killed), write=True)
     values = store.load()
-    stored = int((~values.isnan().any(0)).sum())
-    assert killed * 16 - store.part < stored <= killed * 16
+    stored = int((~values.isnan()).sum())
+    assert killed * 32 - store.part < stored <= killed * 32
     left = unscored(rounds, values)
-    assert len(left) == len(rounds) - stored // 16
+    assert len(left) == len(rounds) - stored // 32
     fill(values, store, left, score, write=True)
     assert torch.equal(store.load(), TRUTH)
 
@@ -113,9 +115,9 @@ def test_processes_but_the_first_store_nothing(store: OpponentStore) -> None:
 def test_values_of_other_weights_or_pairs_are_never_used(store: OpponentStore) -> None:
     store.save(TRUTH)
     for other in (
-        OpponentStore(store.file, PAIRS, "other weights/pairs"),
-        OpponentStore(store.file, PAIRS, "weights/other pairs"),
-        OpponentStore(store.file, PAIRS - 1, "weights/pairs"),
+        OpponentStore(store.file, 2 * PAIRS, "other weights/pairs"),
+        OpponentStore(store.file, 2 * PAIRS, "weights/other pairs"),
+        OpponentStore(store.file, 2 * PAIRS - 2, "weights/pairs"),
     ):
         assert other.load().isnan().all()
     save_file({"logps": TRUTH}, store.file)
@@ -136,7 +138,8 @@ def test_damaged_values_are_never_used(store: OpponentStore, damage: bytes | str
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_broken_opponent_is_refused_and_nothing_of_it_stored(store: OpponentStore, value: float) -> None:
     def broken(indices: Tensor) -> tuple[Tensor, Tensor]:
-        return indices.flatten(), torch.full((2, indices.numel()), value)
+        responses = response_numbers(indices).flatten()
+        return responses, torch.full((len(responses),), value)
 
     with pytest.raises(SpinError, match="not finite"):
         fill(store.load(), store, scoring_batches(LENGTHS, tokens=60_000, world=1), broken, write=True)

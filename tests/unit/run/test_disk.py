@@ -57,7 +57,7 @@ FULL = """
     def store() -> None:
         from spin_plugin.opponent.store import OpponentStore
         import torch
-        OpponentStore(root / "opponent", 300_000, "key").save(torch.zeros(2, 300_000))
+        OpponentStore(root / "opponent", 600_000, "key").save(torch.zeros(600_000))
 
     def arrow(directory) -> None:
         from spin_plugin.data.table import PAIR_SCHEMA, table_writer

@@ -1,0 +1,25 @@
+"""What an iteration hands its trainer, which Axolotl constructs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback
+
+from spin_plugin.args import SpinArgs
+from spin_plugin.training.prepare import PairsOnDisk
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """What an iteration hands its trainer."""
+
+    spin: SpinArgs
+    """The block as it stands in this iteration."""
+    pairs: PairsOnDisk
+    metrics_file: Path
+    check_agreement: Callable[[Callable[[list[dict[str, Any]]], list[Tensor]]], None]
+    """Compares the policy's log-probabilities of tokens, which it is given a function for, with vLLM's."""
+    callbacks: tuple[TrainerCallback, ...] = ()
