@@ -21,6 +21,8 @@ from spin_plugin.args import (
     SpinArgs,
     VllmArgs,
 )
+from spin_plugin.objective.losses import LOSSES
+from spin_plugin.objective.metrics import METRICS
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 HEAD = """# The `spin:` block
@@ -61,11 +63,19 @@ def default(field: FieldInfo) -> str:
     return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
 
 
+def choices(field: FieldInfo) -> str:
+    """A field's type, or the values that it may have."""
+    extra = field.json_schema_extra
+    if isinstance(extra, dict) and isinstance(extra.get("enum"), list):
+        return " \\| ".join(f"`{value}`" for value in extra["enum"])  # type: ignore[union-attr]
+    return type_name(field.annotation)
+
+
 def table(block: type[Block]) -> str:
     lines = ["| key | type | default | bounds | meaning |", "|---|---|---|---|---|"]
     for name, field in block.model_fields.items():
         meaning = " ".join((field.description or "").split())
-        lines.append(f"| `{name}` | {type_name(field.annotation)} | {default(field)} | {bounds(field)} | {meaning} |")
+        lines.append(f"| `{name}` | {choices(field)} | {default(field)} | {bounds(field)} | {meaning} |")
     return "\n".join(lines)
 
 
@@ -77,6 +87,12 @@ def reference() -> str:
         [
             HEAD,
             table(SpinArgs),
+            "",
+            "Losses, of the reward margin z:",
+            "",
+            "| `loss_type` | l(z) | when | source |",
+            "|---|---|---|---|",
+            *(f"| `{name}` | `{loss.formula}` | {loss.use} | {loss.source} |" for name, loss in LOSSES.items()),
             "",
             f"An entry of `schedule` cannot change {keys(RUN_WIDE_KEYS)}.",
             "",
@@ -94,6 +110,15 @@ def reference() -> str:
             "",
             f"{keys(VLLM_SERVER_KEYS)} are for a vLLM server. They may stay, as in a GRPO configuration, unused. "
             "`rl_beta` beside `rl` is taken as `spin.beta`.",
+            "",
+            "## Metrics",
+            "",
+            "Means over the pairs since the last log, `eval_spin/…` over the held-out pairs. y is the real response, "
+            "y' the synthetic one, p the policy, p_t the opponent.",
+            "",
+            "| name | formula | meaning |",
+            "|---|---|---|",
+            *(f"| `spin/{name}` | `{metric.formula}` | {metric.meaning} |" for name, metric in METRICS.items()),
             "",
         ]
     )

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from spin_plugin.objective.losses import LOSSES
+
 # What `generation.vllm_kwargs` may not say, and where it is said instead.
 IN_VLLM_BLOCK = frozenset(
     {
@@ -159,8 +161,8 @@ class SpinArgs(Block):
     beta: float = Field(default=0.1, gt=0.0, allow_inf_nan=False)
     """The paper's lambda: how strongly the main player is held to the opponent. `rl_beta` is taken as this."""
 
-    loss_type: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
-    """The convex decreasing function of the reward margin. The paper's runs use the logistic one."""
+    loss_type: str = Field(default="logistic", json_schema_extra={"enum": [*LOSSES]})
+    """The convex decreasing function of the reward margin, below. The paper's runs use the logistic one."""
 
     history_iterations: int = Field(default=1, ge=0)
     """How many earlier iterations' synthetic responses are mixed in. The paper mixes in one."""
@@ -192,6 +194,14 @@ class SpinArgs(Block):
 
     generation: GenerationArgs = Field(default_factory=GenerationArgs)
     """How the synthetic responses are sampled."""
+
+    @field_validator("loss_type")
+    @classmethod
+    def loss_is_known(cls, value: str) -> str:
+        """Refuse a loss that `LOSSES` does not hold."""
+        if value not in LOSSES:
+            raise ValueError(f"there is no such loss; choose one of {', '.join(LOSSES)} (got {value!r})")
+        return value
 
     @field_validator("shared_prefix", mode="before")
     @classmethod

@@ -10,9 +10,10 @@ from rich.table import Table
 
 from spin_plugin.cli.config_file import CONFIG, read_config
 from spin_plugin.console import console, exit_in_one_line
+from spin_plugin.objective.metrics import METRICS
 from spin_plugin.run.directory import RunDir
 
-METRIC_COLUMNS = {"loss": "spin/loss", "margin": "spin/reward_margin", "accuracy": "spin/accuracy"}
+METRIC_COLUMNS = {metric.column: f"spin/{name}" for name, metric in METRICS.items() if metric.column}
 
 
 @click.command()

@@ -7,15 +7,23 @@ and r' the same for the synthetic response y' ~ p_t(.|x):
 
 where l is convex and decreasing, theta is the main player and p_t the opponent.
 
-A new loss is one entry in `LOSSES`, and its name in the option `loss_type` (args.py).
+A new loss is one entry in `LOSSES`: the option `loss_type` and its reference read them there. Importing this module
+loads no torch, so that `axolotl spin status` answers at once.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn.functional import relu, softplus
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _softplus(z: Tensor) -> Tensor:
+    from torch.nn.functional import softplus
+
+    return softplus(z)
 
 
 class Loss(NamedTuple):
@@ -32,29 +40,29 @@ class Loss(NamedTuple):
 
 LOSSES: dict[str, Loss] = {
     "logistic": Loss(
-        lambda z: softplus(-z),
-        lambda z: torch.sigmoid(-z),
+        lambda z: _softplus(-z),
+        lambda z: (-z).sigmoid(),
         formula="log(1 + exp(-z))",
         source="arXiv 2401.01335, equation 4.7 and all of its experiments",
         use="The default. Starts at ln 2; pairs that are told apart pull less and less.",
     ),
     "hinge": Loss(
-        lambda z: relu(1 - z),
+        lambda z: (1 - z).relu(),
         lambda z: (z < 1).to(z.dtype),
         formula="max(0, 1 - z)",
         source="arXiv 2401.01335, section 4.1",
         use="To ignore every pair whose margin is above 1, and pull at all others alike.",
     ),
     "exponential": Loss(
-        lambda z: torch.exp(-z),
-        lambda z: torch.exp(-z),
+        lambda z: (-z).exp(),
+        lambda z: (-z).exp(),
         formula="exp(-z)",
         source="arXiv 2401.01335, section 4.1",
         use="To pull hardest at pairs that are ranked wrong; one outlier can dominate a step.",
     ),
     "correlation": Loss(
         lambda z: 1 - z,
-        torch.ones_like,
+        lambda z: z.new_ones(z.shape),
         formula="1 - z",
         source="arXiv 2401.01335, section 4.1: the integral probability metric",
         use="For analysis: linear, never saturates, so nothing but the learning rate ends it.",

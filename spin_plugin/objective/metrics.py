@@ -1,12 +1,17 @@
-"""What training logs of every pair: one entry a metric, read by the trainer, `axolotl spin status` and the docs."""
+"""What training logs of every pair: one entry a metric, read by the trainer, `axolotl spin status` and the docs.
+
+Importing this module loads no torch, so that `axolotl spin status` answers at once.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from spin_plugin.objective.losses import LOSSES, SpinTerms
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A pair is past saturation when it pulls with less than this share of the force it has at margin 0.
 SATURATED_BELOW = 0.01
@@ -31,15 +36,17 @@ class Metric(NamedTuple):
     """[B] of a batch."""
     formula: str
     meaning: str
+    column: str | None = None
+    """Its heading in the table of `axolotl spin status`, where it has one."""
 
 
 def _saturated(batch: Batch) -> Tensor:
     margin, slope = batch.terms.margin, LOSSES[batch.loss].slope
-    return slope(margin) < SATURATED_BELOW * slope(torch.zeros_like(margin))
+    return slope(margin) < SATURATED_BELOW * slope(margin.new_zeros(()))
 
 
 METRICS: dict[str, Metric] = {
-    "loss": Metric(lambda batch: batch.terms.loss, "l(z)", "ln 2 at the first step (logistic), then falling"),
+    "loss": Metric(lambda batch: batch.terms.loss, "l(z)", "ln 2 at the first step (logistic), then falling", "loss"),
     "reward_real": Metric(
         lambda batch: batch.terms.reward_real,
         "beta (log p(y) - log p_t(y))",
@@ -51,10 +58,16 @@ METRICS: dict[str, Metric] = {
         "below 0: the opponent's own responses have become less likely",
     ),
     "reward_margin": Metric(
-        lambda batch: batch.terms.margin, "z = reward_real - reward_synthetic", "0 at the first step, then rising"
+        lambda batch: batch.terms.margin,
+        "z = reward_real - reward_synthetic",
+        "0 at the first step, then rising",
+        "margin",
     ),
     "accuracy": Metric(
-        lambda batch: batch.terms.margin > 0, "share of z > 0", "how many pairs are told apart; equal ones cannot be"
+        lambda batch: batch.terms.margin > 0,
+        "share of z > 0",
+        "how many pairs are told apart; equal ones cannot be",
+        "accuracy",
     ),
     "saturated": Metric(
         _saturated,
@@ -85,6 +98,8 @@ def metric_sums(terms: SpinTerms, policy: Tensor, lengths: Tensor, sides: Tensor
     Returns:
         [len(METRICS)] detached, in the order of `METRICS`; no host synchronisation happens.
     """
+    import torch
+
     detached = SpinTerms(*(term.detach() for term in terms))
     batch = Batch(detached, policy.detach()[sides], lengths[sides], loss)
     return torch.stack([metric.value(batch).float().sum() for metric in METRICS.values()])

@@ -1,4 +1,4 @@
-"""The iteration being played by this command: from the run directory's lock to its last line."""
+"""The iteration that this command runs: from the run directory's lock to its last line."""
 
 import json
 import math
@@ -16,6 +16,7 @@ from spin_plugin.config.lower import Lowered
 from spin_plugin.console import SpinError, say, warn
 from spin_plugin.data.order import steps_in_epoch
 from spin_plugin.generation.shards import Shards
+from spin_plugin.model.layout import PairCollator
 from spin_plugin.opponent.agreement import comparable, distance, require_agreement
 from spin_plugin.opponent.hub import pin
 from spin_plugin.opponent.merge import merge
@@ -25,7 +26,7 @@ from spin_plugin.run.checkpoint import check_model_dir, why_incomplete
 from spin_plugin.run.directory import IterationDir
 from spin_plugin.run.processes import Ranks, end_with_launcher, name_of_start, rank
 from spin_plugin.run.state import RunState
-from spin_plugin.training.precision import HALF, is_lean, require_moving_weights
+from spin_plugin.training.precision import HALF, is_lean, keep_masters, require_moving_weights
 from spin_plugin.training.prepare import PairsOnDisk, open_pairs, prepare_iteration
 from spin_plugin.training.saving import store_in_16_bits
 
@@ -140,6 +141,19 @@ class Iteration:
         """Note what has 32 bits although the model was loaded in 16, before Axolotl and the masters change that."""
         if self.cfg.torch_dtype in HALF and not self.cfg.deepspeed:
             self.kept = [name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32]
+
+    def keep_masters(self, model: Any) -> None:
+        """Bring the trained weights to 32 bits, before anything wraps the model."""
+        keep_masters(self.cfg, model)
+
+    def collator_class_and_arguments(self) -> tuple[type[PairCollator], dict[str, Any]]:
+        return PairCollator, {}
+
+    def training_arguments(self) -> dict[str, Any]:
+        """Keep the pairs' columns, which no model's forward knows; never wait for the GPU to look for NaN."""
+        ours = {"remove_unused_columns": False, "label_names": [], "logging_nan_inf_filter": False}
+        # transformers allows bf16 without a GPU only where the CPU is asked for by name
+        return ours | ({"use_cpu": True} if self.cfg.bf16 and not torch.accelerator.is_available() else {})
 
     def trainer_class(self) -> type[Any]:
         """The class of trainers for this iteration."""

@@ -115,7 +115,7 @@ def test_finished_run_says_so_and_leaves_everything_alone(played: Path, command:
     before = (played / "run/run.json").read_bytes()
     done = command("axolotl", "train", "config.yml", "--launcher", "python", directory=played)
     assert done.code == 0
-    assert "nothing is left to play: 2 iterations are finished" in done.output
+    assert "all 2 iterations are finished" in done.output
     done = command(ROOT / "scripts/iterate.sh", "config.yml", directory=played)
     assert done.code == 0
     assert (played / "run/run.json").read_bytes() == before

@@ -14,11 +14,11 @@ PACKAGE = ROOT / "spin_plugin"
 
 # The rooms, directories and single files, from the ground up: each may import those before it.
 ROOMS = [
-    "console", "versions", "args", "run", "objective", "config", "data", "model", "generation", "opponent", "training",
+    "console", "versions", "objective", "args", "run", "config", "data", "model", "generation", "opponent", "training",
     "plugin",
 ]  # fmt: skip
 # Commands answer at once, so they stay away from what loads torch or Axolotl.
-OPEN_TO_COMMANDS = {"console", "versions", "args", "run", "config"}
+OPEN_TO_COMMANDS = {"console", "versions", "objective", "args", "run", "config"}
 
 
 def module_name(path: Path) -> str:

@@ -1,0 +1,40 @@
+"""The start of an iteration: what Axolotl's validated configuration still gets refused for, and what is said first."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from spin_plugin.config.announce import announce
+from spin_plugin.config.lower import Lowered
+from spin_plugin.config.refuse import refuse_other_trainers
+from spin_plugin.console import say
+from spin_plugin.run.processes import rank
+from spin_plugin.training.iteration import Iteration
+
+
+def start_iteration(cfg: Any, lowered: Lowered, other_plugins: Iterable[Any], *, for_training: bool) -> Iteration:
+    """Prepare the next unfinished iteration; where all are finished, say so and end the command.
+
+    Args:
+        cfg: Axolotl's validated configuration.
+        lowered: what it was lowered from.
+        other_plugins: Axolotl's, ours left out.
+        for_training: false for `axolotl preprocess`, which ends before training.
+
+    Raises:
+        SpinError: see `Iteration.prepare`.
+        SystemExit: there is nothing left to do.
+    """
+    first = rank() == 0
+    if lowered.all_finished:
+        if first:
+            say(
+                f"all {lowered.iteration} iterations are finished (spin.iterations: {lowered.spin.iterations}); the "
+                f"model is in {lowered.run.root}"
+            )
+        raise SystemExit(0)
+    refuse_other_trainers(cfg, other_plugins)
+    if first:
+        announce(cfg, lowered)
+    iteration = Iteration(cfg, lowered)
+    iteration.prepare(for_training=for_training)
+    return iteration
