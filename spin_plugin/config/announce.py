@@ -1,25 +1,19 @@
 """What an iteration says before it starts."""
 
-from typing import Any
-
 from spin_plugin.config.lower import Lowered
+from spin_plugin.config.specs import OpponentSpec, TrainingSpec
 from spin_plugin.console import say, warn
 
 # Above it a warning says so. The paper's full fine-tune of 7B has 5e-7.
 HIGHEST_LEARNING_RATE = {"full": 5e-6, "adapter": 1e-4}
 
 
-def announce(cfg: Any, lowered: Lowered) -> None:
-    """Say what the command is about to do, and what may surprise in it.
-
-    Args:
-        cfg: Axolotl's validated configuration.
-        lowered: what it was lowered from.
-    """
+def announce(lowered: Lowered, opponent: OpponentSpec, training: TrainingSpec) -> None:
+    """Say what the command is about to do, and what may surprise in it."""
     number, spin = lowered.iteration, lowered.spin
-    adapter = f" with the adapter {cfg.lora_model_dir}" if cfg.adapter and cfg.lora_model_dir else ""
-    opponent = f"{lowered.config['base_model']}{adapter}" if number == 0 else f"the model of iteration {number - 1}"
-    say(f"iteration {number} of 0…{spin.iterations - 1}, opponent: {opponent}")
+    adapter = f" with the adapter {opponent.adapter}" if opponent.adapter else ""
+    model = f"{lowered.config['base_model']}{adapter}" if number == 0 else f"the model of iteration {number - 1}"
+    say(f"iteration {number} of 0…{spin.iterations - 1}, opponent: {model}")
     if number == 0 and (mixed := min(spin.history_iterations, spin.iterations - 1)):
         say(
             f"later iterations also train on the responses of up to {mixed} before them, which costs up to {1 + mixed} "
@@ -28,9 +22,9 @@ def announce(cfg: Any, lowered: Lowered) -> None:
     if lowered.unused_vllm_keys:
         keys = ", ".join(f"vllm.{key}" for key in lowered.unused_vllm_keys)
         say(f"not used: {keys}: SPIN runs vLLM itself and needs no server")
-    highest = HIGHEST_LEARNING_RATE["adapter" if cfg.adapter else "full"]
-    if cfg.learning_rate > highest and (number == 0 or "learning_rate" in spin.axolotl_overrides(number)):
+    highest = HIGHEST_LEARNING_RATE["adapter" if training.adapter else "full"]
+    if training.learning_rate > highest and (number == 0 or "learning_rate" in spin.axolotl_overrides(number)):
         warn(
-            f"learning_rate {cfg.learning_rate:g} is high for SPIN, where most runs collapse above {highest:g} "
-            f"({'with an adapter' if cfg.adapter else 'full fine-tune'}); take a tenth to a fortieth of the SFT's"
+            f"learning_rate {training.learning_rate:g} is high for SPIN, where most runs collapse above {highest:g} "
+            f"({'with an adapter' if training.adapter else 'full fine-tune'}); take a tenth to a fortieth of the SFT's"
         )

@@ -3,8 +3,8 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
+from spin_plugin.config.specs import OpponentSpec
 from spin_plugin.console import SpinError, say
 from spin_plugin.run.atomic import write_dir_atomically
 from spin_plugin.run.checkpoint import check_safetensors, check_weights
@@ -22,11 +22,11 @@ def served_by_vllm(adapter: Path) -> bool:
     return not any(config.get(key) for key in NOT_SERVED)
 
 
-def merge(cfg: Any, adapter: Path, target: Path, *, tokenizer: Path | None = None) -> None:
-    """Write the base model of `cfg`, unquantised, with an adapter merged into it; Axolotl's own merge.
+def merge(opponent: OpponentSpec, adapter: Path, target: Path, *, tokenizer: Path | None = None) -> None:
+    """Write a base model, unquantised, with an adapter merged into it; Axolotl's own merge.
 
     Args:
-        cfg: Axolotl's configuration.
+        opponent: whose base model.
         adapter: the adapter's directory.
         target: where the model goes, whole.
         tokenizer: a directory whose tokenizer it gets; None: the base model's.
@@ -37,19 +37,18 @@ def merge(cfg: Any, adapter: Path, target: Path, *, tokenizer: Path | None = Non
     import torch
     from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient
 
-    if cfg.gptq:
+    if opponent.gptq:
         raise SpinError("gptq: vLLM cannot serve this adapter, and nothing can be merged into a GPTQ model")
-    _require_mergeable(cfg, adapter)
+    _require_mergeable(opponent, adapter)
     say(f"merging {adapter} into its base model")
 
     def fill(directory: Path) -> None:
         merge_lora_sharded_efficient(
-            base_model_path=cfg.base_model,
+            base_model_path=opponent.base_model,
             lora_adapter_path=adapter,
             output_path=directory,
             device="cuda" if torch.cuda.is_available() else "cpu",
-            trust_remote_code=bool(cfg.trust_remote_code),
-            revision=cfg.revision_of_model,
+            **opponent.hub,
         )
         for file in (file for pattern in TOKENIZER if tokenizer for file in tokenizer.glob(pattern)):
             shutil.copy(file, directory)
@@ -57,7 +56,7 @@ def merge(cfg: Any, adapter: Path, target: Path, *, tokenizer: Path | None = Non
     write_dir_atomically(target, fill)
 
 
-def _require_mergeable(cfg: Any, adapter: Path) -> None:
+def _require_mergeable(opponent: OpponentSpec, adapter: Path) -> None:
     """Axolotl 0.19 goes through the tensors of the base model and passes over what it finds no tensor for: an
     embedding's LoRA, and all that concerns a head which is the embedding.
 
@@ -66,8 +65,7 @@ def _require_mergeable(cfg: Any, adapter: Path) -> None:
     """
     from transformers import AutoConfig
 
-    hub = {"revision": cfg.revision_of_model, "trust_remote_code": bool(cfg.trust_remote_code)}
-    tied = AutoConfig.from_pretrained(cfg.base_model, **hub).get_text_config().tie_word_embeddings
+    tied = AutoConfig.from_pretrained(opponent.base_model, **opponent.hub).get_text_config().tie_word_embeddings
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     names = [name for file in check_weights(adapter, "adapter_model") for name in check_safetensors(file)]
     lost = {

@@ -13,6 +13,7 @@ from torch import Tensor
 from spin_plugin import __version__
 from spin_plugin.config.identity import differing_keys
 from spin_plugin.config.lower import Lowered
+from spin_plugin.config.specs import read_opponent, read_training
 from spin_plugin.console import SpinError, say, warn
 from spin_plugin.data.order import steps_in_epoch
 from spin_plugin.generation.shards import Shards
@@ -26,7 +27,7 @@ from spin_plugin.run.checkpoint import check_model_dir, why_incomplete
 from spin_plugin.run.directory import IterationDir
 from spin_plugin.run.processes import Ranks, end_with_launcher, name_of_start, rank
 from spin_plugin.run.state import RunState
-from spin_plugin.training.precision import HALF, is_lean, keep_masters, require_moving_weights
+from spin_plugin.training.precision import is_lean, keep_masters, require_moving_weights
 from spin_plugin.training.prepare import PairsOnDisk, open_pairs, prepare_iteration
 from spin_plugin.training.saving import store_in_16_bits
 
@@ -37,6 +38,7 @@ class Iteration:
     def __init__(self, cfg: Any, lowered: Lowered) -> None:
         self.cfg, self.lowered, self.first = cfg, lowered, rank() == 0
         self.spin = lowered.spin.at(lowered.iteration)
+        self.training = read_training(cfg)
         self.directory: IterationDir = lowered.run.iteration(lowered.iteration)
         self.pairs: PairsOnDisk
         self.ranks: Ranks
@@ -53,7 +55,7 @@ class Iteration:
             SpinError: the directory is in use or belongs to another configuration, or the data cannot be used.
         """
         run, number = self.lowered.run, self.lowered.iteration
-        require_moving_weights(self.cfg)
+        require_moving_weights(self.training)
         end_with_launcher()
         self.ranks = Ranks(run, name_of_start())
         self.ranks.join()
@@ -128,23 +130,23 @@ class Iteration:
         """Optimizer steps of the iteration."""
         an_epoch = steps_in_epoch(
             len(self.pairs.train),
-            micro_batch=self.cfg.micro_batch_size,
-            ranks=self.cfg.world_size,
-            accumulated=self.cfg.gradient_accumulation_steps,
+            micro_batch=self.training.micro_batch_size,
+            ranks=self.training.world_size,
+            accumulated=self.training.gradient_accumulation_steps,
         )
-        steps = math.ceil(self.cfg.num_epochs * an_epoch)
-        return min(steps, self.cfg.max_steps) if self.cfg.max_steps else steps
+        steps = math.ceil(self.training.num_epochs * an_epoch)
+        return min(steps, self.training.max_steps or steps)
 
     # --- training ----------------------------------------------------------------------------
 
     def note_formats(self, model: Any) -> None:
         """Note what has 32 bits although the model was loaded in 16, before Axolotl and the masters change that."""
-        if self.cfg.torch_dtype in HALF and not self.cfg.deepspeed:
+        if self.training.in_16_bits and not self.training.deepspeed:
             self.kept = [name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32]
 
     def keep_masters(self, model: Any) -> None:
         """Bring the trained weights to 32 bits, before anything wraps the model."""
-        keep_masters(self.cfg, model)
+        keep_masters(self.training, model)
 
     def collator_class_and_arguments(self) -> tuple[type[PairCollator], dict[str, Any]]:
         return PairCollator, {}
@@ -163,11 +165,13 @@ class Iteration:
         from spin_plugin.training.trainer import trainer_for
 
         callbacks: list[Any] = []
-        if self.cfg.torch_dtype == torch.bfloat16 and not self.cfg.adapter:
+        if self.training.full_in_16_bits and self.training.dtype == "bfloat16":
             callbacks.append(RoundAtTheEnd(self.kept))
-        if is_lean(self.cfg):
+        if is_lean(self.training):
             callbacks.append(SameNoise())
-        task = TrainingTask(self.spin, self.pairs, self.directory.metrics, self._check_agreement, tuple(callbacks))
+        task = TrainingTask(
+            self.spin, self.training, self.pairs, self.directory.metrics, self._check_agreement, tuple(callbacks)
+        )
         return trainer_for(task)
 
     def check_trainer(self, trainer: Any) -> None:
@@ -183,7 +187,8 @@ class Iteration:
         number, shards = self.lowered.iteration, Shards(self.directory.synthetic)
         pairs, drawn = comparable(shards.responses(), self.pairs.train, number)
         logps = policy(pairs)
-        precision = {(shards.manifest() or {}).get("engine", {}).get("dtype"), str(self.cfg.torch_dtype)}
+        precision = {(shards.manifest() or {}).get("engine", {}).get("dtype"), self.training.dtype}
+        opponent = read_opponent(self.cfg)
         if self.first:
             require_agreement(
                 distance(drawn, logps),
@@ -191,15 +196,16 @@ class Iteration:
                 # on a GPU fp32 may be TF32, here or in vLLM
                 exact={name.removeprefix("torch.") for name in precision if name} == {"float32"}
                 and not any(values.is_cuda for values in logps),
-                quantised=bool(self.cfg.load_in_4bit or self.cfg.load_in_8bit or self.cfg.fp8),
+                quantised=opponent.quantised or opponent.fp8,
             )
 
     def _warn_of_warmup(self, warmup: int) -> None:
         """transformers' schedules begin at 0, so a short iteration may be over before anything was learned."""
         if 0 < warmup >= self.steps:
             warn(
-                f"all {self.steps} steps of the iteration are warm-up, so the learning rate never reaches "
-                f"{self.cfg.learning_rate}; lower warmup_steps or warmup_ratio, or take smaller batches or more epochs"
+                f"all {self.steps} steps of the iteration are warm-up, so the learning rate never "
+                f"reaches {self.training.learning_rate}; lower warmup_steps or warmup_ratio, or use smaller batches or "
+                "more epochs"
             )
 
     # --- after training ----------------------------------------------------------------------
@@ -213,13 +219,13 @@ class Iteration:
         self.ranks.wait_for_saved()
         self.ranks.leave()
         self._require_no_watchdog()
-        files = check_model_dir(self.directory.path, adapter=bool(self.cfg.adapter))
-        if self.cfg.torch_dtype in HALF and not self.cfg.adapter:
-            store_in_16_bits(self.directory.path, files, self.cfg.torch_dtype, self.kept)
+        files = check_model_dir(self.directory.path, adapter=self.training.adapter)
+        if self.training.full_in_16_bits:
+            store_in_16_bits(self.directory.path, files, getattr(torch, self.training.dtype), self.kept)
         require_finite(files, run.weights)
         flush(self.directory.path.iterdir())
-        if self.cfg.adapter and self.spin.adapter_chain == "merge":
-            merge(self.cfg, self.directory.path, self.directory.merged, tokenizer=self.directory.path)
+        if self.training.adapter and self.spin.adapter_chain == "merge":
+            merge(read_opponent(self.cfg), self.directory.path, self.directory.merged, tokenizer=self.directory.path)
         state = run.read_state()
         assert state is not None
         assert len(state.finished) == number
@@ -247,7 +253,7 @@ class Iteration:
     def _require_no_watchdog(self) -> None:
         """Axolotl's watchdog ends a training that diverges as if it had come to its end."""
         step = max((entry["step"] for entry in self.directory.logged()), default=0)
-        if self.cfg.loss_watchdog_threshold is not None and not self.cfg.early_stopping_patience and step < self.steps:
+        if self.training.loss_watchdog and step < self.steps:
             raise SpinError(
                 f"loss_watchdog_threshold: training was ended at step {step} of {self.steps}; lower the learning_rate "
                 "in spin.schedule and take the iteration back with `axolotl spin reset`"

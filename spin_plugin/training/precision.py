@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from spin_plugin.config.specs import TrainingSpec
 from spin_plugin.console import SpinError
 
 
@@ -51,40 +52,36 @@ WAYS_OUT = (
 # --- before vLLM starts --------------------------------------------------------------------------
 
 
-def require_moving_weights(cfg: Any) -> None:
+def require_moving_weights(training: TrainingSpec) -> None:
     """Refuse what would train 16-bit weights with an optimizer that rounds its updates away.
-
-    Args:
-        cfg: Axolotl's validated configuration.
 
     Raises:
         SpinError: names the key.
     """
-    if cfg.torch_dtype not in HALF:
+    if not training.in_16_bits:
         return
-    if cfg.adapter:
-        if cfg.peft_autocast_adapter_dtype is False:
+    if training.adapter:
+        if training.adapter_in_model_dtype:
             raise SpinError(
                 "peft_autocast_adapter_dtype: false keeps the adapter in 16 bits, where rounding takes small updates "
                 "back; remove the key"
             )
         return
-    if cfg.deepspeed:
-        if _deepspeed(cfg.deepspeed).get("bf16", {}).get("bf16_master_weights_and_grads"):
+    if training.deepspeed:
+        if _deepspeed(training.deepspeed).get("bf16", {}).get("bf16_master_weights_and_grads"):
             raise SpinError(
-                "deepspeed: bf16_master_weights_and_grads keeps the masters in 16 bits, where rounding takes small "
-                "updates back; remove it"
+                "deepspeed: bf16_master_weights_and_grads keeps the master weights in 16 bits, where rounding takes "
+                "small updates back; remove it"
             )
         return
-    if cfg.torch_dtype == torch.float16:
-        key = "float16" if cfg.float16 else "fp16"
+    if training.dtype == "float16":
         raise SpinError(
-            f"{key}: a full fine-tune in fp16 rounds small updates away; {WAYS_OUT}, or `bf16: false` and `fp16: "
-            "false` to train in 32 bits, or `adapter: lora`"
+            f"{training.fp16_key}: a full fine-tune in fp16 rounds small updates away; {WAYS_OUT}, or `bf16: false` "
+            "and `fp16: false` to train in 32 bits, or `adapter: lora`"
         )
 
 
-def _deepspeed(config: Any) -> Mapping[str, Any]:
+def _deepspeed(config: str | Mapping[str, Any]) -> Mapping[str, Any]:
     """DeepSpeed's configuration, which Axolotl takes as a mapping or as a file."""
     if isinstance(config, Mapping):
         return config
@@ -93,44 +90,40 @@ def _deepspeed(config: Any) -> Mapping[str, Any]:
     except (OSError, ValueError) as error:
         raise SpinError(f"deepspeed: {config} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise SpinError(f"deepspeed: {config} holds no mapping")
+        raise SpinError(f"deepspeed: {config} does not hold a mapping")
     return content
 
 
-def is_lean(cfg: Any) -> bool:
-    """Whether the optimizer may work on 16-bit weights, since it does not lose small updates."""
-    optimizer = str(getattr(cfg.optimizer, "value", cfg.optimizer))
-    if optimizer not in LEAN:
+def is_lean(training: TrainingSpec) -> bool:
+    """Whether the optimizer may work on 16-bit weights, because it does not lose small updates."""
+    if training.optimizer not in LEAN:
         return False
-    argument = LEAN[optimizer]
-    return argument is None or str(_optim_args(cfg.optim_args).get(argument)).lower() == "true"
+    argument = LEAN[training.optimizer]
+    return argument is None or str(training.optim_args.get(argument)).lower() == "true"
 
 
-def _optim_args(args: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """`optim_args`, a mapping or `name=value,…`."""
-    if isinstance(args, str):
-        return dict(item.partition("=")[::2] for item in args.replace(" ", "").split(","))
-    return args or {}
+def keeps_masters(training: TrainingSpec) -> bool:
+    """Whether 32-bit weights are trained of a model that is loaded in 16 bits."""
+    return training.full_in_16_bits and not is_lean(training)
 
 
 # --- the model -----------------------------------------------------------------------------------
 
 
-def keep_masters(cfg: Any, model: nn.Module) -> None:
+def keep_masters(training: TrainingSpec, model: nn.Module) -> None:
     """Bring the trained weights to 32 bits, in place, before anything wraps the model.
 
-    DeepSpeed keeps masters itself, LEAN optimizers need none. FSDP2 wants one format in all parameters it shards
-    together, so with it the frozen ones are brought along, and an adapter stays as PEFT made it.
+    DeepSpeed keeps master weights itself, and LEAN optimizers need none. FSDP2 wants one format in all parameters that
+    it shards together, so it gets the frozen ones in 32 bits too, and an adapter as PEFT made it.
     """
-    sharded = cfg.fsdp_config or {}
-    # transformers has left these empty: the first process's are sent to them, and until then they take no memory
-    empty = sharded.get("cpu_ram_efficient_loading") and int(os.environ.get("LOCAL_RANK", "0")) > 0
-    if cfg.deepspeed or (is_lean(cfg) and not cfg.adapter) or (cfg.fsdp_config and cfg.adapter):
+    # transformers leaves these empty: FSDP2 sends them the first process's weights, and until then they take no memory
+    empty = training.empty_on_other_ranks and int(os.environ.get("LOCAL_RANK", "0")) > 0
+    if training.deepspeed or (is_lean(training) and not training.adapter) or (training.fsdp and training.adapter):
         return
     for parameter in model.parameters():
-        if parameter.dtype in HALF and (parameter.requires_grad or cfg.fsdp_config):
-            whole = parameter.data
-            parameter.data = torch.empty_like(whole, dtype=torch.float32) if empty else whole.float()
+        if parameter.dtype in HALF and (parameter.requires_grad or training.fsdp):
+            loaded = parameter.data
+            parameter.data = torch.empty_like(loaded, dtype=torch.float32) if empty else loaded.float()
 
 
 def keep_results_in_32_bits(accelerator: Any) -> None:
@@ -141,16 +134,16 @@ def keep_results_in_32_bits(accelerator: Any) -> None:
         plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
 
-def require_masters(cfg: Any, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Look at what the optimizer will change: the last guard, whatever the way there.
+def require_masters(training: TrainingSpec, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Check the weights that the optimizer will change: the last guard, however they came about.
 
     Args:
-        cfg: Axolotl's configuration.
+        training: the run as it was read from the configuration.
         groups: the optimizer's `param_groups`, DeepSpeed's partitions among them.
 
     Raises:
         SpinError: it would round its updates away.
     """
     halves = sum(p.numel() for group in groups for p in group["params"] if p.dtype in HALF)
-    if halves and not is_lean(cfg):
+    if halves and not is_lean(training):
         raise SpinError(f"{halves:,} weights would be trained in 16 bits, where small updates are lost; {WAYS_OUT}")

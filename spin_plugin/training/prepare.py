@@ -13,16 +13,19 @@ from datasets import Dataset
 
 from spin_plugin.args import SpinArgs
 from spin_plugin.config.plain import without_secrets
+from spin_plugin.config.specs import OpponentSpec, read_data, read_opponent, read_training, read_vllm
 from spin_plugin.console import SpinError, say, warn
 from spin_plugin.data.pairs import PairStats, Synthetic, build_pairs, read_stats, write_stats
 from spin_plugin.data.real import Real, prepare_real
 from spin_plugin.data.table import open_table
 from spin_plugin.generation.job import Job
 from spin_plugin.generation.shards import Shards
-from spin_plugin.opponent.hub import pin
+from spin_plugin.opponent.hub import commit_of, pin
 from spin_plugin.run.atomic import set_aside, write_atomically, write_dir_atomically
 from spin_plugin.run.directory import IterationDir, RunDir
-from spin_plugin.training.generate import _draw, base_revision
+from spin_plugin.training.generate import Generation, generate_responses
+from spin_plugin.training.loading import AxolotlSource, stored_dtype
+from spin_plugin.training.precision import keeps_masters
 
 SPLITS = ("train", "eval")
 
@@ -61,17 +64,29 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
     """
     directory = run.iteration(number)
     directory.path.mkdir(parents=True, exist_ok=True)
-    revision = base_revision(cfg, run, number)
-    pin(cfg, revision)
+    pin(cfg, _base_revision(read_opponent(cfg), run, number))
     resolved = {key: value for key, value in without_secrets(cfg).items() if key != "spin_config"}
     write_atomically(directory.config, yaml.safe_dump(json.loads(json.dumps(resolved, default=str))))
-    real = prepare_real(cfg, run, spin)
-    job = _draw(cfg, run, spin, number, real, revision)
+    data, training = read_data(cfg), read_training(cfg)
+    real = prepare_real(AxolotlSource(cfg), run, turns=spin.turns, sequence_len=data.sequence_len)
+    job = generate_responses(
+        Generation(
+            run=run,
+            number=number,
+            spin=spin,
+            vllm=read_vllm(cfg),
+            opponent=read_opponent(cfg),
+            data=data,
+            training=training,
+            grows=keeps_masters(training) and stored_dtype(cfg) in ("bfloat16", "float16"),
+            real=real,
+        )
+    )
     sources = range(max(0, number - spin.history_iterations), number + 1)
-    key = _pairs_key(run, sources, job, spin, cfg)
+    key = _pairs_key(run, sources, job, spin, data.sequence_len)
     if reason := _why_anew(directory, key):
         _set_training_aside(directory, number, reason)
-        write_dir_atomically(directory.pairs, partial(_write_pairs, run, spin, cfg.sequence_len, real, sources, key))
+        write_dir_atomically(directory.pairs, partial(_write_pairs, run, spin, data.sequence_len, real, sources, key))
     found = open_pairs(directory)
     say(f"iteration {number}: {found.stats['train'].described()}")
     if not len(found.train):
@@ -80,6 +95,14 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
             "opponent already reproduces the data, and where all are over sequence_len, raise it"
         )
     return found
+
+
+def _base_revision(opponent: OpponentSpec, run: RunDir, number: int) -> str | None:
+    """The commit of a base model on the hub; None for a local one. An adapter stays on the one it was trained on."""
+    if opponent.directory:
+        return None
+    before = (Shards(run.iteration(number - 1).synthetic).manifest() or {}) if number else {}
+    return before.get("revision") or commit_of(opponent.base_model, opponent.revision)
 
 
 def open_pairs(directory: IterationDir) -> PairsOnDisk:
@@ -99,14 +122,14 @@ def open_pairs(directory: IterationDir) -> PairsOnDisk:
 # --- pairs -------------------------------------------------------------------------------------
 
 
-def _pairs_key(run: RunDir, sources: range, job: Job, spin: SpinArgs, cfg: Any) -> dict[str, Any]:
+def _pairs_key(run: RunDir, sources: range, job: Job, spin: SpinArgs, sequence_len: int) -> dict[str, Any]:
     """What the pairs depend on, by what it is called before the user."""
     manifests = [Shards(run.iteration(source).synthetic).manifest() or {} for source in sources]
     return {
         "the responses": [[manifest.get("weights"), manifest.get("requests_sha256")] for manifest in manifests],
         "the sampling": job.sampling,
         "spin.equal_pairs": spin.equal_pairs,
-        "sequence_len": cfg.sequence_len,
+        "sequence_len": sequence_len,
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from spin_plugin.config.announce import announce
 from spin_plugin.config.lower import Lowered
 from spin_plugin.config.refuse import refuse_other_trainers
+from spin_plugin.config.specs import read_opponent, read_training
 from spin_plugin.console import say
 from spin_plugin.run.processes import rank
 from spin_plugin.training.iteration import Iteration
@@ -34,7 +35,7 @@ def start_iteration(cfg: Any, lowered: Lowered, other_plugins: Iterable[Any], *,
         raise SystemExit(0)
     refuse_other_trainers(cfg, other_plugins)
     if first:
-        announce(cfg, lowered)
+        announce(lowered, read_opponent(cfg), read_training(cfg))
     iteration = Iteration(cfg, lowered)
     iteration.prepare(for_training=for_training)
     return iteration

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from spin_plugin.args import SpinArgs
+from spin_plugin.config.specs import TrainingSpec
 from spin_plugin.training.prepare import PairsOnDisk
 
 
@@ -18,6 +19,7 @@ class TrainingTask:
 
     spin: SpinArgs
     """The block as it stands in this iteration."""
+    training: TrainingSpec
     pairs: PairsOnDisk
     metrics_file: Path
     check_agreement: Callable[[Callable[[list[dict[str, Any]]], list[Tensor]]], None]

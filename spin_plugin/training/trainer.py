@@ -291,5 +291,5 @@ class _OpponentBeforeFirstStep(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        require_masters(self.trainer.axolotl_cfg, kwargs["optimizer"].param_groups)
+        require_masters(self.trainer.task.training, kwargs["optimizer"].param_groups)
         self.trainer.load_opponent(self.trainer.model_wrapped)

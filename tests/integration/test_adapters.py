@@ -16,6 +16,7 @@ from test_pipeline import logged
 from tiny import LORA, make_model, spin_config, write_config
 from transformers import AutoModelForCausalLM
 
+from spin_plugin.config.specs import read_opponent
 from spin_plugin.console import SpinError
 from spin_plugin.generation.dispatcher import generate
 from spin_plugin.generation.job import Job, Request
@@ -51,7 +52,7 @@ def make_adapter(model: Path, path: Path, **kind: Any) -> Path:
 
 def merged(model: Path, adapter: Path, target: Path) -> Path:
     cfg = DictDefault(base_model=str(model), load_in_4bit=False, trust_remote_code=False, revision_of_model=None)
-    merge(cfg, adapter, target)
+    merge(read_opponent(cfg), adapter, target)
     return target
 
 

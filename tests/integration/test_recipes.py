@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from spin_plugin.cli.init import init
 from spin_plugin.run.directory import RunDir
+from spin_plugin.training.loading import AxolotlSource
 from spin_plugin.training.prepare import open_pairs
 
 EXAMPLES = ROOT / "yaml_examples"
@@ -223,7 +224,6 @@ def test_ultrachat_goes_through_the_dataset_block_of_the_paper_s_run(directory: 
     """Only the dataset's path differs; of each conversation in the split the first turn is left."""
     from axolotl.utils.config import normalize_config
 
-    from spin_plugin.args import SpinArgs
     from spin_plugin.data.real import prepare_real
 
     config = scaled_down(recipe("spin-zephyr.yml"), ultrachat(directory / "ultrachat"))
@@ -231,7 +231,9 @@ def test_ultrachat_goes_through_the_dataset_block_of_the_paper_s_run(directory: 
     place_models(config, directory)
     cfg = validated(config)
     normalize_config(cfg)
-    real = prepare_real(cfg, RunDir(directory / "run"), SpinArgs(turns=config["spin"]["turns"]))
+    real = prepare_real(
+        AxolotlSource(cfg), RunDir(directory / "run"), turns=config["spin"]["turns"], sequence_len=cfg.sequence_len
+    )
     decode = byte_tokenizer().decode
     assert {decode(row["prompt"]): decode(row["real"]) for row in real.train} == {
         f"<|im_start|>user\ncount {n}<|im_end|>\n<|im_start|>assistant\n": f"{n} comes before {n + 1}<|im_end|>"

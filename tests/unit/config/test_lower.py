@@ -19,6 +19,7 @@ from spin_plugin.config.announce import announce
 from spin_plugin.config.identity import differing_keys
 from spin_plugin.config.lower import LORA_KERNELS, PLUGIN, Lowered, concerns_spin, lower, restore
 from spin_plugin.config.refuse import NO_PROMPT_TYPES, REFUSED, refuse_other_trainers
+from spin_plugin.config.specs import read_opponent, read_training
 from spin_plugin.console import SpinError
 from spin_plugin.opponent.merge import merge
 from spin_plugin.run.directory import RunDir
@@ -196,7 +197,7 @@ def test_what_cannot_be_merged_is_refused_beforehand(config: Config, tmp_path: P
     lower(config(**embedding))
     assert "cannot be combined with peft_use_dora" in error_of(config(**embedding, peft_use_dora=True))
     with pytest.raises(SpinError, match="nothing can be merged"):
-        merge(DictDefault(lora), tmp_path, tmp_path / "merged")
+        merge(read_opponent(DictDefault(lora)), tmp_path, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("kind", [*NO_PROMPT_TYPES, "completion:field", "bradley_terry.chat_template"])
@@ -449,7 +450,7 @@ def test_announcement_names_iteration_and_opponent(
     cfg = config(learning_rate=5e-6)
     finish(cfg, llama, finished)
     lowered: Lowered = lower(cfg)
-    announce(DictDefault(cfg), lowered)
+    announce(lowered, read_opponent(DictDefault(cfg)), read_training(DictDefault(cfg)))
     expected = opponent.format(base_model=lowered.config["base_model"])
     first, *others = capsys.readouterr().out.splitlines()
     assert first == f"spin: iteration {finished} of 0…1, opponent: {expected}"
@@ -458,7 +459,7 @@ def test_announcement_names_iteration_and_opponent(
 
 def announced(cfg: MutableMapping[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
     lowered = lower(cfg)
-    announce(DictDefault(cfg), lowered)
+    announce(lowered, read_opponent(DictDefault(cfg)), read_training(DictDefault(cfg)))
     return capsys.readouterr().out
 
 

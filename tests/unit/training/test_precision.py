@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import FSDP2, LORA, chat_rows, spin_config, write_config, write_jsonl, zero
 from torch import nn
 
+from spin_plugin.config.specs import TrainingSpec, read_training
 from spin_plugin.console import SpinError
 from spin_plugin.run.directory import RunDir
 from spin_plugin.training.precision import (
@@ -29,9 +30,9 @@ from spin_plugin.training.saving import round_masters, rounded_stochastically, s
 STOCHASTIC = {"optimizer": "adamw_torch_8bit", "optim_args": {"bf16_stochastic_round": True}}
 
 
-def config(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> DictDefault:
-    """What the plugin sees of a validated configuration."""
-    return DictDefault({"torch_dtype": dtype, "optimizer": "adamw_torch"} | changes)
+def config(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> TrainingSpec:
+    """What the plugin reads of a validated configuration."""
+    return read_training(DictDefault({"torch_dtype": dtype, "optimizer": "adamw_torch"} | changes))
 
 
 # --- what is refused -------------------------------------------------------------------------------

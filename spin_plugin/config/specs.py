@@ -1,0 +1,152 @@
+"""What SPIN needs of Axolotl's validated configuration, read once and typed: only `training/iteration.py`, `prepare.py`
+and `loading.py` see the configuration itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spin_plugin.args import VllmArgs
+
+AXOLOTLS_SAVE_TOTAL_LIMIT = 4
+
+
+@dataclass(frozen=True)
+class OpponentSpec:
+    """The model that generates and that training starts from: a base model, with or without an adapter."""
+
+    base_model: str
+    """A directory, or a name on the hub."""
+    revision: str | None
+    """The commit of a base model on the hub, once it is known."""
+    adapter: Path | None
+    dtype: str
+    """Number format in which training loads it, for example `bfloat16`."""
+    trust_remote_code: bool
+    quantised: bool
+    """Training loads it in 4 or 8 bits; vLLM has the unquantised model."""
+    fp8: bool
+    """Training computes in fp8."""
+    gptq: bool
+    overrides: dict[str, Any] | None
+    """Changes to the model's own configuration."""
+
+    @property
+    def directory(self) -> Path | None:
+        """The base model's directory; None for a name on the hub."""
+        path = Path(self.base_model)
+        return path if path.is_dir() else None
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """What transformers needs to know of the base model's place."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Lengths and seeds."""
+
+    sequence_len: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """One training run as Axolotl will do it."""
+
+    dtype: str
+    """Number format in which the model is loaded, for example `bfloat16`."""
+    fp16_key: str
+    """The key that asked for float16, where it was."""
+    adapter: bool
+    adapter_in_model_dtype: bool
+    """The adapter is not kept in 32 bits (`peft_autocast_adapter_dtype: false`)."""
+    optimizer: str
+    optim_args: Mapping[str, Any]
+    deepspeed: str | Mapping[str, Any] | None
+    """DeepSpeed's configuration, or its file."""
+    fsdp: bool
+    empty_on_other_ranks: bool
+    """Only each node's first process loads the weights (`cpu_ram_efficient_loading`)."""
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    world_size: int
+    num_epochs: float
+    max_steps: int | None
+    learning_rate: float
+    checkpoints: int
+    """How many may be on disk at once."""
+    saves_optimizer: bool
+    loss_watchdog: bool
+    """Axolotl's watchdog may end training early, and nothing else can."""
+
+    @property
+    def in_16_bits(self) -> bool:
+        """Whether the model is loaded in bfloat16 or float16."""
+        return self.dtype in ("bfloat16", "float16")
+
+    @property
+    def full_in_16_bits(self) -> bool:
+        """Whether all weights of a 16-bit model are trained; the stored model then has 16 bits again."""
+        return self.in_16_bits and not self.adapter
+
+
+def read_opponent(cfg: Any) -> OpponentSpec:
+    """The opponent of this iteration; `cfg` is Axolotl's validated configuration."""
+    return OpponentSpec(
+        base_model=str(cfg.base_model),
+        revision=cfg.revision_of_model,
+        adapter=Path(cfg.lora_model_dir) if cfg.adapter and cfg.lora_model_dir else None,
+        dtype=_name(cfg.torch_dtype),
+        trust_remote_code=bool(cfg.trust_remote_code),
+        quantised=bool(cfg.load_in_4bit or cfg.load_in_8bit),
+        fp8=bool(cfg.fp8),
+        gptq=bool(cfg.gptq),
+        overrides=dict(cfg.overrides_of_model_config) if cfg.overrides_of_model_config else None,
+    )
+
+
+def read_data(cfg: Any) -> DataSpec:
+    """Lengths and seeds; `cfg` is Axolotl's validated configuration."""
+    return DataSpec(sequence_len=cfg.sequence_len, seed=int(cfg.seed or 0))
+
+
+def read_training(cfg: Any) -> TrainingSpec:
+    """The training run; `cfg` is Axolotl's validated configuration."""
+    return TrainingSpec(
+        dtype=_name(cfg.torch_dtype),
+        fp16_key="float16" if cfg.float16 else "fp16",
+        adapter=bool(cfg.adapter),
+        adapter_in_model_dtype=cfg.peft_autocast_adapter_dtype is False,
+        optimizer=str(getattr(cfg.optimizer, "value", cfg.optimizer)),
+        optim_args=_optim_args(cfg.optim_args),
+        deepspeed=cfg.deepspeed or None,
+        fsdp=bool(cfg.fsdp_config),
+        empty_on_other_ranks=bool((cfg.fsdp_config or {}).get("cpu_ram_efficient_loading")),
+        micro_batch_size=cfg.micro_batch_size,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        world_size=cfg.world_size,
+        num_epochs=cfg.num_epochs,
+        max_steps=cfg.max_steps or None,
+        learning_rate=cfg.learning_rate,
+        checkpoints=0 if cfg.save_strategy == "no" else 1 + (cfg.save_total_limit or AXOLOTLS_SAVE_TOTAL_LIMIT),
+        saves_optimizer=not cfg.save_only_model,
+        loss_watchdog=cfg.loss_watchdog_threshold is not None and not cfg.early_stopping_patience,
+    )
+
+
+def read_vllm(cfg: Any) -> VllmArgs:
+    """The user's `vllm:` block: Axolotl fills in defaults for its server, so not what `cfg.vllm` holds now."""
+    return VllmArgs.model_validate(cfg.spin_vllm or {})
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _optim_args(args: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """`optim_args`, a mapping or `name=value,…`."""
+    if isinstance(args, str):
+        return dict(item.partition("=")[::2] for item in args.replace(" ", "").split(","))
+    return args or {}
