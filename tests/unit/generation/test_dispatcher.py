@@ -440,7 +440,7 @@ for child in range(6):
         (directory / f"large-{child}.pid").write_text(str(os.getpid()))
         while True:
             signal.pause()
-while len(list(directory.glob("large-*.pid"))) < 6:
+while len([pid for pid in directory.glob("large-*.pid") if pid.read_text()]) < 6:
     pass
 """
 

@@ -177,7 +177,7 @@ def test_a_launcher_that_ends_a_process_is_answered_in_one_line(start: Start) ->
     """As torchrun ends the others; what the process has forked does not take that for itself."""
     first, *_ = start()
     first.told(FORKED).wait_for("forked")
-    (fork,) = [child for child in first.process.children() if "witness" not in " ".join(child.cmdline())]
+    (fork,) = [child for child in first.process.children() if "heartbeat" not in " ".join(child.cmdline())]
     fork.terminate()
     fork_ended = time.monotonic() + 60
     while fork.is_running() and fork.status() != psutil.STATUS_ZOMBIE:

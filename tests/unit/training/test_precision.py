@@ -74,7 +74,7 @@ def test_deepspeed_file_is_read(tmp_path: Path) -> None:
     file.write_text(json.dumps({"bf16": {"enabled": True}}))
     require_moving_weights(config(deepspeed=str(file)))
     file.write_text("[]")
-    with pytest.raises(SpinError, match=r"deepspeed: .*zero\.json holds no mapping"):
+    with pytest.raises(SpinError, match=r"deepspeed: .*zero\.json does not hold a mapping"):
         require_moving_weights(config(deepspeed=str(file)))
 
 
