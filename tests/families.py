@@ -9,9 +9,11 @@ import random
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from tiny import SMALL
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from spin_plugin.head import install, logps
 from spin_plugin.layout import Pair, flat_batch, padded_batch
@@ -61,19 +63,22 @@ LARGEST = 5_000_000  # parameters; a name that TINY lacks would make gigabytes
 
 def build(family: str, **changes: Any) -> Any:
     """A random model in fp32; windows that its configuration has are short."""
-    usual = CONFIG_MAPPING[family]()
+    # transformers' own classes: packages beside it (fla) register theirs under some of the names
+    config_class: Any = getattr(transformers, CONFIG_MAPPING_NAMES[family])
+    model_class: Any = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
+    usual = config_class()
     options = {name: value for name, value in TINY.items() if _has(usual, name)}
     if hasattr(usual, "kv_lora_rank"):  # multi-head latent attention
         options |= {"num_key_value_heads": 2, "head_dim": 16}
     if isinstance(getattr(usual, "sliding_window", None), int):
         options["sliding_window"] = 24
-    config = CONFIG_MAPPING[family](**(options | BESIDES.get(family, {}) | changes))
+    config = config_class(**(options | BESIDES.get(family, {}) | changes))
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(parameter.numel() for parameter in model_class(config).parameters())
     if size > LARGEST:
         raise ValueError(f"{size:,} parameters are not tiny")
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
+    model = model_class(config).float().eval()
     with torch.no_grad():  # less uniform than a fresh model
         for parameter in model.parameters():
             if parameter.dim() > 1:
