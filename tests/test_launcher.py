@@ -440,7 +440,7 @@ for child in range(6):
         (folder / f"large-{child}.pid").write_text(str(os.getpid()))
         while True:
             signal.pause()
-while len(list(folder.glob("large-*.pid"))) < 6:
+while len([pid for pid in folder.glob("large-*.pid") if pid.read_text()]) < 6:
     pass
 """
 
