@@ -50,6 +50,7 @@ find_python() {
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 
 find_python
+beside= # the process that makes vLLM's environment
 extras=deepspeed,test
 one_environment() { has_gpu && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; }
 if one_environment; then extras=vllm,$extras; fi
@@ -71,12 +72,23 @@ if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$wanted" ]; then
         "$venv/bin/python" -m pip install --quiet 'cffi>=1.17,<2.1' setuptools wheel
         "$venv/bin/python" -m pip install --quiet --no-build-isolation zstandard==0.22.0
     fi
+    if ! one_environment; then
+        # at the same time, since pip keeps one core busy; that command needs only these
+        "$venv/bin/python" -m pip install --quiet click filelock packaging psutil pydantic pyyaml rich
+        PYTHONPATH=$PWD "$venv/bin/python" -m spin_plugin.cli setup --path .venv-vllm "$@" &
+        beside=$!
+        trap 'kill "$beside" 2>/dev/null || true' EXIT
+    fi
     "$venv/bin/python" -m pip install --quiet --editable ".[$extras]"
     # pip leaves the compiling out where PYTHONDONTWRITEBYTECODE is set; every start would then compile everything again
     "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
     echo "$wanted" >"$venv/made-from"
 fi
-if ! one_environment; then "$venv/bin/python" -m spin_plugin.cli setup --path .venv-vllm "$@"; fi
+if [ -n "$beside" ]; then
+    wait "$beside"
+elif ! one_environment; then
+    "$venv/bin/python" -m spin_plugin.cli setup --path .venv-vllm "$@"
+fi
 echo "setup: $venv is ready: $("$venv/bin/python" -c '
 from importlib.metadata import version
 from platform import python_version

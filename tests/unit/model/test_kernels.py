@@ -15,6 +15,7 @@ from conftest import ROOT
 
 from spin_plugin.model.flex import kernel_options
 
+pytestmark = pytest.mark.oldest  # it has the torch that they are read for
 known = pytest.mark.skipif(
     not torch.__version__.startswith("2.13.") or not triton.__version__.startswith("3.9."),
     reason=f"reads torch 2.13 and Triton 3.9, and these are {torch.__version__} and {triton.__version__}",
