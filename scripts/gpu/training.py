@@ -106,7 +106,7 @@ def shapes_row(dtype: str, setting: Setting) -> Found:
 
     def values(chosen: list[Any]) -> Tensor:
         with in_bf16(setting, dtype == "bf16"):
-            return logps(model, moved(shared_prefix_batch(chosen), setting))
+            return logps(model, moved(shared_prefix_batch(chosen), setting)).view(2, -1)  # real, synthetic
 
     alone = torch.cat([values([pair]) for pair in pairs[:8]], dim=1)
     apart = {size: values(pairs[:size])[:, :8] - alone for size in (8, 32)}
