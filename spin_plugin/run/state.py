@@ -8,7 +8,7 @@ from typing import Any
 from spin_plugin.console import SpinError
 from spin_plugin.run.atomic import write_atomically
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass
