@@ -75,7 +75,7 @@ if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$wanted" ]; then
     if ! one_environment; then
         # at the same time, since pip keeps one core busy; that command needs only these
         "$venv/bin/python" -m pip install --quiet click filelock packaging psutil pydantic pyyaml rich
-        PYTHONPATH=$PWD "$venv/bin/python" -m spin_plugin.cli setup --path .venv-vllm "$@" &
+        "$venv/bin/python" -m spin_plugin.cli setup --path .venv-vllm "$@" &
         beside=$!
         trap 'kill "$beside" 2>/dev/null || true' EXIT
     fi
