@@ -1,10 +1,10 @@
-"""Tokenised SFT rows and synthetic responses become pairs, on disk and memory-mapped.
+"""Join SFT examples and synthetic responses into pairs, stored on disk and memory-mapped.
 
     SFT rows (input_ids, labels) --examples--> prompt, real response        `real/`
     examples + synthetic responses --build_pairs--> prompt, real, synthetic  `iteration-t/pairs/`
 
-Token ids are never turned into text and back. Everything streams: what lies in memory is one block
-of rows, however many pairs there are.
+Token ids are never decoded and encoded again. Everything streams: one block of rows is in memory at a time, however
+many pairs there are.
 """
 
 import json
@@ -20,18 +20,18 @@ from spin_plugin.data.table import BLOCK, PAIR_SCHEMA, table_writer
 
 
 class Synthetic(NamedTuple):
-    """One synthetic response as it was drawn."""
+    """One synthetic response as vLLM generated it."""
 
     example: int
     iteration: int
     tokens: list[int]
     truncated: bool
-    """Stopped by its budget, so it has no end token."""
+    """It reached `max_tokens` and so has no end token."""
 
 
 @dataclass
 class PairStats:
-    """What became of the synthetic responses, and what the pairs look like. Shares are in 0..1 of the responses."""
+    """Counts of synthetic responses by outcome, and lengths of both sides of the pairs in tokens."""
 
     responses: int = 0
     pairs: int = 0
@@ -46,10 +46,11 @@ class PairStats:
     synthetic_p95: float = 0.0
 
     def share(self, count: int) -> float:
+        """`count` as a fraction of the responses, 0..1."""
         return count / self.responses if self.responses else 0.0
 
     def described(self) -> str:
-        """The iteration's line of statistics."""
+        """One line of statistics for the console."""
         dropped = "dropped" if self.equal_dropped else "kept"
         parts = [
             f"{self.pairs:,} pairs from {self.responses:,} synthetic responses",
@@ -76,15 +77,15 @@ def build_pairs(
     sequence_len: int,
     keep_equal: bool,
 ) -> PairStats:
-    """Join synthetic responses with their prompts and real responses, leave out what cannot teach, store.
+    """Pair synthetic responses with their prompts and real responses, drop unusable ones, and write the rest.
 
     Args:
         examples: `real/`, indexed by example id.
-        synthetic: responses of this and of earlier iterations, in the order in which the pairs are numbered.
+        synthetic: responses of this and earlier iterations; pairs are numbered in this order.
         path: the Arrow file to write.
-        end_tokens: a response that holds nothing else is empty.
-        sequence_len: longest prompt plus response.
-        keep_equal: keep pairs whose two responses are the same.
+        end_tokens: a response that is only one of these counts as empty.
+        sequence_len: longest prompt plus response; longer pairs are dropped.
+        keep_equal: whether to keep pairs whose two responses are identical.
     """
     stats = PairStats(equal_dropped=not keep_equal)
     lengths: dict[str, list[int]] = {"real": [], "synthetic": []}
@@ -109,7 +110,7 @@ def _join(
     sequence_len: int,
     keep_equal: bool,
 ) -> dict[str, list[Any]]:
-    """The pairs of one block of responses, as columns."""
+    """Pair one block of responses; returns columns and updates `stats`."""
     columns: dict[str, list[Any]] = {name: [] for name in PAIR_SCHEMA.names}
     rows = examples.with_format("arrow")[[response.example for response in block]]
     prompts, reals = rows["prompt"].to_pylist(), rows["real"].to_pylist()
@@ -144,10 +145,11 @@ def _batched(items: Iterable[Synthetic], size: int) -> Iterator[list[Synthetic]]
 
 
 def write_stats(path: Path, stats: dict[str, PairStats]) -> None:
-    """Statistics of the train and eval pairs, beside them."""
+    """Write the statistics of the train and eval pairs as JSON."""
     path.write_text(json.dumps({name: value.as_dict() for name, value in stats.items()}, indent=2), encoding="utf-8")
 
 
 def read_stats(path: Path) -> dict[str, PairStats]:
+    """Read what `write_stats` wrote."""
     content = json.loads(path.read_text(encoding="utf-8"))
     return {name: PairStats(**value) for name, value in content.items()}

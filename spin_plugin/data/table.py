@@ -1,13 +1,14 @@
-"""Arrow files of examples and pairs: written a block at a time, memory-mapped when read."""
+"""Arrow files of examples and pairs: written block by block, memory-mapped for reading."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
 
-BLOCK = 1024  # rows handled at a time
+BLOCK = 1024  # rows in memory at a time
 
 TOKENS = pa.list_(pa.int32())
 EXAMPLE_SCHEMA = pa.schema({"prompt": TOKENS, "real": TOKENS})
@@ -16,37 +17,31 @@ PAIR_SCHEMA = pa.schema(
         "prompt": TOKENS,
         "real": TOKENS,
         "synthetic": TOKENS,
-        "index": pa.int64(),  # position among the pairs: where the opponent's log-probabilities are stored
+        "index": pa.int64(),  # position among the pairs, and in the opponent's log-probs
         "example": pa.int64(),  # id of the prompt: its position in `real/`
-        "iteration": pa.int32(),  # whose opponent drew the synthetic response
+        "iteration": pa.int32(),  # whose opponent generated the synthetic response
         "length": pa.int32(),  # tokens of prompt, real and synthetic together
     }
 )
 
 
-class table_writer:
-    """An Arrow stream file that `datasets` maps into memory, written block by block."""
+@contextmanager
+def table_writer(path: Path, schema: pa.Schema) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Open an Arrow stream file for writing; yields a function that appends a block of columns.
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self.path, self.schema = path, schema
-
-    def __enter__(self) -> Any:
-        self.file = pa.OSFile(str(self.path), "wb")
-        self.stream = pa.ipc.new_stream(self.file, self.schema)
-        return lambda columns: self.stream.write_batch(pa.RecordBatch.from_pydict(columns, schema=self.schema))
-
-    def __exit__(self, *_: object) -> None:
-        self.stream.close()
-        self.file.close()
+    `datasets` has a writer of its own, but that one ignores an error on closing, which may be a full disk.
+    """
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+        yield lambda columns: stream.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
 
 
 def open_table(path: Path) -> Dataset:
-    """The rows of a file that this module wrote, memory-mapped."""
+    """Map a file written by `table_writer` into memory."""
     return Dataset.from_file(str(path))
 
 
 def blocks(rows: Dataset, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Columns of `rows`, a block at a time, as numpy arrays of tokens."""
+    """Yield the named columns of `rows` block by block, each row a numpy array of tokens."""
     selected = rows.select_columns(list(names)).with_format("arrow")
     for start in range(0, len(rows), BLOCK):
         table = selected[start : start + BLOCK]

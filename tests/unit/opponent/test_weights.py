@@ -1,4 +1,4 @@
-"""Weights that are broken are found before vLLM draws from them; sound ones of every kind pass."""
+"""Damaged weights are found before vLLM generates from them; intact ones of every kind pass."""
 
 import hashlib
 import json
@@ -72,16 +72,6 @@ def test_every_finite_number_passes(tmp_path: Path, dtype: torch.dtype) -> None:
     require_finite([tmp_path / "w.safetensors"])
 
 
-def test_numbers_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spin_plugin.opponent.weights.BLOCK", 7)
-    for place in (0, 6, 7, 19):
-        numbers = torch.ones(20)
-        numbers[place] = torch.nan
-        save_file({"a": numbers}, tmp_path / "w.safetensors")
-        with pytest.raises(SpinError, match="a holds NaN"):
-            require_finite([tmp_path / "w.safetensors"])
-
-
 # --- each file is read once --------------------------------------------------------------------
 
 
@@ -107,10 +97,10 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_unchanged_file_is_read_once_for_both(model: Path, tmp_path: Path, reads: list[str]) -> None:
-    memory = tmp_path / "weights.json"
-    first = fingerprint([str(model)], None, memory)
-    require_finite([model / "model.safetensors"], memory)
-    assert fingerprint([str(model)], None, memory) == first
+    cache = tmp_path / "weights.json"
+    first = fingerprint([str(model)], None, cache)
+    require_finite([model / "model.safetensors"], cache)
+    assert fingerprint([str(model)], None, cache) == first
     assert reads == ["model.safetensors"]
 
 
@@ -134,29 +124,29 @@ def by_rename(file: Path) -> None:
 def test_changed_file_is_read_again(
     model: Path, tmp_path: Path, reads: list[str], alter: Callable[[Path], None]
 ) -> None:
-    memory = tmp_path / "weights.json"
-    first = fingerprint([str(model)], None, memory)
+    cache = tmp_path / "weights.json"
+    first = fingerprint([str(model)], None, cache)
     alter(model / "model.safetensors")
-    assert fingerprint([str(model)], None, memory) == obvious(model) != first
+    assert fingerprint([str(model)], None, cache) == obvious(model) != first
     for _ in range(2):
         with pytest.raises(SpinError, match="holds NaN"):
-            require_finite([model / "model.safetensors"], memory)
+            require_finite([model / "model.safetensors"], cache)
     assert len(reads) == 2
 
 
 @pytest.mark.parametrize("place", range(0, 400, 7))
-def test_damaged_memory_is_ignored(model: Path, tmp_path: Path, place: int) -> None:
-    memory = tmp_path / "weights.json"
-    first = fingerprint([str(model)], None, memory)
-    content = bytearray(memory.read_bytes())
+def test_damaged_cache_is_ignored(model: Path, tmp_path: Path, place: int) -> None:
+    cache = tmp_path / "weights.json"
+    first = fingerprint([str(model)], None, cache)
+    content = bytearray(cache.read_bytes())
     content[place % len(content)] ^= 1
-    memory.write_bytes(content)
-    assert fingerprint([str(model)], None, memory) == first
-    require_finite([model / "model.safetensors"], memory)
+    cache.write_bytes(content)
+    assert fingerprint([str(model)], None, cache) == first
+    require_finite([model / "model.safetensors"], cache)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\n\xff\n", b"1\n2\n3\n"])
-def test_memory_that_is_something_else_is_ignored(model: Path, tmp_path: Path, content: bytes) -> None:
+def test_cache_that_is_something_else_is_ignored(model: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "weights.json").write_bytes(content)
     assert fingerprint([str(model)], None, tmp_path / "weights.json") == obvious(model)
 
