@@ -1,11 +1,11 @@
-"""Log-probabilities of the responses, with the LM head applied only where a response token is predicted.
+"""The LM head, applied only to the K hidden states that predict a response token, in chunks.
 
-`install` gives a causal LM's forward one more keyword, `spin_batch`. With it, the forward runs the
-decoder, takes the K hidden states that predict a response token, and applies the LM head to `CHUNK` of
-them at a time, so that memory does not grow with vocabulary x tokens. Because this happens inside the
-model's own forward, whatever wraps the model (DDP, FSDP, DeepSpeed, autocast) works as ever; without the
-keyword nothing changes. `logps` is the call; `spin_plugin.model.select` finds out whose head we do not understand,
-so that such a model falls back to its own logits.
+Memory does not grow with vocabulary x tokens. torch's `linear_cross_entropy` does the same from 2.13 on, but it rounds
+log-probs to the weights' 16 bits (0.03 to 0.06 a token), has no soft-capping, and always computes the logits again in
+backward (`scripts/bench/head.py`).
+
+`forward.install` puts this inside the model's own forward, so that DDP, FSDP, DeepSpeed and autocast see an ordinary
+call; `select` finds models whose head differs, which then use their own logits.
 """
 
 from collections.abc import Callable
@@ -20,20 +20,20 @@ from transformers import PreTrainedConfig
 from spin_plugin.model.logprobs import response_logps
 
 CHUNK = 1024
-"""Positions whose logits are worked on at one time."""
+"""Rows of logits in memory at a time."""
 KEPT = 2**29
-"""Bytes of logits that are kept for backward; what is beyond them is computed again."""
+"""Bytes of logits kept for backward; the rest is recomputed."""
 
 
 class LogitMap(NamedTuple):
-    """What a model does to the output of its LM head: a scale, then soft-capping."""
+    """What a model applies to the output of its LM head: a scale, then soft-capping."""
 
     scale: float = 1.0
     cap: float | None = None
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "LogitMap":
-        """Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma 2 and later cap."""
+        """Read a model's map: Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma 2 caps."""
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         return cls(scale, getattr(config, "final_logit_softcapping", None))
 
@@ -45,30 +45,30 @@ class LogitMap(NamedTuple):
         return logits
 
     def slope(self, logits: Tensor) -> Tensor | float:
-        """The derivative, given the result."""
+        """The derivative of the map, given its result `logits`."""
         return self.scale if self.cap is None else self.scale * (1 - (logits.float() / self.cap) ** 2)
 
 
 def _logits(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[C, V] of states [C, H], weight [V, H], bias [V] or None: fp32 where these are of 16 bits.
+    """Logits [C, V] of states [C, H], weight [V, H] and bias [V] or None; in fp32 for 16-bit inputs.
 
-    Rounded to 16 bits, a logit is off by up to 0.06 at 20, differently in each shape of batch; a response sums up
-    hundreds of them. Products of 16-bit numbers are exact in fp32, so this rounds the sums alone.
+    A logit near 20 rounded to 16 bits is off by up to 0.06, and a response sums hundreds of them. Products of 16-bit
+    numbers are exact in fp32, so only the sums are rounded here.
     """
     if states.dtype.itemsize > 2:
         return linear(states, weight, bias)
     if states.is_cuda:
         logits = torch.mm(states, weight.mT, out_dtype=torch.float32)
-    else:  # torch 2.13 has no such product here
+    else:  # torch 2.13 has `out_dtype` on CUDA only
         logits = states.float() @ weight.float().mT
     return logits if bias is None else logits + bias
 
 
 class _LinearLogps(torch.autograd.Function):
-    """log softmax(map(h W^T + b)) at the target, chunk by chunk in both directions.
+    """log softmax(map(h W^T + b)) at the target, chunk by chunk in forward and backward.
 
-    The first chunks' logits are kept for backward, up to a fixed number of bytes; the others are computed
-    again there, which costs a third more of the head's work on them, and memory that does not grow.
+    The logits of the first chunks are kept for backward, up to a fixed number of bytes. Those of the others are
+    recomputed there: a third more work, for memory that does not grow.
     """
 
     @staticmethod
@@ -81,7 +81,7 @@ class _LinearLogps(torch.autograd.Function):
         logit_map: LogitMap,
         kept_bytes: int,
     ) -> Tensor:
-        """[K] fp32 of hidden [K, H], weight [V, H], bias [V] or None, targets [K]."""
+        """Log-probs [K] in fp32 from hidden [K, H], weight [V, H], bias [V] or None, and targets [K]."""
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.logit_map, ctx.kept = logit_map, {}
         chosen = []
@@ -96,7 +96,7 @@ class _LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-        """With g the gradient [K]: dz = -g (softmax - one-hot), folded into the [K, H] side of each product."""
+        """With g the gradient [K], dz = -g (softmax - one-hot); g is folded into the [K, H] side of each product."""
         hidden, weight, bias, targets = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -104,36 +104,36 @@ class _LinearLogps(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] else None
         for first in range(0, len(hidden), CHUNK):
             rows = slice(first, first + CHUNK)
-            force = -gradient[rows, None]
+            minus_g = -gradient[rows, None]
             raw = ctx.kept.pop(first) if first in ctx.kept else _logits(hidden[rows], weight, bias)
-            pull = _pull(raw, targets[rows, None], ctx.logit_map)
+            dz = _softmax_minus_one_hot(raw, targets[rows, None], ctx.logit_map)
             if d_bias is not None:
-                d_bias += (pull.T @ force)[:, 0]
-            pull = pull.to(weight.dtype)
+                d_bias += (dz.T @ minus_g)[:, 0]
+            dz = dz.to(weight.dtype)
             if d_hidden is not None:
-                d_hidden[rows] = (pull @ weight) * force
+                d_hidden[rows] = (dz @ weight) * minus_g
             if d_weight is not None:
-                d_weight.addmm_(pull.T, (hidden[rows] * force).to(weight.dtype))
+                d_weight.addmm_(dz.T, (hidden[rows] * minus_g).to(weight.dtype))
         return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype), None, None, None
 
 
-def _pull(raw: Tensor, targets: Tensor, logit_map: LogitMap) -> Tensor:
-    """[C, V] fp32, minus the derivative of the target's log-probability by the head's output [C, V]."""
+def _softmax_minus_one_hot(raw: Tensor, targets: Tensor, logit_map: LogitMap) -> Tensor:
+    """Minus the derivative of the target's log-prob by the head's raw output [C, V]; [C, V] in fp32."""
     logits = logit_map(raw)
-    pull = logits.softmax(-1, dtype=torch.float32)
-    pull.scatter_add_(-1, targets, torch.full_like(targets, -1, dtype=torch.float32))
-    return pull if logit_map == LogitMap() else pull.mul_(logit_map.slope(logits))
+    dz = logits.softmax(-1, dtype=torch.float32)
+    dz.scatter_add_(-1, targets, torch.full_like(targets, -1, dtype=torch.float32))
+    return dz if logit_map == LogitMap() else dz.mul_(logit_map.slope(logits))
 
 
 class _Predicted(NamedTuple):
-    """What the LM head is asked for instead of logits. A module's call, so that its hooks bring its weights."""
+    """Asks the LM head for log-probs instead of logits, in a call so that FSDP's hooks gather its weights."""
 
     targets: Tensor
     logit_map: LogitMap
 
 
 def linear_forward(self: nn.Linear, states: Tensor, predicted: _Predicted | None = None) -> Tensor:
-    """`nn.Linear.forward`, or the [K] log-probabilities of `predicted`."""
+    """`nn.Linear.forward`, or with `predicted` the log-probs [K] of its targets."""
     if predicted is None:
         return linear(states, self.weight, self.bias)
     kind = states.device.type
@@ -145,20 +145,20 @@ def linear_forward(self: nn.Linear, states: Tensor, predicted: _Predicted | None
 
 
 def _is_sharded(head: nn.Module) -> bool:
-    """Are the head's weights gathered when it is called (ZeRO-3, FSDP)? All ranks must call it equally often."""
+    """Whether a call gathers the head's weights (ZeRO-3, FSDP), so that all ranks must call it equally often."""
     partitioned = any(hasattr(parameter, "ds_id") for parameter in head.parameters())
     return partitioned or any(type(part).__name__.startswith(("FSDP", "FullySharded")) for part in head.modules())
 
 
-@torch.compiler.disable  # its loop over the chunks would be compiled anew for each number of them
+@torch.compiler.disable  # it would recompile for every number of chunks
 def head_logps(head: nn.Module, hidden: Tensor, batch: dict[str, Tensor], logit_map: LogitMap) -> Tensor:
-    """[R] log-probabilities of the R responses from the K hidden states [K, H] that predict them."""
+    """Log-probs [R] of the responses from the K hidden states [K, H] that predict their tokens."""
     targets, segments, responses = batch["targets"], batch["segments"], batch["lengths"].numel()
     if getattr(head.__dict__.get("forward"), "__func__", None) is linear_forward:
         chosen = head(hidden, predicted=_Predicted(targets, logit_map))
         return torch.zeros(responses, device=chosen.device).index_add(0, segments, chosen)
 
-    # LoRA on the head, quantised heads: autograd must see the module, so each chunk is a checkpoint
+    # LoRA on the head and quantized heads need autograd through the module, so each chunk is checkpointed
     def chunk_logps(states: Tensor, tokens: Tensor, owners: Tensor) -> Tensor:
         return response_logps(logit_map(head(states)), tokens, owners, responses)
 

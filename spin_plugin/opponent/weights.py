@@ -161,7 +161,7 @@ def require_complete(model: Path, *, trust_remote_code: bool) -> None:
             trust_remote_code=trust_remote_code,
         )
     except RuntimeError as error:  # separately stored experts that cannot be merged
-        raise SpinError(f"{model}: its tensors do not fit its architecture: {str(error)[:200]}; copy it again") from None
+        raise SpinError(f"{model}: tensors do not fit the architecture: {str(error)[:200]}; copy it again") from None
     found = loaded[1]
     _refuse_missing(model, sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}))
 
