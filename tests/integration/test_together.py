@@ -18,7 +18,7 @@ from tiny import chat_rows, spin_config, write_config, write_jsonl
 from spin_plugin.generation.shards import Shards
 from spin_plugin.opponent.agreement import EXACT
 from spin_plugin.run.directory import RunDir
-from spin_plugin.run.processes import GO_ON
+from spin_plugin.run.processes import RERUN
 
 pytestmark = pytest.mark.slow
 Response = dict[str, Any]
@@ -106,8 +106,8 @@ def test_a_wrong_opponent_is_refused_and_the_other_process_ends_in_one_line(toge
     assert "vLLM and the policy are 0.01 nats a token apart" in error
     assert "drawn from another model" in error
     (ends,) = [line for line in said(together, "wrong", rank=1) if line.startswith("spin: error: ")]
-    assert ends.startswith("spin: error: process 1 of 0…1 ends: ")
-    assert GO_ON in ends
+    assert ends.startswith("spin: error: rank 1 of 2 stopped: ")
+    assert RERUN in ends
     assert "Traceback" not in output(together, "wrong", 0) + output(together, "wrong", 1)
     assert RunDir(together / "wrong/run").finished() == 0
 
@@ -116,8 +116,8 @@ def test_a_wrong_opponent_is_refused_and_the_other_process_ends_in_one_line(toge
 def test_where_one_process_is_killed_in_training_the_other_one_ends_in_one_line(together: Path, rank: int) -> None:
     """No launcher ended it."""
     (error,) = [line for line in said(together, "killed", 1 - rank) if line.startswith("spin: error: ")]
-    why = f"process {rank} is gone (killed, unless its output says why)"
-    assert error == f"spin: error: process {1 - rank} of 0…1 ends: {why}; {GO_ON}"
+    why = f"rank {rank} exited (killed, unless its log shows an error)"
+    assert error == f"spin: error: rank {1 - rank} of 2 stopped: {why}; {RERUN}"
     assert "Traceback" not in output(together, "killed", 1 - rank)
 
 
