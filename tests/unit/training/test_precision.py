@@ -19,7 +19,7 @@ from spin_plugin.config.specs import TrainingSpec, read_training
 from spin_plugin.console import SpinError
 from spin_plugin.run.directory import RunDir
 from spin_plugin.training.precision import (
-    is_lean,
+    needs_no_masters,
     keep_masters,
     keep_results_in_32_bits,
     require_masters,
@@ -74,7 +74,7 @@ def test_deepspeed_file_is_read(tmp_path: Path) -> None:
     file.write_text(json.dumps({"bf16": {"enabled": True}}))
     require_moving_weights(config(deepspeed=str(file)))
     file.write_text("[]")
-    with pytest.raises(SpinError, match=r"deepspeed: .*zero\.json does not hold a mapping"):
+    with pytest.raises(SpinError, match=r"deepspeed: .*zero\.json must contain a JSON object"):
         require_moving_weights(config(deepspeed=str(file)))
 
 
@@ -90,7 +90,7 @@ def test_deepspeed_file_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_only_optimizers_that_lose_nothing_are_lean(changes: dict[str, Any], lean: bool) -> None:
-    assert is_lean(config(**changes)) is lean
+    assert needs_no_masters(config(**changes)) is lean
 
 
 # --- masters -----------------------------------------------------------------------------------------
