@@ -113,7 +113,7 @@ def test_full_disk_while_saving_a_checkpoint_is_reported(tmp_path: Path) -> None
     """
     done = on_a_disk(tmp_path, "1m", program)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if "goes on from the last complete checkpoint" in line]
+    lines = [line for line in done.stdout.splitlines() if "resumes from the last complete checkpoint" in line]
     assert len(lines) == 2, done.stdout
     assert all(str(tmp_path) in line for line in lines)
 
