@@ -91,7 +91,9 @@ class Iteration:
         begun = len(state.finished) + self.directory.path.exists()
         keys = differing_keys(state.config, self.lowered.config, begun)
         if len(state.finished) != self.lowered.iteration:
-            raise SpinError(f"iteration {self.lowered.iteration} was finished by another process; rerun the same command")
+            raise SpinError(
+                f"iteration {self.lowered.iteration} was finished by another process; rerun the same command"
+            )
         if not state.finished and not run.holds_responses():
             remove_atomically(run.real)  # no responses yet, so configuration and data may change
         elif keys:

@@ -118,7 +118,11 @@ def keep_masters(training: TrainingSpec, model: nn.Module) -> None:
     """
     # transformers leaves these weights empty until FSDP2 broadcasts the first rank's; untouched, they take no memory
     empty = training.empty_on_other_ranks and int(os.environ.get("LOCAL_RANK", "0")) > 0
-    if training.deepspeed or (needs_no_masters(training) and not training.adapter) or (training.fsdp and training.adapter):
+    if (
+        training.deepspeed
+        or (needs_no_masters(training) and not training.adapter)
+        or (training.fsdp and training.adapter)
+    ):
         return
     for parameter in model.parameters():
         if parameter.dtype in HALF and (parameter.requires_grad or training.fsdp):

@@ -97,7 +97,7 @@ class SpinTrainer(AxolotlTrainer):
         return logps(model, batch, own_logits=self.layout.own_logits)
 
     def load_opponent(self, model: nn.Module) -> None:
-        """Load the stored opponent log-probs; compute and store the rest with the model, still equal to the opponent."""
+        """Load the stored opponent log-probs; compute and store missing ones with the model, still the opponent."""
         self.choose_layout(model)
         splits = {"train": self.train_dataset, "eval": self.eval_dataset}
         for split, pairs in splits.items():
