@@ -115,7 +115,7 @@ def test_rows_that_give_no_example_are_counted(tmp_path: Path) -> None:
     assert counts == ExampleCounts(rows=5, examples=2, no_response=1, no_prompt=1, too_long=2, ends=Counter({END: 2}))
     assert open_table(tmp_path / "x.arrow")["prompt"][:] == [[10, 11, 12], [10]]
     described = counts.described()
-    assert described.startswith("2 prompts from 5 rows; left out: ")
+    assert described.startswith("2 prompts from 5 rows; skipped ")
     for part in ("1 without a trained response", "1 without a prompt", "2 over sequence_len"):
         assert part in described
 

@@ -183,7 +183,7 @@ def test_block_mask_is_made_once_per_window() -> None:
 @pytest.mark.parametrize("name", ["s_aux", "position_bias"])
 def test_what_a_flat_row_cannot_do_is_refused(name: str) -> None:
     spans, tokens = draw_spans(1, 4, 4, 4)
-    with pytest.raises(ValueError, match=f"cannot have {name}; set spin.shared_prefix: off"):
+    with pytest.raises(ValueError, match=f"spin.shared_prefix: attention with {name} is not supported; set it to off"):
         attend(torch.nn.Module(), *draw_states(tokens), None, spans=spans, **{name: torch.zeros(4)})
 
 
@@ -210,7 +210,7 @@ def test_supported(architecture: str) -> None:
         ("jamba", {}, "state-space"),
         ("bloom", {}, "does not use transformers' AttentionInterface"),
         ("gpt_oss", {"num_local_experts": 2}, "attention sinks"),
-        ("llama4_text", {}, "layers of another kind|in chunks"),
+        ("llama4_text", {}, "unsupported layer types|chunked attention"),
         ("qwen3_next", {"num_experts": 2}, "state-space or linear"),
     ],
 )

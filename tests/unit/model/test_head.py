@@ -274,7 +274,8 @@ def test_forms_that_differ_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(forward, "shared_prefix_inputs", lambda spans, tokens: {"spans": None})
     layout = choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD)
     assert not layout.shared_prefix
-    assert "a row of LlamaForCausalLM differs from one sequence at a time by" in str(layout.not_shared_because)
+    reason = "log-probs of LlamaForCausalLM in the shared-prefix layout differ from one sequence at a time by"
+    assert reason in str(layout.not_shared_because)
     assert model.config._attn_implementation == "sdpa"
 
 
