@@ -158,7 +158,7 @@ def test_spin_block_without_rl(tmp_path: Path, llama: Path, chat_data: Path, pre
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [(b"\x00\xff\xfe\x93model", "is no text"), (b"rl: SPIN\noutput_dir: x\n", "lower case")]
+    ("content", "told"), [(b"\x00\xff\xfe\x93model", "text file"), (b"rl: SPIN\noutput_dir: x\n", "lower case")]
 )
 def test_status_of_a_file_that_is_no_configuration(tmp_path: Path, content: bytes, told: str) -> None:
     from click.testing import CliRunner
@@ -169,7 +169,7 @@ def test_status_of_a_file_that_is_no_configuration(tmp_path: Path, content: byte
     done = CliRunner().invoke(spin, ["status", str(tmp_path / "file")])
     assert done.exit_code == 1
     (line,) = done.output.splitlines()
-    assert line.startswith(f"spin: error: {tmp_path / 'file'} is no ")
+    assert line.startswith(f"spin: error: {tmp_path / 'file'}: not a ")
     assert told in line
 
 
