@@ -25,14 +25,14 @@ if len(sys.argv) < 3 or not sys.argv[1].endswith("vllm_worker.py"):
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 import vllm_worker
 from pathlib import Path
-def recorded(job, orders):
+def recorded(job, request_files):
     with open({record!r}, "w", buffering=1) as out:  # the launcher ends a worker that has answered everything
         prompts = {{}}
         for file in Path(job["requests"]).glob("*.jsonl"):
             for line in open(file):
                 request = json.loads(line)
                 prompts[request["number"]] = request["prompt"]
-        for answer in vllm_worker.answers(job, orders):
+        for answer in vllm_worker.serve(job, request_files):
             if "number" in answer:
                 out.write(json.dumps([prompts[answer["number"]], answer["tokens"]]) + "\\n")
             yield answer
