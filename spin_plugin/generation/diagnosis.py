@@ -12,7 +12,7 @@ ADVICE = {
     "out of memory": LOWER_MEMORY,
     "EngineCore encountered an issue": ENGINE_DIED,
     "Socket operation on non-socket": ENGINE_DIED,  # if a request was being sent to it (vllm 0.32)
-    "No available memory for the cache": "raise vllm.gpu_memory_utilization, or lower max_model_len",
+    "No available memory for the cache": "raise vllm.gpu_memory_utilization or lower vllm.max_model_len",
     "max seq len": "lower vllm.max_model_len or raise vllm.gpu_memory_utilization",
     "Free memory on device": "free the GPU or lower vllm.gpu_memory_utilization",
     "Available memory on node": "free memory, or lower vllm.gpu_memory_utilization (on a CPU: the share of "
@@ -32,12 +32,12 @@ RAISED = re.compile(r"[\w.]*(?:Error|Exception|Exit|Interrupt)\b")
 
 
 def is_short_of_memory(cause: str) -> bool:
-    """Return whether a cause is a lack of memory."""
+    """Return whether vLLM exited for lack of memory."""
     return any(sign.lower() in cause.lower() for sign in SHORT_OF_MEMORY)
 
 
 def is_about_the_adapter(cause: str) -> bool:
-    """Return whether a cause says that vLLM cannot serve the adapter."""
+    """Return whether vLLM exited because it cannot serve the adapter."""
     return any(sign in cause for sign in ABOUT_THE_ADAPTER)
 
 
@@ -73,10 +73,10 @@ def _lines(log: Path) -> list[str]:
 
 def _decisive_line(lines: list[str]) -> str:
     """Return the line that names the error, or the last one."""
-    raised = [place for place, line in enumerate(lines) if RAISED.match(line)]
+    raised = [index for index, line in enumerate(lines) if RAISED.match(line)]
     if not raised:
         return (lines or ["no output"])[-1]
     # The engine process logs its error first, then its parent logs "see root cause above".
-    place = ([place for place in raised if "root cause" not in lines[place].lower()] or raised)[-1]
+    index = ([index for index in raised if "root cause" not in lines[index].lower()] or raised)[-1]
     # pydantic puts the reason on the next line
-    return " ".join(lines[place : place + 2]) if "validation error" in lines[place] else lines[place]
+    return " ".join(lines[index : index + 2]) if "validation error" in lines[index] else lines[index]

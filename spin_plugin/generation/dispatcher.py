@@ -55,7 +55,7 @@ def generate(
 
     Raises:
         AdapterNotServedError: vLLM cannot serve the job's adapter.
-        SpinError: vLLM is missing, or it exited, also in the retry if one can help; the message is its exit diagnosis.
+        SpinError: vLLM is missing, or it exited and the retry did not help; the message holds its exit diagnosis.
     """
     shards.prepare(job)
     missing = set(shards.missing(job))
@@ -146,7 +146,7 @@ def _absolute(path: str) -> str:
 
 
 class _Dispatcher:
-    """Submits the shards of a job to engines and writes their responses."""
+    """Submit the shards of a job to engines and write their responses."""
 
     def __init__(self, shards: Shards, origins: Origins, progress: Progress) -> None:
         self.shards, self.origins, self.progress = shards, origins, progress
@@ -226,7 +226,7 @@ class _Dispatcher:
         self.running.remove(engine)
         self.waiting.extendleft(sorted(engine.shards & self.sizes.keys(), reverse=True))
         ready = [running for running in self.running if running.ready]
-        if self.running and (ready or engine.ready):  # else none has started, and all may fail alike
+        if self.running and (ready or engine.ready):  # else none became ready, and all may fail alike
             warn(f"an engine stopped, {len(self.running)} left to generate its responses: {engine.diagnosis()}")
         for running in ready:
             self._submit(running)

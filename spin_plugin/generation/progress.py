@@ -50,7 +50,7 @@ class Progress:
         return max(time.monotonic() - self.started, 1e-6)
 
     def start(self) -> None:
-        """Start the clock, when the first engine is ready."""
+        """Start the clock once the first engine is ready."""
         if self.running:
             return
         self.running = True

@@ -157,7 +157,7 @@ def chosen_logps(completion: Any) -> list[float] | None:
 
 
 def serve(job: dict[str, Any], request_files: "SimpleQueue[str]") -> Iterator[dict[str, Any]]:
-    """Yield messages, among them each response as soon as vLLM has finished it; never returns."""
+    """Yield messages, including each response as soon as vLLM finishes it; never returns."""
     import vllm
     from vllm.lora.request import LoRARequest
 

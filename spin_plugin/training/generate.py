@@ -99,7 +99,7 @@ class Generation:
 
 
 def generate_responses(generation: Generation) -> Job:
-    """Generate the responses with vLLM, from the merged model if it cannot serve the adapter.
+    """Generate the responses with vLLM, from the merged model if vLLM cannot serve the adapter.
 
     Returns:
         the job of the responses on disk.
@@ -123,7 +123,7 @@ def generate_responses(generation: Generation) -> Job:
 
 
 def _generate(generation: Generation, job: Job, merged: Path | None) -> None:
-    """Generate the missing responses, with the adapter or from the `merged` directory."""
+    """Generate the missing responses, from the model in `merged` (written if missing) instead of the adapter if set."""
     options, opponent = generation.spin.generation, generation.opponent
     if merged:
         merged_opponent = replace(opponent, base_model=str(merged), revision=None)

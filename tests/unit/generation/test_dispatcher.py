@@ -56,7 +56,7 @@ def answer(request):
     send(number=request["number"], tokens=[request["seed"], *request["prompt"], 2], finish=finish, stop=2)
 
 def submitted_shards():
-    # the requests of each submitted shard, until the launcher kills this process
+    # yields the requests of each submitted shard; the launcher kills this process
     for path in sys.stdin:
         yield [json.loads(line) for line in open(path.strip())]
 
