@@ -150,7 +150,7 @@ def test_responses_are_set_aside_when_the_branch_moves(
     assert f"revision_of_model: {OLD}" in (directory / "config.yml").read_text()
     shard = directory / "synthetic/shard-00000.jsonl"
     before = shard.stat().st_mtime_ns
-    assert not any("drawing responses" in line for line in preprocess(config))
+    assert not any("generating responses" in line for line in preprocess(config))
     assert shard.stat().st_mtime_ns == before
 
     for name in ("checkpoint-3", "checkpoint-6"):
