@@ -53,7 +53,7 @@ def test_recipe_says_what_it_is_for(name: str) -> None:
     """Which machine, how much memory, and the command."""
     opening = (EXAMPLES / name).read_text().partition("base_model:")[0]
     assert all(line.startswith("#") for line in opening.splitlines())
-    assert re.search(r"Machine: .*\d GB", opening)
+    assert re.search(r"Hardware: .*\d GB", opening)
     if name != "spin-tiny.yml":
         assert f"train yaml_examples/{name}" in opening
 

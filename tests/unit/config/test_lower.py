@@ -323,7 +323,9 @@ def test_first_iteration_keeps_the_pinned_revision(config: Config) -> None:
     assert (cfg["base_model"], cfg["revision_of_model"]) == ("org/model", "abc")
 
 
-def test_previous_iterations_adapter_is_used_with_the_same_base_model(config: Config, llama: Path, tmp_path: Path) -> None:
+def test_previous_iterations_adapter_is_used_with_the_same_base_model(
+    config: Config, llama: Path, tmp_path: Path
+) -> None:
     cfg = config(adapter="lora", base_model=str(llama), lora_r=4)
     finish(cfg, llama, adapter=True)
     lower(cfg)
@@ -535,7 +537,9 @@ def test_unsupported_key_in_a_later_schedule_entry_is_rejected_at_the_start(
     assert message in error_of(config(spin={"iterations": 2, "schedule": [{}, entry]}))
 
 
-def test_server_keys_of_the_vllm_block_are_announced_as_ignored(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_server_keys_of_the_vllm_block_are_announced_as_ignored(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
     cfg = config(vllm={"host": "0.0.0.0", "port": 8000, "tensor_parallel_size": 2})
     assert "ignored: vllm.host, vllm.port: " in announced(cfg, capsys)
     assert cfg["spin_vllm"] == {"tensor_parallel_size": 2}
