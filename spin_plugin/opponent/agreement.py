@@ -101,7 +101,7 @@ def require_agreement(found: Distance | None, iteration: int, *, exact: bool, qu
         found: the result of `distance`.
         iteration: the current iteration.
         exact: both sides compute in fp32 throughout.
-        quantised: training quantizes the base model and vLLM does not, which a warning has said: only report.
+        quantised: training uses another (quantized) form of the base model than vLLM, so only report the distance.
 
     Raises:
         SpinError: the distance is larger than rounding explains.

@@ -60,7 +60,7 @@ def test_every_pair_is_scored_and_stored(store: OpponentStore, tokens: int, worl
 
 
 def test_batches_by_hand() -> None:
-    """Two ranks of 12 tokens: 9 and 8 fill one batch each; 6, 5 and 4, 3 are batches of two; 2 is left and joined by 3."""
+    """Two ranks of 12 tokens: 9 and 8 go alone, 6, 5 and 4, 3 in twos; 2 is left over and joined by 3."""
     rounds = scoring_batches(torch.tensor([4, 9, 2, 6, 3, 5, 8]), tokens=12, world=2)
     assert [indices.tolist() for indices in rounds] == [[[1], [6]], [[3, 5], [0, 4]], [[4], [2]]]
 
