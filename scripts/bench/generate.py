@@ -2,10 +2,10 @@
 
     python scripts/bench/generate.py [--rounds 3] [--prompts 1024] [--unseeded] [--model DIRECTORY] [--json FILE]
 
-Both sides run in vLLM's own interpreter with the same engine arguments, prompts, token budgets and seeds, timed once the
-engine is ready. Rounds alternate; medians are printed. `--unseeded` adds the bare side without per-request seeds, to
-measure their cost. The model runs in bf16 on a GPU, in fp32 on a CPU; the default one is too small for a meaningful GPU
-result, so pass a larger one with `--model`.
+Both sides run in vLLM's own interpreter with the same engine arguments, prompts, token budgets and seeds, timed from
+when the engine is ready. Rounds alternate; medians are printed. `--unseeded` adds the bare side without per-request
+seeds, to measure their cost. The model runs in bf16 on a GPU, in fp32 on a CPU; the default one is too small for a
+meaningful GPU result, so pass a larger one with `--model`.
 """
 
 import argparse

@@ -3,10 +3,10 @@
     python scripts/bench/precision.py [--steps 50] [--json FILE]
 
 A random Llama with weights of standard deviation 0.02 trains on random pairs with SPIN's loss and AdamW, once per
-scheme and learning rate, always on the same batches. For the weight matrices, prints the share of changed elements (`changed`)
-and the projection of their update on that of the fp32 run: 1 if equal, 0 if nothing changes. `stored` is the projection
-of the weights that an iteration stores in bf16, `nearest` the same with round-to-nearest (adapters are stored
-unchanged). Takes a few minutes on a CPU.
+scheme and learning rate, always on the same batches. For the weight matrices, prints the share of changed elements
+(`changed`) and the projection of their update on that of the fp32 run: 1 if equal, 0 if nothing changes. `stored` is
+the projection of the weights that an iteration stores in bf16, `nearest` the same with round-to-nearest (adapters are
+stored unchanged). Takes a few minutes on a CPU.
 """
 
 import argparse

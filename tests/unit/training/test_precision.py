@@ -264,7 +264,7 @@ TWO_PROCESSES = {
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, play: Callable[..., None]) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, run_jobs: Callable[..., None]) -> Path:
     """A directory with a run of each setup: 96 steps at a small learning rate, all on the same responses."""
     directory = tmp_path_factory.mktemp("precision")
     data = write_jsonl(directory / "chat.jsonl", chat_rows(24))
@@ -272,7 +272,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, play: Callabl
         directory, llama, data, num_epochs=16, learning_rate=2e-5, save_strategy="epoch", save_total_limit=1
     )
     base["spin"] |= {"iterations": 1, "beta": 1.0}
-    play((write_config(directory, base | BF16), 1), command="preprocess")
+    run_jobs((write_config(directory, base | BF16), 1), command="preprocess")
     (directory / "run/run.json").unlink()  # the setups' configurations differ
     jobs = []
     for processes, setups in ((1, ONE_PROCESS), (2, TWO_PROCESSES)):
@@ -280,7 +280,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, play: Callabl
             shutil.copytree(directory / "run", directory / name / "run")
             own = base | changes | {"output_dir": str(directory / name / "run"), "micro_batch_size": 4 // processes}
             jobs.append((write_config(directory / name, own), processes))
-    play(*jobs)
+    run_jobs(*jobs)
     return directory
 
 
@@ -339,10 +339,10 @@ def test_adapter_is_trained_in_fp32(trained: Path) -> None:
 
 @pytest.mark.slow
 def test_bf16_full_is_refused_before_anything_is_written(
-    tmp_path: Path, llama: Path, chat_data: Path, serve: Jobs
+    tmp_path: Path, llama: Path, chat_data: Path, exit_codes: Jobs
 ) -> None:
     config = write_config(tmp_path, spin_config(tmp_path, llama, chat_data, bf16="full"))
-    assert serve([{"config": str(config), "processes": 1}]) == {str(config): 1}
+    assert exit_codes([{"config": str(config), "processes": 1}]) == {str(config): 1}
     said = (tmp_path / "rank-0.log").read_text()
     (error,) = [line for line in said.splitlines() if line.startswith("spin: error: ")]
     assert "bf16: full" in error
