@@ -42,9 +42,7 @@ class ExampleCounts:
             "over sequence_len": self.too_long,
         }
         parts = [f"{count:,} {why}" for why, count in skipped.items() if count]
-        return f"{self.examples:,} prompts from {self.rows:,} rows" + (
-            f"; skipped {', '.join(parts)}" if parts else ""
-        )
+        return f"{self.examples:,} prompts from {self.rows:,} rows" + (f"; skipped {', '.join(parts)}" if parts else "")
 
 
 def write_examples(
