@@ -38,8 +38,8 @@ SPIN_KEYS = {"rl": "spin", "spin": {"iterations": 3}}
 )
 @exit_in_one_line
 def init(sft: Path | None, output: Path | None) -> None:
-    """Write a SPIN configuration that starts from the model trained by SFT, an Axolotl configuration. Without SFT,
-    write a template."""
+    """Write a SPIN configuration based on SFT, the Axolotl configuration that trained the model. Without SFT, write a
+    template."""
     target = output or (sft.with_name(f"{sft.stem}-spin{sft.suffix}") if sft else Path("spin.yml"))
     if not target.parent.is_dir():
         raise SpinError(f"{target}: directory {target.parent} does not exist; create it")
@@ -100,10 +100,10 @@ def edited(sft: Path, content: Mapping[str, Any], changes: Mapping[str, Any]) ->
         SpinError: the file's YAML style (aliases, a flow mapping) prevents a change.
     """
     kept = {key: value for key, value in content.items() if key not in changes}
-    wanted = kept | {key: value for key, value in changes.items() if value is not None}
+    expected = kept | {key: value for key, value in changes.items() if value is not None}
     with suppress(yaml.YAMLError):
         text = edit(sft.read_text(encoding="utf-8"), changes)
-        if yaml.safe_load(text) == wanted:
+        if yaml.safe_load(text) == expected:
             return text
     raise SpinError(
         f"{sft}: cannot be edited automatically because of YAML aliases or braces; write its keys out, one per line"

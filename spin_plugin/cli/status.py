@@ -21,7 +21,7 @@ METRIC_COLUMNS = {metric.column: f"spin/{name}" for name, metric in METRICS.item
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, as the last line of the output.")
 @exit_in_one_line
 def status(config: Path, as_json: bool) -> None:
-    """Show the iterations of the run of CONFIG."""
+    """Show the iterations of the run configured by CONFIG."""
     content = run_status(config)
     if as_json:
         click.echo(json.dumps(content))

@@ -30,7 +30,7 @@ Config = Callable[..., MutableMapping[str, Any]]
 
 @pytest.fixture(params=[dict, DictDefault], ids=["dict", "DictDefault"])
 def config(request: pytest.FixtureRequest, tmp_path: Path, llama: Path, chat_data: Path) -> Config:
-    """Returns a valid configuration with changes, as a dict (as parsed from YAML) and as Axolotl's DictDefault."""
+    """Factory of valid configurations with changes, as a dict (parsed YAML) and as Axolotl's DictDefault."""
     return lambda **changes: request.param(spin_config(tmp_path, llama, chat_data, **changes))
 
 
@@ -196,7 +196,7 @@ def test_adapter_that_cannot_be_merged_is_rejected_before_training(config: Confi
     embedding = {"adapter": "lora", "lora_target_modules": ["q_proj", "embed_tokens"]}
     lower(config(**embedding))
     assert "cannot be combined with peft_use_dora" in error_of(config(**embedding, peft_use_dora=True))
-    with pytest.raises(SpinError, match="nothing can be merged"):
+    with pytest.raises(SpinError, match="can be merged into a GPTQ model"):
         merge(read_opponent(DictDefault(lora)), tmp_path, tmp_path / "merged")
 
 
