@@ -158,8 +158,8 @@ def kill_rank(process: one_rank.TwoRanks, kill: Kill, trial: Trial) -> None:
 
 def kill_processes(process: psutil.Popen, kill: Kill) -> None:
     """Kill by `kill.method`, or by SIGKILL to the tree if vLLM is not running. No child process may survive."""
-    family = [process, *process.children(recursive=True)]
-    vllm = [member for member in family if "vllm_worker.py" in " ".join(_command(member))]
+    tree = [process, *process.children(recursive=True)]
+    vllm = [member for member in tree if "vllm_worker.py" in " ".join(_command(member))]
     if kill.method == "SIGKILL to vLLM" and vllm:
         vllm[-1].kill()
     elif kill.method == "SIGTERM to the parent":
@@ -167,12 +167,12 @@ def kill_processes(process: psutil.Popen, kill: Kill) -> None:
     elif kill.method == "SIGINT to all":
         os.killpg(process.pid, signal.SIGINT)
     else:
-        for member in family:
+        for member in tree:
             _quietly(member.kill)
     kill.done = True
     if kill.method == "SIGKILL to vLLM" and vllm:
         wait_for(lambda: process.poll() is not None, TIMEOUT)  # the run retries vLLM or gives up with an error
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(tree, timeout=60)
     kill.code = process.poll()
     _on_exit(alive, kill)
 

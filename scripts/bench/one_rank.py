@@ -57,7 +57,7 @@ class TwoRanks:
             Faults in how the other rank exited, and the processes still running.
         """
         killed, other = self.ranks[rank], self.ranks[1 - rank]
-        family = [process for each in self.ranks for process in each.children(recursive=True)]
+        children = [process for each in self.ranks for process in each.children(recursive=True)]
         killed.kill()
         began = time.monotonic()
         psutil.wait_procs(self.ranks, timeout=EXIT_TIMEOUT)
@@ -71,7 +71,7 @@ class TwoRanks:
             wrong.append(f"exit code {code_of(other)} of the other rank")
         elif len(errors) != 1 or f"rank {rank} exited" not in errors[0] or "Traceback" in printed:
             wrong.append(f"unexpected output: {errors or printed[-500:]}")
-        return wrong, psutil.wait_procs([*self.ranks, *family], timeout=EXIT_TIMEOUT)[1]
+        return wrong, psutil.wait_procs([*self.ranks, *children], timeout=EXIT_TIMEOUT)[1]
 
 
 def code_of(process: psutil.Process) -> int | None:

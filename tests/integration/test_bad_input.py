@@ -158,9 +158,9 @@ def test_spin_block_without_rl(tmp_path: Path, llama: Path, chat_data: Path, pre
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [(b"\x00\xff\xfe\x93model", "text file"), (b"rl: SPIN\noutput_dir: x\n", "lower case")]
+    ("content", "expected"), [(b"\x00\xff\xfe\x93model", "text file"), (b"rl: SPIN\noutput_dir: x\n", "lower case")]
 )
-def test_status_of_a_file_that_is_not_a_configuration(tmp_path: Path, content: bytes, told: str) -> None:
+def test_status_of_a_file_that_is_not_a_configuration(tmp_path: Path, content: bytes, expected: str) -> None:
     from click.testing import CliRunner
 
     from spin_plugin.cli import spin
@@ -170,7 +170,7 @@ def test_status_of_a_file_that_is_not_a_configuration(tmp_path: Path, content: b
     assert done.exit_code == 1
     (line,) = done.output.splitlines()
     assert line.startswith(f"spin: error: {tmp_path / 'file'}: not a ")
-    assert told in line
+    assert expected in line
 
 
 def test_output_dir_of_another_config(tmp_path: Path, llama: Path, chat_data: Path, preprocess: Preprocess) -> None:

@@ -28,11 +28,11 @@ def test_training_exits_with_its_launcher_but_not_with_a_shell(tmp_path: Path, n
     (tmp_path / name).write_text(LAUNCHER)
     launcher = psutil.Popen([sys.executable, tmp_path / name, TRAINING], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert launcher.stdout.readline() == "ready\n"
-    family = launcher.children(recursive=True)
-    assert len(family) == 2
+    children = launcher.children(recursive=True)
+    assert len(children) == 2
     launcher.kill()
     launcher.wait()
-    _, alive = psutil.wait_procs(family, timeout=3 if name == "shell" else 60)
+    _, alive = psutil.wait_procs(children, timeout=3 if name == "shell" else 60)
     assert len(alive) == (2 if name == "shell" else 0)
     for process in alive:
         process.kill()

@@ -122,14 +122,14 @@ def test_killed_rank_stops_the_others(start: Start) -> None:
     """None of the processes that they started may keep running."""
     first, second, third = start()
     third.run(HELPER)
-    family = third.process.children(recursive=True)
-    assert len(family) == 2, "its heartbeat and its helper"
+    children = third.process.children(recursive=True)
+    assert len(children) == 2, "its heartbeat and its helper"
     began = time.monotonic()
     second.kill()
     for rank in (first, third):
         assert rank.exit_line().endswith(f"rank 1 exited (killed, unless its log shows an error); {RERUN}")
     assert time.monotonic() - began < 60, "documented in docs/guide.md"
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
 
 
