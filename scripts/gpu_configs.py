@@ -1,6 +1,6 @@
-"""Configurations of `gpu_check.sh`: small models, one configuration for each way to train and to draw responses.
+"""Configurations of `gpu_check.sh`: one per way to train and to generate responses, with small models.
 
-python scripts/gpu_configs.py FOLDER      # FOLDER/WAY.yml, and the models and data that they name
+python scripts/gpu_configs.py DIRECTORY      # writes DIRECTORY/WAY.yml, and the models and data they use
 """
 
 import sys
@@ -16,14 +16,14 @@ QLORA = LORA | {"adapter": "qlora", "load_in_4bit": True}
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 BF16, FP16 = {"bf16": True}, {"fp16": True}
 
-# Architecture and changes to the tiny model of the tests.
+# Architecture and changes to the tests' tiny model.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": ("llama", {"intermediate_size": 128}),
-    # four query heads a key head, as Llama 3, Mistral and Qwen3 have them
+    # four query heads per key head, like Llama 3, Mistral and Qwen3
     "grouped": ("llama", {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}),
-    # of both layers one slides; a cap so low that it bends the products
+    # one of the two layers has a sliding window; the cap is low enough to matter
     "soft-capped": ("gemma2", {"attn_logit_softcapping": 3.0, "sliding_window": 32}),
-    # Llama 3.2 1B's shape: 14 bytes a parameter with RMSProp, 17 GB
+    # Llama 3.2 1B's shape: 17 GB at 14 bytes per parameter with RMSProp
     "1b": (
         "llama",
         {
@@ -36,19 +36,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Way(NamedTuple):
-    """One way to train and to draw responses. Without another word one engine for each GPU draws them."""
+    """One way to train and to generate responses, by default with one engine per GPU."""
 
     gpus: int
-    """How many it needs at least."""
+    """Minimum number of GPUs."""
     changes: dict[str, Any]
-    """Of the configuration of the tests."""
+    """Changes to the tests' configuration."""
     processes: int = 1
     model: str = "tiny"
     pairs: int = 32
-    """In a step."""
+    """Pairs per step."""
 
 
-# 1,024 tokens a sequence, drawn and trained in full: the random model never stops by itself.
+# Sequences of the full 1,024 tokens: the random model never generates an end token.
 REAL_SIZE = {"sequence_len": 1024, "gradient_checkpointing": True, "optimizer": "rmsprop", "learning_rate": 5e-7}
 
 WAYS: dict[str, Way] = {
@@ -70,24 +70,24 @@ WAYS: dict[str, Way] = {
     "compile": Way(1, BF16 | {"torch_compile": True}),
     "checkpointing": Way(1, BF16 | {"gradient_checkpointing": True}),
     "padded": Way(1, BF16 | {"spin": {"shared_prefix": "off"}}),
-    "beta-5": Way(1, BF16 | {"spin": {"beta": 5.0}}),  # the paper's last iteration, where rounding counts most
+    "beta-5": Way(1, BF16 | {"spin": {"beta": 5.0}}),  # the paper's last iteration, where rounding matters most
     "grouped": Way(1, BF16, model="grouped"),
-    # SDPA, which the padded form would take, leaves the soft-capping out
+    # SDPA, which the padded layout would use, ignores soft-capping
     "soft-capped": Way(1, BF16 | {"attn_implementation": "eager"}, model="soft-capped"),
     "real-size": Way(1, BF16 | REAL_SIZE, model="1b", pairs=8),
-    # vLLM takes nearly all of the GPU while the process that trains next holds its context there
+    # vLLM takes nearly all GPU memory while the training process holds a CUDA context
     "share": Way(1, BF16 | {"vllm": {"gpu_memory_utilization": 0.95}}),
     "one-engine": Way(1, BF16 | {"vllm": {"data_parallel_size": 1}}),
     "two-engines": Way(2, BF16 | {"vllm": {"data_parallel_size": 2}}),
     "tensor": Way(2, BF16 | {"vllm": {"tensor_parallel_size": 2}}),
     "ray": Way(2, BF16 | {"spin": {"generation": {"backend": "ray"}}, "vllm": {"data_parallel_size": 2}}),
 }
-ROWS = 600  # three files of requests, so that two engines have work
+ROWS = 600  # three shards, so that two engines have work
 LONG_ROWS = 64
 
 
 def long_rows(count: int) -> list[dict[str, Any]]:
-    """Conversations of about 300 and 500 bytes, which are as many tokens."""
+    """Conversations with prompts of about 300 tokens and responses of about 500 (one token per byte)."""
     return [
         {
             "messages": [
@@ -100,7 +100,7 @@ def long_rows(count: int) -> list[dict[str, Any]]:
 
 
 def config_of(directory: Path, way: str) -> dict[str, Any]:
-    """The configuration of a way, whose model and data lie in `directory`."""
+    """Return the configuration of a way, with model and data in `directory`."""
     chosen, large = WAYS[way], WAYS[way].model == "1b"
     changes, spin = dict(chosen.changes), dict(chosen.changes.get("spin", {}))
     changes.pop("spin", None)
@@ -111,7 +111,7 @@ def config_of(directory: Path, way: str) -> dict[str, Any]:
     data = directory / ("long.jsonl" if large else "chat.jsonl")
     config = spin_config(directory, directory / chosen.model, data, **({"vllm": None} | changes))
     generation = config["spin"]["generation"]
-    generation.pop("vllm_kwargs")  # that is for CPUs
+    generation.pop("vllm_kwargs")  # CPU settings
     if large:
         generation.pop("max_tokens")
     generation |= spin.pop("generation", {})
@@ -120,14 +120,14 @@ def config_of(directory: Path, way: str) -> dict[str, Any]:
 
 
 def make_model_of(directory: Path, way: str) -> None:
-    """Make the model of a way where it is not there yet; the large one takes a minute and 5 GB."""
+    """Create the model of a way if missing; the large one takes a minute and 5 GB."""
     architecture, changes = MODELS[WAYS[way].model]
     if not (directory / WAYS[way].model).is_dir():
         make_model(directory / WAYS[way].model, architecture, **changes)
 
 
 def write(directory: Path) -> None:
-    """Every way's configuration and the data; models are made when their way is played."""
+    """Write every way's configuration and the data; models are created when their way runs."""
     directory.mkdir(parents=True, exist_ok=True)
     write_jsonl(directory / "chat.jsonl", chat_rows(ROWS))
     write_jsonl(directory / "long.jsonl", long_rows(LONG_ROWS))

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# All iterations of a SPIN run: scripts/iterate.sh CONFIG [--iterations N] [-- arguments of `axolotl train`]
+# Run all iterations of a SPIN run: scripts/iterate.sh CONFIG [--iterations N] [-- arguments of `axolotl train`]
 exec axolotl spin train "$@"

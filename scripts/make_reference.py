@@ -1,7 +1,7 @@
-"""Write docs/reference.md, the reference of the options, from the typed model.
+"""Generate docs/reference.md, the option reference, from the typed model.
 
 python scripts/make_reference.py           # write
-python scripts/make_reference.py --check   # exit 1 where the file is not what would be written
+python scripts/make_reference.py --check   # exit 1 if the file is outdated
 """
 
 import argparse
@@ -29,17 +29,17 @@ HEAD = """# The `spin:` block
 
 Generated from `spin_plugin/args.py` by `scripts/make_reference.py`; do not edit.
 
-An unknown key is an error that names the nearest known one.
+An unknown key raises an error that suggests the closest known one.
 """
 
 
-def type_name(annotation: object) -> str:
-    """A field's type as a reader of YAML would call it."""
+def yaml_type(annotation: object) -> str:
+    """Return a field's type in YAML terms."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " \\| ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
-        return type_name(next(argument for argument in arguments if argument is not type(None)))
+        return yaml_type(next(argument for argument in arguments if argument is not type(None)))
     if origin is list:
         return "list of mappings"
     if origin is dict:
@@ -51,7 +51,7 @@ def type_name(annotation: object) -> str:
 
 
 def bounds(field: FieldInfo) -> str:
-    """A field's bounds, in words as short as the signs."""
+    """Return a field's bounds, like `≥ 0`."""
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
     limits = [(sign, getattr(item, name, None)) for item in field.metadata for name, sign in signs.items()]
     return ", ".join(f"{sign} {limit:g}" for sign, limit in limits if limit is not None)
@@ -64,11 +64,11 @@ def default(field: FieldInfo) -> str:
 
 
 def choices(field: FieldInfo) -> str:
-    """A field's type, or the values that it may have."""
+    """Return a field's allowed values if it has an enum, else its type."""
     extra = field.json_schema_extra
     if isinstance(extra, dict) and isinstance(extra.get("enum"), list):
         return " \\| ".join(f"`{value}`" for value in extra["enum"])  # type: ignore[union-attr]
-    return type_name(field.annotation)
+    return yaml_type(field.annotation)
 
 
 def table(block: type[Block]) -> str:
@@ -100,21 +100,22 @@ def reference() -> str:
             "",
             table(GenerationArgs),
             "",
-            f"`vllm_kwargs` cannot hold keys of the `vllm:` block, nor {keys(SET_BY_THE_PLUGIN)}, set by the plugin.",
+            f"`vllm_kwargs` accepts neither keys of the `vllm:` block nor those that the plugin sets: "
+            f"{keys(SET_BY_THE_PLUGIN)}.",
             "",
             "## `vllm`",
             "",
-            "Axolotl's own block, beside `spin`: how vLLM runs.",
+            "Axolotl's own top-level block, next to `spin`, which configures vLLM.",
             "",
             table(VllmArgs),
             "",
-            f"{keys(VLLM_SERVER_KEYS)} are for a vLLM server. They may stay, as in a GRPO configuration, unused. "
-            "`rl_beta` beside `rl` is taken as `spin.beta`.",
+            f"{keys(VLLM_SERVER_KEYS)} configure a vLLM server, as in a GRPO configuration, and are ignored. "
+            "`rl_beta` next to `rl` is read as `spin.beta`.",
             "",
             "## Metrics",
             "",
-            "Means over the pairs since the last log, `eval_spin/…` over the held-out pairs. y is the real response, "
-            "y' the synthetic one, p the policy, p_t the opponent.",
+            "Means over the pairs since the last log; `eval_spin/…` over the held-out pairs. y is the real response, "
+            "y' the synthetic response, p the policy, p_t the opponent.",
             "",
             "| name | formula | meaning |",
             "|---|---|---|",
@@ -127,11 +128,11 @@ def reference() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    wanted = reference()
+    expected = reference()
     if parser.parse_args().check:
-        return int(not TARGET.exists() or TARGET.read_text(encoding="utf-8") != wanted)
+        return int(not TARGET.exists() or TARGET.read_text(encoding="utf-8") != expected)
     TARGET.parent.mkdir(exist_ok=True)
-    TARGET.write_text(wanted, encoding="utf-8")
+    TARGET.write_text(expected, encoding="utf-8")
     return 0
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The whole of SPIN on any machine: set up, make a tiny model and data, SFT, four iterations of self-play, table.
+# SPIN end to end on any machine: setup, tiny model and data, SFT, four iterations of self-play, results table.
 #
 #   scripts/quickstart.sh
 #
-# Real Axolotl, real vLLM, no GPU and no model hub needed. About 10 minutes on two cores after the downloads; what is
-# finished is left alone, so a second run takes seconds and an interrupted one goes on.
+# Runs real Axolotl and real vLLM without a GPU or a model hub. About 10 minutes on two cores after the downloads.
+# Finished steps are skipped: rerun it to continue after an interruption.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

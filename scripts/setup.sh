@@ -4,10 +4,10 @@
 #   scripts/setup.sh
 #   scripts/setup.sh --ray    # with Ray, for `generation: {backend: ray}`
 #
-# The first Python of 3.12, 3.13 and 3.11 that runs is taken, and with it the newest Axolotl that it can have: 0.21, on
-# Python 3.11 0.19. PYTHON names another, VENV another folder than .venv; a later run keeps its Python. With an NVIDIA
-# GPU and Python 3.12 or newer one environment holds everything, else vLLM needs its own, because its pins clash with
-# Axolotl's. What is complete is left alone, so a second run takes a moment; an interrupted one starts over.
+# Uses the first of Python 3.12, 3.13 and 3.11 that runs, and the newest Axolotl for it: 0.19 on Python 3.11, else 0.21.
+# PYTHON selects another interpreter, VENV another directory than .venv; an existing environment keeps its Python. With
+# an NVIDIA GPU and Python 3.12 or newer, one environment contains everything; otherwise vLLM needs its own because its
+# pins conflict with Axolotl's. Complete environments are kept, incomplete ones are rebuilt from scratch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
@@ -19,68 +19,67 @@ fail() {
 
 runs() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
 
-# pyenv puts a shim for every version it holds on PATH, which runs only where that version is selected.
+# pyenv puts a shim on PATH for every installed version, but it runs only if that version is selected.
 from_pyenv() {
     [ -n "${PYENV_VERSION:-}" ] || find "$(pyenv root 2>/dev/null)/versions" -path "*/bin/$1" 2>/dev/null | sort -V | tail -n 1
 }
 
-# Sets `python`. A Python that is there and does not run is named: whoever expects it should not get another one
-# without a word.
+# Sets `python`. Reports a Python that exists but does not run, so that its replacement is no surprise.
 find_python() {
     local name
     if [ -n "${PYTHON:-}" ]; then
-        runs "$PYTHON" || fail "PYTHON=$PYTHON does not run, or is not Python 3.11 to 3.13"
+        runs "$PYTHON" || fail "PYTHON=$PYTHON does not run or is not Python 3.11 to 3.13; name another one"
         python=$PYTHON
         return
     fi
-    if runs "$venv/bin/python"; then # an environment keeps its Python
+    if runs "$venv/bin/python"; then # an existing environment keeps its Python
         python=$("$venv/bin/python" -c 'import sys; print(sys._base_executable)')
         return
     fi
-    for name in python3.12 python3.13 python3.11 python3 python; do  # 3.12 first: everything has wheels for it
+    for name in python3.12 python3.13 python3.11 python3 python; do  # 3.12 first: all dependencies have wheels for it
         command -v "$name" >/dev/null || continue
         for python in "$name" "$(from_pyenv "$name")"; do
             if runs "$python"; then return; fi
         done
-        echo "setup: $name does not run here, or is not Python 3.11 to 3.13; going on to the next one" >&2
+        echo "setup: $name does not run or is not Python 3.11 to 3.13; trying the next one" >&2
     done
-    fail "Python 3.11 to 3.13 is needed; name it in PYTHON"
+    fail "no Python 3.11 to 3.13 found; set PYTHON to one"
 }
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 
 find_python
-beside= # the process that makes vLLM's environment
+beside= # process that creates vLLM's environment
 extras=deepspeed,test
 one_environment() { has_gpu && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; }
 if one_environment; then extras=vllm,$extras; fi
 if one_environment && [ "${1:-}" = --ray ]; then extras=ray,$extras; fi
-# What the environment was made from: it is remade when that changes.
+# The environment's inputs; it is rebuilt when they change.
 wanted="$("$python" --version) [$extras] $(sed -n '/^dependencies/,/^\[project.entry/p' pyproject.toml | sha256sum | cut -d ' ' -f 1)"
 if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$wanted" ]; then
     if [ -e "$venv" ] && [ ! -e "$venv/made-by-spin-plugin" ]; then
-        fail "$venv exists and was not made by this script; move it away"
+        fail "$venv exists and was not created by this script; move it or set VENV"
     fi
     echo "setup: $venv: Axolotl and spin-plugin on $("$python" --version)"
-    echo "setup: 4 GB and a few minutes; 7 GB where pip finds only torch's CUDA build for this Python"
+    echo "setup: takes a few minutes and 4 GB (7 GB if pip finds only torch's CUDA build for this Python)"
     rm -rf "$venv"
     mkdir -p "$venv"
-    touch "$venv/made-by-spin-plugin" # first, so that an interrupted one is known as ours
+    touch "$venv/made-by-spin-plugin" # first, so that a rerun recognizes an incomplete one
     "$python" -m venv "$venv"
     if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 13))'; then
-        # Axolotl 0.21 pins it. For 3.13 it has no wheel, and its build asks for a cffi that does not know 3.13.
+        # Axolotl 0.21 pins zstandard, which has no wheel for 3.13 and whose build requires a cffi without 3.13 support.
         "$venv/bin/python" -m pip install --quiet 'cffi>=1.17,<2.1' setuptools wheel
         "$venv/bin/python" -m pip install --quiet --no-build-isolation zstandard==0.22.0
     fi
     if ! one_environment; then
-        # at the same time, since pip keeps one core busy; that command needs only these
+        # in parallel, because pip keeps only one core busy; the setup command needs only these packages
         "$venv/bin/python" -m pip install --quiet click filelock packaging psutil pydantic pyyaml rich
         "$venv/bin/python" -m spin_plugin.cli setup --path .venv-vllm "$@" &
         beside=$!
         trap 'kill "$beside" 2>/dev/null || true' EXIT
     fi
     "$venv/bin/python" -m pip install --quiet --editable ".[$extras]"
-    # pip leaves the compiling out where PYTHONDONTWRITEBYTECODE is set; every start would then compile everything again
+    # pip does not compile if PYTHONDONTWRITEBYTECODE is set; every start would then recompile everything
     "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
     echo "$wanted" >"$venv/made-from"
 fi

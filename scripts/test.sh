@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Set everything up, then run all checks and tests.
+# Set up the environments, then run all checks and tests.
 #
-#   scripts/test.sh                       # everything on two cores
-#   scripts/test.sh -m 'not slow'         # arguments go to pytest: only what takes seconds
+#   scripts/test.sh                       # all tests, with two workers
+#   scripts/test.sh -m 'not slow'         # arguments go to pytest: only the fast tests
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,5 +11,5 @@ source "${VENV:-.venv}/bin/activate"
 ruff check .
 ruff format --check .
 mypy
-# a file's tests share costly fixtures, so one worker has them; files with slow tests come first (tests/conftest.py)
+# the tests of a file share expensive fixtures, so they run on one worker; slow tests first (tests/conftest.py)
 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -7,9 +7,9 @@ __all__ = ["SpinPlugin", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the plugin, and Axolotl with it, only when it is asked for.
+    """Import the plugin, and with it Axolotl, on first access.
 
-    The ground rooms (loss, layout, args, run) stay importable where Axolotl is not installed.
+    The lower-level packages (objective, args, run, …) stay importable without Axolotl.
     """
     if name == "SpinPlugin":
         from spin_plugin.plugin import SpinPlugin

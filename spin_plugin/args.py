@@ -1,6 +1,6 @@
-"""The `spin:` block: every option once, typed, with its bounds, default and meaning.
+"""The `spin:` block: every option with its type, bounds, default and description.
 
-The reference in docs/reference.md is generated from these classes (`python scripts/make_reference.py`).
+docs/reference.md is generated from these classes (`python scripts/make_reference.py`).
 """
 
 from collections.abc import Mapping
@@ -10,17 +10,18 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from spin_plugin.objective.losses import LOSSES
 
-# What `generation.vllm_kwargs` may not say, and where it is said instead.
+# Arguments of vLLM that belong in Axolotl's `vllm:` block, not in `generation.vllm_kwargs`.
 IN_VLLM_BLOCK = frozenset(
     {
         "tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization", "dtype", "max_model_len",
         "enable_prefix_caching", "enforce_eager",
     }
 )  # fmt: skip
-# What Axolotl's `vllm:` block says about a server. SPIN needs none.
+# Keys of Axolotl's `vllm:` block that configure a server. SPIN does not start one.
 VLLM_SERVER_KEYS = frozenset(
     {"device", "host", "port", "enable_reasoning", "reasoning_parser", "serve_module", "worker_extension_cls"}
 )
+# Arguments of vLLM that the plugin sets itself.
 SET_BY_THE_PLUGIN = frozenset(
     {
         "model", "tokenizer", "revision", "trust_remote_code", "seed", "generation_config", "enable_lora",
@@ -28,7 +29,7 @@ SET_BY_THE_PLUGIN = frozenset(
     }
 )  # fmt: skip
 
-# What an entry of `schedule` may not change: it would make the iterations different runs.
+# Keys that `schedule` cannot override, because they define the run as a whole.
 RUN_WIDE_KEYS = frozenset(
     {
         "base_model",
@@ -51,7 +52,7 @@ RUN_WIDE_KEYS = frozenset(
         "lora_target_linear",
         "lora_modules_to_save",
         "turns",
-        # the data is tokenised, and its prompts are drawn, once for the whole run
+        # the data is tokenized, and its prompts are sampled, once per run
         "sequence_len",
         "seed",
         "special_tokens",
@@ -68,161 +69,175 @@ RUN_WIDE_KEYS = frozenset(
 
 
 class Block(BaseModel):
-    """A part of the `spin:` block. A key that does not exist is an error, never ignored."""
+    """Base class of the blocks. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class GenerationArgs(Block):
-    """`spin.generation`: how the synthetic responses are sampled. Axolotl's `vllm:` block says how vLLM runs."""
+    """`spin.generation`: how synthetic responses are sampled. Axolotl's `vllm:` block configures how vLLM runs."""
 
     temperature: float = Field(default=1.0, gt=0.0, le=2.0)
-    """Sampling temperature. SPIN's theory wants responses drawn from the opponent itself, which is 1.0."""
+    """Sampling temperature. SPIN assumes samples from the opponent itself, i.e. 1.0; other values log a warning."""
 
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Nucleus sampling. SPIN's theory wants 1.0."""
+    """Nucleus sampling threshold. SPIN assumes 1.0 (no truncation); other values log a warning."""
 
     max_tokens: int | None = Field(default=None, ge=1)
-    """Longest synthetic response in tokens. Default: 1.5 times the 99th percentile of the real responses. Never more
-    than `sequence_len` leaves after the prompt."""
+    """Maximum length of a synthetic response in tokens. Default: 1.5 times the 99th percentile of the real response
+    lengths. Prompt plus response never exceed `sequence_len` or `vllm.max_model_len`."""
 
     num_generations: int = Field(default=1, ge=1, le=64)
-    """Synthetic responses for each prompt; each makes a pair with the prompt's real response."""
+    """Synthetic responses per prompt. Each forms a pair with the prompt's real response."""
 
     seed: int | None = Field(default=None, ge=0)
-    """Seed of the sampling. Default: the configuration's `seed`."""
+    """Sampling seed. Default: the top-level `seed`."""
 
     vllm_python: str | None = None
-    """Interpreter of the environment that holds vLLM. Default: the variable SPIN_VLLM_PYTHON, else the current
-    interpreter if it has vLLM, else `.venv-vllm/bin/python` beside the working directory or the plugin."""
+    """Python interpreter of the environment in which vLLM is installed. Default: the environment variable
+    `SPIN_VLLM_PYTHON`; otherwise the current interpreter if it can import vLLM; otherwise `.venv-vllm/bin/python` in
+    the working directory or in the plugin's checkout."""
 
     backend: Literal["local", "ray"] = "local"
-    """Who starts vLLM: the plugin, on this machine, or Ray, on all machines of its cluster."""
+    """How vLLM is started: `local` on this machine, `ray` on all machines of a Ray cluster."""
 
     ray_address: str | None = None
-    """Address of an existing Ray cluster, for `backend: ray`. Default: a Ray of its own on this machine."""
+    """Address of an existing Ray cluster; requires `backend: ray`. Default: start Ray on this machine."""
 
     vllm_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of vLLM's `LLM(...)` that the `vllm:` block does not know, handed on as they are."""
+    """Additional arguments of vLLM's `LLM(...)`, passed unchanged. Only for arguments without a key in the `vllm:`
+    block."""
 
     @model_validator(mode="after")
-    def address_belongs_to_ray(self) -> "GenerationArgs":
-        """Refuse an address that nobody would look at."""
+    def ray_address_requires_ray(self) -> "GenerationArgs":
+        """Reject an address that would be ignored."""
         if self.ray_address and self.backend != "ray":
-            raise ValueError("ray_address is for `backend: ray`; set that or remove the address")
+            raise ValueError("ray_address requires `backend: ray`; set it or remove ray_address")
         return self
 
     @model_validator(mode="after")
-    def vllm_kwargs_leave_other_options_alone(self) -> "GenerationArgs":
-        """Refuse what the `vllm:` block, or the method itself, decides."""
+    def vllm_kwargs_override_nothing(self) -> "GenerationArgs":
+        """Reject arguments that the `vllm:` block or the plugin sets."""
         for key in sorted(self.vllm_kwargs):
             if key in IN_VLLM_BLOCK:
-                raise ValueError(f"vllm_kwargs.{key}: write it in Axolotl's own block, `vllm: {{{key}: …}}`")
-            if key == "hf_token":  # Axolotl prints the configuration, and writes it to its log
-                raise ValueError("vllm_kwargs.hf_token: set the variable HF_TOKEN instead, which vLLM reads")
+                raise ValueError(f"vllm_kwargs.{key}: set it in Axolotl's own block instead, `vllm: {{{key}: …}}`")
+            if key == "hf_token":
+                raise ValueError(
+                    "vllm_kwargs.hf_token: Axolotl logs the configuration; set HF_TOKEN in the environment instead"
+                )
             if key in SET_BY_THE_PLUGIN:
-                raise ValueError(f"vllm_kwargs.{key} is set by the plugin; remove it")
+                raise ValueError(f"vllm_kwargs.{key}: set by the plugin; remove it")
         return self
 
 
 class VllmArgs(Block):
-    """Axolotl's own `vllm:` block: how vLLM runs. A server's keys (`host`, `port`, …) may stay, unused."""
+    """Axolotl's `vllm:` block: how vLLM runs. Server keys (`host`, `port`, …) are allowed and ignored."""
 
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs that share one copy of the model."""
+    """Number of GPUs that each copy of the model is split across."""
 
     data_parallel_size: int | None = Field(default=None, ge=1, le=1024)
-    """Copies of the model that generate side by side, each on `tensor_parallel_size` GPUs. Default: as many as the
-    visible GPUs hold, with Ray those of the cluster; one without a GPU."""
+    """Number of copies of the model that generate in parallel, each on `tensor_parallel_size` GPUs. Default: as many
+    as the visible GPUs (with Ray, the cluster's GPUs) allow; one on CPU."""
 
     gpu_memory_utilization: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Share of the GPU's memory that vLLM takes, on a CPU of the machine's. Default: 0.85, as the processes that train
-    are on the same GPUs; on a CPU what 256 responses need, at most a quarter of the free memory."""
+    """Fraction of each GPU's memory (on CPU, of the machine's memory) that vLLM uses. Default: 0.85 on GPU, because the
+    training processes occupy the same GPUs; on CPU, enough for 256 full-length responses but at most a quarter of the
+    free memory."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Number format of the weights. `auto`: the one the model is trained in."""
+    """Data type of the weights in vLLM. `auto` uses the training dtype."""
 
     max_model_len: int | None = Field(default=None, ge=2)
-    """Longest prompt plus response that vLLM accepts. Default: `sequence_len`."""
+    """Maximum length of prompt plus response in vLLM, in tokens. Prompts that leave no space for a response are
+    skipped. Default: `sequence_len`."""
 
     enable_prefix_caching: bool | None = None
-    """Whether prompts that begin alike share their beginning. Default: vLLM's own."""
+    """Reuse the KV cache of prompts that share a prefix. Default: vLLM's own."""
 
     enforce_eager: bool | None = None
-    """Run without CUDA graphs and compilation: a faster start, slower generation. Default: vLLM's own."""
+    """Disable CUDA graphs and compilation: faster startup, slower generation. Default: vLLM's own."""
 
 
 class SpinArgs(Block):
-    """`spin`: the self-play game."""
+    """The `spin:` block."""
 
     iterations: int = Field(default=4, ge=1, le=100)
-    """Iterations of self-play; each regenerates the synthetic responses and trains on the pairs. The paper plays 4."""
+    """Number of self-play iterations. Each generates synthetic responses with the latest model, then trains on the
+    pairs. The paper runs 4."""
 
     beta: float = Field(default=0.1, gt=0.0, allow_inf_nan=False)
-    """The paper's lambda: how strongly the main player is held to the opponent. `rl_beta` is taken as this."""
+    """Scale of the log-prob ratios in the loss (λ in the paper). Larger values keep the model closer to the opponent.
+    The top-level key `rl_beta` is an alias."""
 
     loss_type: str = Field(default="logistic", json_schema_extra={"enum": [*LOSSES]})
-    """The convex decreasing function of the reward margin, below. The paper's runs use the logistic one."""
+    """Loss: a convex decreasing function of the reward margin. The paper's experiments use `logistic`."""
 
     history_iterations: int = Field(default=1, ge=0)
-    """How many earlier iterations' synthetic responses are mixed in. The paper mixes in one."""
+    """Number of previous iterations whose synthetic responses are added to the current ones for training. The paper
+    uses 1."""
 
     num_prompts: int | None = Field(default=None, ge=1)
-    """Prompts played in an iteration, drawn once with the configuration's `seed`. Default: all. Held-out prompts are
-    always all played."""
+    """Number of training prompts per iteration, sampled once with the top-level `seed`; every assistant turn counts as
+    one prompt. Default: all. Held-out prompts are always used in full."""
 
     resample_prompts: bool = False
-    """Draw other prompts in each iteration instead of the same ones."""
+    """Sample a new set of `num_prompts` prompts in each iteration instead of reusing the first one."""
 
     turns: Literal["first", "last", "all"] = "all"
-    """Which of the assistant turns that the SFT labels train on are played."""
+    """Which assistant turns to generate and train on, among those that SFT would train on. Each turn's prompt is the
+    real conversation before it."""
 
     equal_pairs: Literal["drop", "keep"] = "keep"
-    """What to do with pairs whose synthetic response is the real one. Their gradient is exactly zero, but they count as
-    pairs: without them an epoch has fewer steps (docs/measurements.md)."""
+    """Whether to keep pairs whose two responses are identical. Their gradient is exactly zero, but dropping them makes
+    an epoch shorter (see docs/measurements.md)."""
 
     shared_prefix: Literal["auto", "on", "off"] = "auto"
-    """Run each pair as one row `prompt | real | synthetic` without padding, so that the prompt is computed once. `auto`
-    falls back to padded sequences, and says why, for models that cannot; `on` refuses those; `off` always pads."""
+    """Whether to run each pair as one unpadded row (prompt, real response, synthetic response), which computes the
+    prompt once. `auto` falls back to the padded layout, and logs the reason, for models that do not support it; `on`
+    rejects those models; `off` always pads."""
 
     adapter_chain: Literal["continue", "merge"] = "continue"
-    """With `adapter: lora` or `qlora`: `continue` goes on training the adapter of the iteration before; `merge` merges
-    it into the base model and starts a fresh one on top, at the price of a whole model on disk in every iteration."""
+    """How iterations build on each other with `adapter: lora` or `qlora`. `continue` keeps training the previous
+    iteration's adapter; `merge` merges it into the base model and trains a new one, at the cost of a full model on disk
+    per iteration."""
 
     schedule: list[dict[str, Any]] = Field(default_factory=list)
-    """One entry an iteration, each a mapping of Axolotl keys or `spin` keys that differ in that iteration."""
+    """Overrides per iteration: one mapping of Axolotl or `spin` keys for each iteration; `{}` overrides nothing."""
 
     generation: GenerationArgs = Field(default_factory=GenerationArgs)
-    """How the synthetic responses are sampled."""
+    """How synthetic responses are sampled."""
 
     @field_validator("loss_type")
     @classmethod
     def loss_is_known(cls, value: str) -> str:
-        """Refuse a loss that `LOSSES` does not hold."""
+        """Reject a loss that is not in `LOSSES`."""
         if value not in LOSSES:
-            raise ValueError(f"there is no such loss; choose one of {', '.join(LOSSES)} (got {value!r})")
+            raise ValueError(f"unknown loss {value!r}; use one of {', '.join(LOSSES)}")
         return value
 
     @field_validator("shared_prefix", mode="before")
     @classmethod
-    def yaml_reads_on_and_off_as_booleans(cls, value: object) -> object:
-        """`on` and `off` without quotes are true and false in YAML."""
+    def accept_yaml_booleans(cls, value: object) -> object:
+        """Map booleans back to `on` and `off`, which YAML parses as true and false when unquoted."""
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def schedule_covers_every_iteration(self) -> "SpinArgs":
-        """One entry an iteration, and none that would make the iterations different runs."""
+        """Require one entry per iteration, without run-wide keys."""
         if self.schedule and len(self.schedule) != self.iterations:
-            raise ValueError(f"schedule has {len(self.schedule)} entries for {self.iterations} iterations")
+            raise ValueError(
+                f"schedule has {len(self.schedule)} entries for {self.iterations} iterations; write one per iteration"
+            )
         for number, entry in enumerate(self.schedule):
             if "rl_beta" in entry:
-                raise ValueError(f"schedule[{number}].rl_beta: write `beta`")
+                raise ValueError(f"schedule[{number}].rl_beta: write `beta` instead")
             if fixed := sorted(RUN_WIDE_KEYS & entry.keys()):
-                raise ValueError(f"schedule[{number}].{fixed[0]} cannot change between iterations")
+                raise ValueError(f"schedule[{number}].{fixed[0]} cannot change between iterations; remove it")
         return self
 
     def at(self, iteration: int) -> "SpinArgs":
-        """The block as it stands in one iteration, the schedule's `spin` keys applied."""
+        """Return the block for one iteration, with the schedule's `spin` keys applied."""
         if not self.schedule:
             return self
         entry = self.schedule[iteration]
@@ -233,19 +248,21 @@ class SpinArgs(Block):
         return SpinArgs.model_validate(values | changes)
 
     def axolotl_overrides(self, iteration: int) -> dict[str, Any]:
-        """The schedule's Axolotl keys for one iteration."""
+        """Return the schedule's Axolotl keys for one iteration."""
         if not self.schedule:
             return {}
         return {key: value for key, value in self.schedule[iteration].items() if key not in SpinArgs.model_fields}
 
 
 class SpinPluginArgs(BaseModel):
-    """What the plugin adds to Axolotl's configuration. Not strict: Axolotl's own class inherits from it."""
+    """The fields that the plugin adds to Axolotl's configuration. Not a `Block`, because Axolotl's own configuration
+    class inherits from it."""
 
     spin: SpinArgs | None = None
     spin_iteration: int | None = Field(default=None, ge=0)
-    """Set by the plugin when it lowers `rl: spin`; tells a re-validated configuration (Ray) from a fresh one."""
+    """Set by the plugin when it lowers `rl: spin`; distinguishes an already lowered configuration (in a Ray worker)
+    from a new one."""
     spin_vllm: dict[str, Any] | None = None
-    """Set by the plugin: what the `vllm:` block says, without the defaults that Axolotl fills in for its server."""
+    """Set by the plugin: the user's `vllm:` block, without the server defaults that Axolotl fills in."""
     spin_config: dict[str, Any] | None = None
-    """Set by the plugin: the configuration as the user wrote it, for a Ray worker that sees only the lowered one."""
+    """Set by the plugin: the user's configuration, for Ray workers, which receive only the lowered one."""

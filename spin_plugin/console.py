@@ -1,4 +1,4 @@
-"""What the user reads: one line for a result, one for a warning, one for an error."""
+"""Messages to the user: results, warnings and errors, each on one line."""
 
 import errno
 import os
@@ -12,54 +12,54 @@ from rich.text import Text
 P = ParamSpec("P")
 R = TypeVar("R")
 
-INTERRUPTED = 128 + 2  # as a shell reports a command that SIGINT ended
+INTERRUPTED = 128 + 2  # the exit code of a command ended by SIGINT
 
-# Names from datasets and paths may hold brackets, so markup stays off; no highlighter, no wrapping:
-# a line in a log file is one line.
+# No markup, because dataset names and paths may contain brackets. No wrapping, so that a message stays on one line in
+# a log file.
 console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
-# What a disk may answer to somebody who writes, and what helps. Nothing that was whole before is lost by it.
+# Disk errors that can occur on writing, and the way out. None of them damages files that were complete before.
 DISK = {
-    errno.ENOSPC: "free some space, then run the same command again",
-    errno.EDQUOT: "free some of your quota, then run the same command again",
-    errno.EFBIG: "raise the limit of a file's size, then run the same command again",
-    errno.EROFS: "use an output_dir that can be written",
-    errno.EACCES: "use an output_dir that you may write",
-    errno.EPERM: "use an output_dir that you may write",
+    errno.ENOSPC: "free some space, then rerun the same command",
+    errno.EDQUOT: "free some of your quota, then rerun the same command",
+    errno.EFBIG: "raise the file size limit, then rerun the same command",
+    errno.EROFS: "use an output_dir on a writable file system",
+    errno.EACCES: "use an output_dir that you can write to",
+    errno.EPERM: "use an output_dir that you can write to",
     errno.ENOTDIR: "use an output_dir whose parents are directories",
-    errno.ENOLCK: "the file system knows no locks; use an output_dir on another one",
-    errno.EIO: "check the disk, then run the same command again",
+    errno.ENOLCK: "the file system does not support locks; use an output_dir on another one",
+    errno.EIO: "check the disk, then rerun the same command",
 }
 
 
 class SpinError(ValueError):
-    """Something the user can put right: the message is one line that names the key or file and the way out."""
+    """An error the user can fix. The message is one line: the key or file, the problem and the way out."""
 
 
 def say(message: str) -> None:
-    """Print one line of result."""
+    """Print a one-line result."""
     _print("spin: ", "bold cyan", message)
 
 
 def warn(message: str) -> None:
-    """Print one line about something the user should act on."""
+    """Print a one-line warning about something the user should act on."""
     _print("spin: warning: ", "bold yellow", message)
 
 
 def report_error(message: str) -> None:
-    """Print one line about why this process ends."""
+    """Print one line on why this process exits."""
     _print("spin: error: ", "bold red", message)
 
 
 def _print(start: str, style: str, message: str) -> None:
-    """Data, logs and model output may hold anything: what a terminal would obey is shown, not sent."""
+    """Print one line, with control characters escaped: data, logs and model output may contain terminal sequences."""
     shown = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in " ".join(message.split()))
     console.print(Text.assemble((start, style), shown))
 
 
 def exit_in_one_line(hook: Callable[P, R]) -> Callable[P, R]:
-    """Turn a `SpinError`, a disk's refusal or Ctrl-C that leaves `hook` into one line and an exit code above 0."""
+    """Turn a `SpinError`, a disk error or Ctrl-C raised by `hook` into a one-line message and a nonzero exit code."""
 
     @wraps(hook)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -72,7 +72,7 @@ def exit_in_one_line(hook: Callable[P, R]) -> Callable[P, R]:
                 raise
             reason = disk_error(error)
         except KeyboardInterrupt:
-            say("interrupted; run the same command again to go on")
+            say("interrupted; rerun the same command to continue")
             raise SystemExit(INTERRUPTED) from None
         report_error(reason)
         raise SystemExit(1)
@@ -81,8 +81,8 @@ def exit_in_one_line(hook: Callable[P, R]) -> Callable[P, R]:
 
 
 def disk_error(error: OSError) -> str:
-    """A disk's refusal in words: which file, why, and what helps."""
+    """Describe a disk error: the file, the reason and the way out."""
     assert error.errno is not None
     reason = os.strerror(error.errno)
-    # Some writers know the number of the error and not the file.
-    return f"{error.filename or 'a file of output_dir'}: {reason}; {DISK[error.errno]}"
+    # Some writers set the error number without the file name.
+    return f"{error.filename or 'a file in output_dir'}: {reason}; {DISK[error.errno]}"

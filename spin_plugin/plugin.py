@@ -1,30 +1,30 @@
-"""Axolotl's hooks. In a run without `rl: spin` all of them do nothing: an installed plugin is loaded in every run."""
+"""Axolotl's hooks. Without `rl: spin` they do nothing, because an installed plugin is loaded in every run."""
 
 import sys
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
 
-from spin_plugin.config.lower import Lowered, concerns_spin, lower, put_back, restore
+from spin_plugin.config.lower import Lowered, asks_for_spin, lower, restore, undo
 from spin_plugin.console import SpinError, exit_in_one_line
 from spin_plugin.versions import require_supported_axolotl
 
 
 class SpinPlugin(BasePlugin):
-    """Self-Play Fine-Tuning: `rl: spin` and a `spin:` block; below Axolotl 0.21 also `plugins:`."""
+    """Self-Play Fine-Tuning, enabled by `rl: spin` and a `spin:` block (before Axolotl 0.21 also by `plugins:`)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lowered: Lowered | None = None
-        """What `rl: spin` was lowered to; None in a run that is not SPIN."""
+        """The lowered configuration; None in runs without SPIN."""
         self.iteration: Any = None
-        """The iteration that this command runs (`training.iteration.Iteration`); None in commands that do not train."""
+        """The `training.iteration.Iteration` that this command runs; None in commands that do not train."""
 
     @exit_in_one_line
     def register(self, cfg: Any) -> None:
         """Lower `rl: spin` to a supervised run before Axolotl validates the configuration."""
         self.lowered, self.iteration = None, None
-        if concerns_spin(cfg):
+        if asks_for_spin(cfg):
             from axolotl.utils.schemas.config import AxolotlInputConfig
 
             require_supported_axolotl()
@@ -32,9 +32,9 @@ class SpinPlugin(BasePlugin):
             self.lowered = restore(cfg) if lowered_before else lower(cfg, AxolotlInputConfig.model_fields)
 
     def on_config_validation_error(self, cfg: Any) -> None:
-        """Hand the configuration back as the user wrote it."""
+        """Restore the configuration as the user wrote it."""
         if self.lowered is not None:
-            put_back(cfg, self.lowered)
+            undo(cfg, self.lowered)
             self.lowered = None
 
     def get_input_args(self) -> str | None:
@@ -42,7 +42,7 @@ class SpinPlugin(BasePlugin):
 
     @exit_in_one_line
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
-        """Generate the opponent's responses and build the pairs; only `train` and `preprocess` get here."""
+        """Generate the opponent's responses and build the pairs. Only `train` and `preprocess` call this hook."""
         if self.lowered is None:
             return None
         from axolotl.common.datasets import TrainDatasetMeta
@@ -67,7 +67,7 @@ class SpinPlugin(BasePlugin):
             self.iteration.note_formats(model)
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
-        """Nothing has wrapped the model yet."""
+        """Called before the model is wrapped (FSDP, DDP, …)."""
         if self.iteration:
             self.iteration.keep_masters(model)
 
@@ -76,13 +76,13 @@ class SpinPlugin(BasePlugin):
         if self.iteration:
             self.iteration.check_trainer(trainer)
         elif self.lowered:
-            raise SpinError("another plugin brought the data, so this is not SPIN; remove it from `plugins`")
+            raise SpinError("plugins: another plugin loaded the dataset in place of SPIN; remove that plugin")
 
     @exit_in_one_line
     def post_train_unload(self, cfg: Any) -> None:
-        """Model, tokenizer and metrics are on disk: the iteration is finished.
+        """Finish the iteration: model, tokenizer and metrics are on disk.
 
-        Since 0.20 Axolotl also calls this when training failed or was interrupted; then nothing is finished.
+        Since 0.20 Axolotl also calls this hook after training failed or was interrupted, hence the exception check.
         """
         if self.iteration and sys.exc_info()[0] is None:
             self.iteration.finish()

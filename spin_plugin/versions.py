@@ -1,4 +1,4 @@
-"""Which versions of Axolotl are supported (0.19 and 0.21 run all tests), and where they differ."""
+"""Supported versions of Axolotl (the full test suite runs on 0.19 and 0.21) and their differences."""
 
 from importlib.metadata import version
 
@@ -12,19 +12,19 @@ FIRST_TO_DISCOVER_PLUGINS = Version("0.21")
 
 
 def require_supported_axolotl() -> None:
-    """Refuse a version that nobody has tried, whose hooks may mean something else.
+    """Reject untested versions, whose hooks may behave differently.
 
     Raises:
-        SpinError: names the version and the range.
+        SpinError: the installed version is outside the supported range.
     """
     installed = version("axolotl")
     if not SUPPORTED.contains(installed, prereleases=True):
         raise SpinError(
             f"axolotl {installed} is not supported by this version of spin-plugin; "
-            f"install one in the range: pip install 'axolotl{SUPPORTED}'"
+            f"install a supported one: pip install 'axolotl{SUPPORTED}'"
         )
 
 
 def discovers_plugins() -> bool:
-    """Whether Axolotl finds installed plugins by itself, so that a configuration need not name them."""
+    """Whether Axolotl discovers installed plugins automatically, so that a configuration need not list them."""
     return Version(version("axolotl")) >= FIRST_TO_DISCOVER_PLUGINS

@@ -1,4 +1,4 @@
-"""Fixtures: tiny models that cost a moment, and commands run as the user runs them."""
+"""Fixtures: tiny models, and commands run as users run them."""
 
 import json
 import os
@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-# huggingface_hub and torch read their variables once, when `tiny` imports them. Tiny models gain nothing from a second
-# thread. Where a command takes two all the same, a thread that waits for the other must sleep: spinning, both took six
-# times as long while another test had one of the cores.
+# Set before `tiny` imports huggingface_hub and torch, which read these variables once. Tiny models gain nothing from a
+# second thread. If a command uses two anyway, waiting threads must sleep: spinning took six times as long while another
+# test used one of the cores.
 os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1"}
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -23,22 +23,22 @@ from tiny import chat_rows, make_model, write_jsonl
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-# What a machine with GPUs has; Axolotl's validators ask for it.
+# Capabilities of a GPU machine, as Axolotl's validators expect them.
 GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first, and of them the longest: short ones then fill up the time of the worker that is left idle."""
+    """Run slow tests first, the longest before all, so that short ones can fill the remaining workers."""
     items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.stem != "test_quickstart"))
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that came to its end."""
+    """A finished command."""
 
     code: int
     output: str
-    """stdout and stderr together."""
+    """Combined stdout and stderr."""
 
     @property
     def errors(self) -> list[str]:
@@ -58,7 +58,7 @@ def run_command(*command: str | Path, directory: Path, environment: Mapping[str,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=2400,  # that nothing waits for ever; machines are shared
+        timeout=2400,  # generous, because machines are shared
     )
     return Finished(done.returncode, done.stdout)
 
@@ -72,9 +72,9 @@ Jobs = Callable[[list[dict[str, Any]]], dict[str, int]]
 
 
 @pytest.fixture(scope="session")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    """Play jobs with one import of Axolotl for all tests (several_processes.py); returns the exit codes of those that
-    failed, by their configurations."""
+def exit_codes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    """Run jobs with one shared import of Axolotl (several_processes.py); returns the exit codes of failed ones by
+    config."""
     log = tmp_path_factory.mktemp("jobs") / "log"
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with (
@@ -90,47 +90,47 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
         ) as server,
     ):
         assert server.stdin and server.stdout
-        orders, answers = server.stdin, server.stdout
+        requests, replies = server.stdin, server.stdout
 
-        def play(jobs: list[dict[str, Any]]) -> dict[str, int]:
-            orders.write(json.dumps(jobs) + "\n")
-            answer = answers.readline()
-            assert answer, log.read_text()[-3000:]
-            return json.loads(answer)
+        def run(jobs: list[dict[str, Any]]) -> dict[str, int]:
+            requests.write(json.dumps(jobs) + "\n")
+            reply = replies.readline()
+            assert reply, log.read_text()[-3000:]
+            return json.loads(reply)
 
-        yield play
+        yield run
 
 
 @pytest.fixture(scope="session")
-def play(serve: Jobs) -> Callable[..., None]:
-    """Play jobs, each a configuration and a number of processes; keywords are of all of them. None may fail."""
+def run_jobs(exit_codes: Jobs) -> Callable[..., None]:
+    """Run jobs, given as (config, processes), all with the same keyword options; asserts that none fails."""
 
-    def play(*jobs: tuple[Path, int], **more: Any) -> None:
-        failed = serve([{"config": str(config), "processes": processes} | more for config, processes in jobs])
+    def run(*jobs: tuple[Path, int], **more: Any) -> None:
+        failed = exit_codes([{"config": str(config), "processes": processes} | more for config, processes in jobs])
         logs = [log for config in failed for log in sorted(Path(config).parent.glob("rank-*.log"))]
         assert not failed, "\n".join(log.read_text()[-2500:] for log in logs)
 
-    return play
+    return run
 
 
-Family = Callable[[], list[psutil.Process]]
+Children = Callable[[], list[psutil.Process]]
 
 
 @pytest.fixture
-def family() -> Family:
-    """The living processes that the test has started; those of earlier tests (a helper of `datasets`) are left out."""
+def children() -> Children:
+    """Return the running processes that this test has started, without leftovers of earlier tests."""
     earlier = set(psutil.Process().children(recursive=True))
 
-    def living() -> list[psutil.Process]:
-        children = psutil.Process().children(recursive=True)
-        return [child for child in children if child not in earlier and child.status() != psutil.STATUS_ZOMBIE]
+    def running() -> list[psutil.Process]:
+        found = psutil.Process().children(recursive=True)
+        return [child for child in found if child not in earlier and child.status() != psutil.STATUS_ZOMBIE]
 
-    return living
+    return running
 
 
 @pytest.fixture(scope="session")
 def vllm_python() -> Path:
-    """vLLM's interpreter; without one the tests fail, they are never skipped."""
+    """vLLM's interpreter; without one, tests fail instead of being skipped."""
     from spin_plugin.generation.python import vllm_python
 
     return vllm_python(None)
@@ -149,7 +149,7 @@ def chat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    """The plugin, as Axolotl has it once it has read a configuration that names it."""
+    """Register the plugin, as Axolotl does after reading a configuration that lists it."""
     from axolotl.integrations.base import PluginManager
 
     PluginManager._instance = None

@@ -1,7 +1,7 @@
-"""Causal LM families of transformers, tiny and random, each held to one sequence at a time.
+"""Tiny random models of transformers' causal LM families, each compared with one sequence at a time.
 
-`judge` lets `choose_layout` decide on some pairs, then compares the form it chose with the untouched model's own
-logits of each sequence alone, values and gradients, on other pairs.
+`judge` lets `choose_layout` decide on some pairs. On other pairs it then compares the chosen layout, values and
+gradients, with the original model's own logits of one sequence at a time.
 """
 
 import copy
@@ -23,7 +23,7 @@ from spin_plugin.model.select import choose_layout
 
 PAD = SMALL["pad_token_id"]
 
-# What makes a configuration tiny, by every name that some family has for it; unknown names are left out.
+# Tiny sizes under every name that any family uses for them; names that a configuration lacks are skipped.
 TINY: dict[str, Any] = SMALL | {
     **dict.fromkeys(("d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim", "hidden_dim"), 64),
     **dict.fromkeys(("ffn_dim", "n_inner", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim", "dff", "ffn_hidden_size"), 96),
@@ -52,47 +52,47 @@ TINY: dict[str, Any] = SMALL | {
     },
 }
 
-# What a family needs besides.
-BESIDES: dict[str, dict[str, Any]] = {
+# Overrides that single families need.
+OVERRIDES: dict[str, dict[str, Any]] = {
     "codegen": {"n_head": 4},
     "diffllama": {"num_key_value_heads": 2},
     "falcon_h1": {"mamba_d_ssm": 128},
 }
-LARGEST = 5_000_000  # parameters; a name that TINY lacks would make gigabytes
+MAX_PARAMETERS = 5_000_000  # a size missing from TINY would allocate gigabytes
 
 
 def build(family: str, **changes: Any) -> Any:
-    """A random model in fp32; windows that its configuration has are short."""
-    # transformers' own classes: packages beside it (fla) register theirs under some of the names
+    """Build a random fp32 model, with a short sliding window if its configuration has one."""
+    # Use transformers' own classes: other packages (fla) register theirs under some of the same names.
     config_class: Any = getattr(transformers, CONFIG_MAPPING_NAMES[family])
     model_class: Any = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
-    usual = config_class()
-    options = {name: value for name, value in TINY.items() if _has(usual, name)}
-    if hasattr(usual, "kv_lora_rank"):  # multi-head latent attention
+    default = config_class()
+    options = {name: value for name, value in TINY.items() if _accepts(default, name)}
+    if hasattr(default, "kv_lora_rank"):  # multi-head latent attention
         options |= {"num_key_value_heads": 2, "head_dim": 16}
-    if isinstance(getattr(usual, "sliding_window", None), int):
+    if isinstance(getattr(default, "sliding_window", None), int):
         options["sliding_window"] = 24
-    config = config_class(**(options | BESIDES.get(family, {}) | changes))
+    config = config_class(**(options | OVERRIDES.get(family, {}) | changes))
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in model_class(config).parameters())
-    if size > LARGEST:
-        raise ValueError(f"{size:,} parameters are not tiny")
+    if size > MAX_PARAMETERS:
+        raise ValueError(f"{family}: {size:,} parameters, more than {MAX_PARAMETERS:,}; add its sizes to TINY")
     torch.manual_seed(3)
     model = model_class(config).float().eval()
-    with torch.no_grad():  # less uniform than a fresh model
+    with torch.no_grad():  # predictions less uniform than at initialization
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(2.0)
     return model
 
 
-def _has(config: Any, name: str) -> bool:
-    """May the name be given? Some are computed from others."""
+def _accepts(config: Any, name: str) -> bool:
+    """Return whether `name` is a settable option, not one that is computed from others."""
     return hasattr(config, name) and not isinstance(getattr(type(config), name, None), property)
 
 
-def draw_pairs(count: int, *, prompt: int, response: int, seed: int) -> list[Pair]:
-    """Pairs whose parts have up to so many tokens."""
+def random_pairs(count: int, *, prompt: int, response: int, seed: int) -> list[Pair]:
+    """Return random pairs with up to `prompt` and `response` tokens."""
     rng = random.Random(seed)
 
     def part(most: int) -> list[int]:
@@ -101,58 +101,57 @@ def draw_pairs(count: int, *, prompt: int, response: int, seed: int) -> list[Pai
     return [Pair(part(prompt), part(response), part(response)) for _ in range(count)]
 
 
-SHOWN = [draw_pairs(3, prompt=60, response=150, seed=0), draw_pairs(1, prompt=9, response=9, seed=1)]
-JUDGED = [*draw_pairs(2, prompt=40, response=150, seed=2), *draw_pairs(2, prompt=9, response=20, seed=3)]
+PROBE_ROWS = [random_pairs(3, prompt=60, response=150, seed=0), random_pairs(1, prompt=9, response=9, seed=1)]
+TEST_PAIRS = [*random_pairs(2, prompt=40, response=150, seed=2), *random_pairs(2, prompt=9, response=20, seed=3)]
 
 
 class Verdict(NamedTuple):
-    """What was chosen for a family, and how far that is from the truth."""
+    """The layout chosen for a family, and its distance from one sequence at a time."""
 
     family: str
     chosen: str
     """shared, padded or refused."""
     right: bool
+    """The chosen layout agrees or, for a refused model, the padded layout indeed disagrees."""
     reason: str | None
     nats_a_token: float
-    """The largest difference of a response."""
+    """Largest difference of a response's log-probability, in nats per token."""
     gradient: float
-    """The relative difference of all gradients together."""
+    """Relative difference of all gradients."""
 
 
 def judge(family: str, **changes: Any) -> Verdict:
+    """Let `choose_layout` choose a layout for a model of the family and check whether it was right."""
     model = build(family, **changes)
-    untouched = copy.deepcopy(model)
+    original = copy.deepcopy(model)
     install(model)
     reason, chosen, own = None, "refused", True
     try:
-        layout = choose_layout(model, SHOWN, wanted=True, pad_token_id=PAD)
+        layout = choose_layout(model, PROBE_ROWS, wanted=True, pad_token_id=PAD)
         chosen, reason = "shared" if layout.shared_prefix else "padded", layout.not_shared_because
         own = layout.own_logits
     except SpinError as error:
         reason = str(error)
-    batch = shared_prefix_batch(JUDGED) if chosen == "shared" else padded_batch(JUDGED, PAD)
+    batch = shared_prefix_batch(TEST_PAIRS) if chosen == "shared" else padded_batch(TEST_PAIRS, PAD)
     found, gradients = _step(model, logps(model, batch, own_logits=own))
-    sides = [[_alone(untouched, pair.prompt, response) for pair, response in _with(side)] for side in (1, 2)]
-    expected, true_gradients = _step(untouched, torch.stack([value for side in sides for value in side]))
-    apart = ((found - expected).abs() / batch["lengths"]).max().item()
+    values = [_single_logp(original, pair.prompt, pair[side]) for side in (1, 2) for pair in TEST_PAIRS]
+    expected, true_gradients = _step(original, torch.stack(values))
+    difference = ((found - expected).abs() / batch["lengths"]).max().item()
     names = true_gradients.keys() & gradients.keys()
     squares = sum((gradients[name] - true_gradients[name]).square().sum() for name in names)
     relative = float(squares / sum(true_gradients[name].square().sum() for name in names)) ** 0.5
-    right = apart < 1e-3 and relative < 1e-2
-    return Verdict(family, chosen, right if chosen != "refused" else not right, reason, apart, relative)
+    agrees = difference < 1e-3 and relative < 1e-2
+    return Verdict(family, chosen, agrees if chosen != "refused" else not agrees, reason, difference, relative)
 
 
-def _with(side: int) -> list[tuple[Pair, Any]]:
-    return [(pair, pair[side]) for pair in JUDGED]
-
-
-def _alone(model: nn.Module, prompt: Any, response: Any) -> Tensor:
-    """Nothing of ours but the sum: the model's logits of one sequence."""
+def _single_logp(model: nn.Module, prompt: Any, response: Any) -> Tensor:
+    """Compute log p(response | prompt) from the model's own logits of the one sequence."""
     logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
     return response_logps(logits, torch.tensor(response), torch.zeros(len(response), dtype=torch.long), 1)[0]
 
 
 def _step(model: nn.Module, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the values and the gradients of their weighted sum."""
     model.zero_grad()
-    (values * torch.tensor([2.0, -1.0]).repeat_interleave(len(JUDGED))).sum().backward()
+    (values * torch.tensor([2.0, -1.0]).repeat_interleave(len(TEST_PAIRS))).sum().backward()
     return values.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

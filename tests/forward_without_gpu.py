@@ -1,9 +1,9 @@
-"""What a forward on a GPU would stumble on, looked at without one: tensors of two devices, and waits for the device.
+"""Check, without a GPU, that a training step mixes no devices and never synchronizes with the device.
 
     python tests/forward_without_gpu.py
 
-The tensors are fake: they have a device and a shape, and no values, so an `.item()` or a `nonzero` raises. Backward on
-fake CUDA tensors kills the interpreter of a CPU build of torch; there they lie on `meta`, which has no values either.
+The forward uses fake CUDA tensors, which have a device and a shape but no values, so `.item()` or `nonzero` raises. The
+backward uses `meta` tensors, which have no values either, because fake CUDA tensors crash a CPU build of torch there.
 """
 
 import contextlib
@@ -40,23 +40,24 @@ ROWS = [
 ]
 
 
-def collated(form: str) -> dict[str, Tensor]:
+def collated(layout: str) -> dict[str, Tensor]:
     collator = PairCollator(SimpleNamespace(pad_token_id=0, eos_token_id=1))
-    collator.shared_prefix = form == "flat"
+    collator.shared_prefix = layout == "shared"
     return collator(ROWS)
 
 
-def make(architecture: str, form: str, device: str) -> Any:
+def make(architecture: str, layout: str, device: str) -> Any:
     config = AutoConfig.for_model(architecture, **(SMALL | MODELS[architecture]))
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     install(model)
-    if form == "flat":
+    if layout == "shared":
         enable(model)
     return model
 
 
-def indexed(tensor: Tensor, index: Any) -> Tensor:
+def get_item(tensor: Tensor, index: Any) -> Tensor:
+    """Implement `Tensor.__getitem__` with dispatched operators."""
     parts = index if isinstance(index, tuple) else (index,)
     consuming = sum(part is not None and part is not Ellipsis for part in parts)
     gathered: list[Tensor | None] = []
@@ -77,16 +78,16 @@ def indexed(tensor: Tensor, index: Any) -> Tensor:
     return torch.ops.aten.index(tensor, gathered) if any(part is not None for part in gathered) else tensor
 
 
-def put(tensor: Tensor, index: tuple[Tensor, ...], value: Tensor) -> None:
+def set_item(tensor: Tensor, index: tuple[Tensor, ...], value: Tensor) -> None:
     torch.ops.aten.index_put_(tensor, list(index), value)
 
 
 class Dispatched(TorchFunctionMode):
-    """A few methods dispatched like all others; Python's own way asks a CPU build for CUDA's guard."""
+    """Route a few methods through the dispatcher; their Python bindings need a CUDA guard that a CPU build lacks."""
 
     operators: ClassVar[dict[Any, Any]] = {
-        Tensor.__getitem__: indexed,
-        Tensor.__setitem__: put,
+        Tensor.__getitem__: get_item,
+        Tensor.__setitem__: set_item,
         Tensor.__invert__: torch.bitwise_not,
         Tensor.contiguous: torch.ops.aten.contiguous,
     }
@@ -96,7 +97,7 @@ class Dispatched(TorchFunctionMode):
 
 
 def on_gpu(model: torch.nn.Module) -> torch.nn.Module:
-    """The model of `meta` with parameters and buffers on a fake GPU; `Module.to` does not take fake tensors."""
+    """Move a `meta` model to the fake GPU; `Module.to` does not support fake tensors."""
 
     def moved(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda:0")
@@ -110,7 +111,7 @@ def on_gpu(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def step(model: Any, batch: dict[str, Tensor], opponent: Tensor) -> Tensor:
-    """What the trainer does with a micro-batch: the loss, after the sums for the log are made."""
+    """Compute the loss and the metrics of a micro-batch like the trainer."""
     policy = logps(model, batch)
     terms = spin_terms(policy, opponent[batch["responses"]], batch["sides"], beta=0.1, loss="logistic")
     sums = metric_sums(terms, policy, batch["lengths"], batch["sides"], loss="logistic")
@@ -124,8 +125,8 @@ def kernel(replacement: Callable[..., Tensor]) -> Iterator[None]:
         yield
 
 
-def looked_over(query: Tensor, key: Tensor, value: Tensor, score_mod: Any, mask: BlockMask, **_: Any) -> Tensor:
-    """In place of the kernel, for which test_kernels.py has other means: is all it reads on one device?"""
+def check_devices(query: Tensor, key: Tensor, value: Tensor, score_mod: Any, mask: BlockMask, **_: Any) -> Tensor:
+    """Replace the kernel by a check that its inputs are on one device; test_kernels.py covers the kernel itself."""
     index = torch.zeros((), dtype=torch.int32, device=query.device)
     read = [key, value, mask.mask_mod(index, index, index, index)]
     read += [part for part in mask.as_tuple() if isinstance(part, Tensor)]
@@ -135,38 +136,38 @@ def looked_over(query: Tensor, key: Tensor, value: Tensor, score_mod: Any, mask:
     return torch.empty_like(query)
 
 
-def forward(architecture: str, form: str) -> None:
-    real, model = collated(form), make(architecture, form, "meta")
-    with FakeTensorMode() as fake, Dispatched(), torch.no_grad(), kernel(looked_over):
-        batch = {name: fake.from_tensor(tensor).to("cuda:0") for name, tensor in real.items()}
+def forward(architecture: str, layout: str) -> None:
+    on_cpu, model = collated(layout), make(architecture, layout, "meta")
+    with FakeTensorMode() as fake, Dispatched(), torch.no_grad(), kernel(check_devices):
+        batch = {name: fake.from_tensor(tensor).to("cuda:0") for name, tensor in on_cpu.items()}
         step(on_gpu(model), batch, torch.empty(2 * len(ROWS), device="cuda:0"))
 
 
-def backward(architecture: str, form: str) -> None:
-    def some(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+def backward(architecture: str, layout: str) -> None:
+    def unmasked(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         return scaled_dot_product_attention(query, key, value, enable_gqa=True)
 
-    model = make(architecture, form, "meta")
-    batch = {name: tensor.to("meta") for name, tensor in collated(form).items()}
-    nothing = {"is_autocast_enabled": lambda *_: False, "autocast": lambda *_, **__: contextlib.nullcontext()}
+    model = make(architecture, layout, "meta")
+    batch = {name: tensor.to("meta") for name, tensor in collated(layout).items()}
+    no_autocast = {"is_autocast_enabled": lambda *_: False, "autocast": lambda *_, **__: contextlib.nullcontext()}
     with (
-        kernel(some),
+        kernel(unmasked),
         mock.patch.object(attention, "_by_pair", attention._by_blocks),
-        mock.patch.multiple(torch, **nothing),  # `meta` has no autocast
+        mock.patch.multiple(torch, **no_autocast),  # `meta` does not support autocast
     ):
         step(model, batch, torch.empty(2 * len(ROWS), device="meta")).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-PLAYS: dict[str, Callable[[str, str], None]] = {"forward": forward, "backward": backward}
+CHECKS: dict[str, Callable[[str, str], None]] = {"forward": forward, "backward": backward}
 
 
 def main() -> None:
     for architecture in MODELS:
-        # transformers itself waits once in a padded forward, to see whether a mask is needed; not on fake tensors
-        for play, form in (("forward", "flat"), ("forward", "padded"), ("backward", "flat")):
-            PLAYS[play](architecture, form)
-            print(json.dumps({"play": play, "model": architecture, "form": form}), flush=True)  # noqa: T201
+        # In a real padded forward, transformers synchronizes once to see if a mask is needed; fake tensors skip that.
+        for check, layout in (("forward", "shared"), ("forward", "padded"), ("backward", "shared")):
+            CHECKS[check](architecture, layout)
+            print(json.dumps({"check": check, "model": architecture, "layout": layout}), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

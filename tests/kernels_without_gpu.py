@@ -1,15 +1,15 @@
-"""What a GPU would be given for our attention, looked at without one. In a process of its own: it patches torch.
+"""Check the GPU kernels of the attention on a machine without a GPU.
 
     python tests/kernels_without_gpu.py MODE CASES
 
 MODE is one of
-    lower    torch's lowering for CUDA finds a kernel, forward and, where gradients are wanted, backward
-    compile  the Triton kernels that it generates are compiled for the card: what they take of its shared memory
-    run      the kernels run in Triton's interpreter; output and gradients against `dense_attention`
-CASES is a JSON list of `Case`s; a line of JSON is printed for each: {"kernels": …}, {"errors": …} or {"failed": …}.
+    lower    lower for CUDA and list the kernels found: forward and, with gradients, backward
+    compile  also compile the generated Triton kernels for the GPU and report their shared memory
+    run      run the kernels in Triton's interpreter and compare output and gradients with `dense_attention`
+CASES is a JSON list of `Case`s. Prints one line of JSON per case: {"kernels": …}, {"errors": …} or {"failed": …}.
 
-Dynamo and autograd see CPU tensors, since autograd asks the driver about CUDA's. Their graphs are retagged as CUDA's
-before Inductor sees them, which meanwhile believes in the pretended card.
+Run it in its own process, because it patches torch. Dynamo and autograd work on CPU tensors, because autograd queries
+the driver for CUDA tensors. Their graphs are retagged as CUDA before Inductor runs, under a simulated GPU.
 """
 
 import contextlib
@@ -52,36 +52,37 @@ from triton.runtime import interpreter  # noqa: E402
 from spin_plugin.model import attention, flex  # noqa: E402
 
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""KB a block may have, by compute capability."""
+"""Limit per block in KB, by compute capability."""
 GPU = torch.device("cuda", 0)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of one model on one card, one after the other, as in training."""
+    """Consecutive rows of one model on one GPU, as in training."""
 
     card: int
+    """Compute capability."""
     rows: list[list[list[int]]]
-    """[prompt, real, synthetic] of every pair of every row."""
+    """[prompt, real, synthetic] lengths of every pair of every row."""
     heads: tuple[int, int] = (32, 8)
     size: int = 128
     window: int | None = None
     softcap: float | None = None
     gradients: bool = True
     dtype: str = "bfloat16"
-    wrong: bool = False
-    """Call one partial block full: the errors must show it."""
+    corrupt_mask: bool = False
+    """Mark one partial block as full, which the errors must show."""
 
 
-# --- the pretended card ----------------------------------------------------------------------------
+# --- the simulated GPU -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def card(capability: int) -> Iterator[None]:
-    """torch.cuda and Triton believe in a card of this compute capability."""
+def simulated_gpu(capability: int) -> Iterator[None]:
+    """Make torch.cuda and Triton see a GPU of this compute capability."""
     limit, version = SHARED_MEMORY[capability] * 1024, divmod(capability, 10)
     properties = SimpleNamespace(
-        name="pretended",
+        name="simulated",
         major=version[0],
         minor=version[1],
         multi_processor_count=108,
@@ -94,13 +95,13 @@ def card(capability: int) -> Iterator[None]:
         shared_memory_per_block_optin=limit,
         L2_cache_size=40 << 20,
     )
-    told = {"max_shared_mem": limit, "multiprocessor_count": 108, "max_num_regs": 65536, "warpSize": 32}
+    limits = {"max_shared_mem": limit, "multiprocessor_count": 108, "max_num_regs": 65536, "warpSize": 32}
     driver = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", capability, 32),
         get_active_torch_device=lambda: GPU,
         get_current_device=lambda: 0,
         get_current_stream=lambda *_: 0,
-        utils=SimpleNamespace(get_device_properties=lambda _: told),
+        utils=SimpleNamespace(get_device_properties=lambda _: limits),
     )
     cuda: dict[str, Any] = {
         "is_available": lambda: True,
@@ -130,17 +131,17 @@ def card(capability: int) -> Iterator[None]:
 
 
 def rewrite(module: Any, name: str, old: str, new: str) -> None:
-    """Replace a function of torch's by its own source with `old` replaced."""
+    """Recompile a torch function from its source with `old` replaced by `new`."""
     source = inspect.getsource(getattr(module, name))
-    assert old in source, f"{module.__name__}.{name} has no {old!r}: this torch is another one"
+    assert old in source, f"{module.__name__}.{name}: no {old!r} in this version of torch"
     file = f"{SCRATCH}/{name}.py"
-    with open(file, "w", encoding="utf-8") as copy:  # inspect wants to read it
+    with open(file, "w", encoding="utf-8") as copy:  # for inspect
         copy.write(source.replace(old, new))
     exec(compile(source.replace(old, new), file, "exec"), module.__dict__)
 
 
-def believe_in_cuda() -> None:
-    """What holds for the whole process."""
+def patch_torch() -> None:
+    """Apply the patches that last for the entire process."""
     torch.version.cuda = torch.version.cuda or "13.0"
     torch._functorch.config.force_non_lazy_backward_lowering = True
     torch._functorch.config.enable_autograd_cache = False
@@ -148,10 +149,10 @@ def believe_in_cuda() -> None:
     torch._inductor.config.compile_threads = 1
     torch._inductor.config.use_static_triton_launcher = False
     triton_helpers.set_driver_to_gpu = lambda: None
-    torch_flex._validate_device = lambda *_: None  # gradients are allowed …
-    rewrite(torch_flex, "_apply_kernel_options", '.type == "cpu"', '.type == "none"')  # … and with CUDA's options
-    # a CPU build of torch cannot copy even pretended CUDA tensors
-    operator = sys.modules["torch._higher_order_ops.flex_attention"]  # the attribute of this name is the operator
+    torch_flex._validate_device = lambda *_: None  # allow gradients on CPU tensors
+    rewrite(torch_flex, "_apply_kernel_options", '.type == "cpu"', '.type == "none"')  # use CUDA's options
+    # A CPU build of torch cannot copy fake CUDA tensors.
+    operator = sys.modules["torch._higher_order_ops.flex_attention"]  # as an attribute, this name is the operator
     rewrite(operator, "_permute_strides", "new_out.copy_(out)", "out.is_cuda or new_out.copy_(out)")
 
 
@@ -165,7 +166,7 @@ def on_gpu(value: Any) -> Any:
 
 
 def backend(case: Case, finish: Callable[[GraphLowering], Callable[..., Any]]) -> Callable[..., Any]:
-    """Inductor on a pretended card; `finish` makes of the lowered graph what is then called."""
+    """Return a backend that runs Inductor on a simulated GPU; `finish` turns the lowered graph into a callable."""
 
     def inner(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
         parts = (part for part in graph.modules() if isinstance(part, torch.fx.GraphModule))
@@ -177,14 +178,14 @@ def backend(case: Case, finish: Callable[[GraphLowering], Callable[..., Any]]) -
         def module(graph: GraphLowering) -> SimpleNamespace:
             return SimpleNamespace(__file__=os.devnull, key="", call=finish(graph))
 
-        with card(case.card), mock.patch.object(GraphLowering, "compile_to_module", module):
+        with simulated_gpu(case.card), mock.patch.object(GraphLowering, "compile_to_module", module):
             return compile_fx.compile_fx_inner(graph, [on_gpu(value) for value in inputs], **options)
 
     return lambda graph, inputs: compile_fx.compile_fx(graph, inputs, inner_compile=inner)
 
 
 class StoppedError(Exception):
-    """Everything is lowered, the backward too: there is nothing to call."""
+    """Forward and backward are lowered; there is nothing to execute."""
 
 
 def stop(*_: Any) -> None:
@@ -192,29 +193,29 @@ def stop(*_: Any) -> None:
 
 
 def templates(source: str) -> list[tuple[str, str]]:
-    """Names and sources of the attention kernels in the generated program."""
+    """Return the names and sources of the attention kernels in the generated program."""
     found = re.findall(r"async_compile\.triton\('(\w+_tem_\w+)', '''(.*?)''', device_str", source, re.DOTALL)
-    assert found, "Inductor writes its kernels in another way"
+    assert found, "no kernels in the generated program: this version of Inductor has another format"
     return found
 
 
 def compiled(source: str, capability: int) -> list[dict[str, Any]]:
-    """What the kernels of the generated program take of the card, compiled as Inductor's runtime does."""
+    """Compile the kernels of the generated program like Inductor's runtime and return their shared memory."""
     kernels = []
     for name, body in templates(source):
-        with card(capability):
+        with simulated_gpu(capability):
             tuner = getattr(PyCodeCache.load(body), name)
             (config,) = tuner.configs
             shared = tuner._precompile_config(config).kernel.metadata.shared
             if shared > SHARED_MEMORY[capability] * 1024 and config.num_stages > 1:
-                config.num_stages = 1  # `compile_by_disabling_pipelining`
+                config.num_stages = 1  # like Inductor's `compile_by_disabling_pipelining`
                 shared = tuner._precompile_config(config).kernel.metadata.shared
         kernels.append({"name": name, "shared": shared, "stages": config.num_stages})
     return kernels
 
 
 class Launch:
-    """In place of Inductor's autotuner: the interpreted kernel over the grid that the generated program names."""
+    """Replacement for Inductor's autotuner: runs the interpreted kernel over the generated program's grid."""
 
     def __init__(self, function: Any, grid: str, blocks: dict[str, int]) -> None:
         self.function, self.grid, self.blocks = function, grid, blocks
@@ -231,7 +232,7 @@ TANH = "\n@triton.jit\ndef tanh_(x):\n    return 2 * tl.sigmoid(2 * x) - 1\n"
 
 
 def interpreted(source: str) -> Callable[..., Any]:
-    """The generated program on CPU tensors, its kernels interpreted."""
+    """Load the generated program to run on CPU tensors with interpreted kernels."""
     source = source.partition("\ndef get_args")[0]
     for old, new, always in (
         ("from torch._C import _cuda_getCurrentRawStream as get_raw_stream", "get_raw_stream = int", True),
@@ -241,7 +242,7 @@ def interpreted(source: str) -> Callable[..., Any]:
         ("\n@triton_heuristics.", TANH + "\n@triton_heuristics.", True),
         ("libdevice.tanh(", "tanh_(", False),
     ):
-        assert old in source or not always, f"Inductor writes no {old!r}"
+        assert old in source or not always, f"no {old!r} in the generated program"
         source = source.replace(old, new)
 
     def launching(**blocks: int) -> Callable[..., Any]:
@@ -257,7 +258,7 @@ def interpreted(source: str) -> Callable[..., Any]:
 
 
 def multiply_bfloat16_as_float32() -> None:
-    """Triton's interpreter would multiply bfloat16's bits."""
+    """Convert the operands of `dot` to fp32: Triton's interpreter would multiply the bits of bfloat16 values."""
     dot = interpreter.InterpreterBuilder.create_dot
 
     def widened(handle: Any) -> Any:
@@ -273,6 +274,7 @@ def multiply_bfloat16_as_float32() -> None:
 
 
 def spans_of(row: list[list[int]]) -> tuple[Tensor, int]:
+    """Return the spans of a row and its number of tokens."""
     spans, start = [], 0
     for lengths in row:
         spans.append([start, *lengths])
@@ -280,8 +282,8 @@ def spans_of(row: list[list[int]]) -> tuple[Tensor, int]:
     return torch.tensor(spans), start
 
 
-def draw(case: Case, tokens: int) -> list[Tensor]:
-    """Query, key and value as transformers' layers make them: [1, T, H, D] transposed."""
+def random_states(case: Case, tokens: int) -> list[Tensor]:
+    """Return query, key and value with the strides of transformers' layers: [1, T, H, D] transposed."""
     torch.manual_seed(0)
     heads = (case.heads[0], case.heads[1], case.heads[1])
     dtype = getattr(torch, case.dtype)
@@ -289,7 +291,7 @@ def draw(case: Case, tokens: int) -> list[Tensor]:
     return [state.transpose(1, 2).requires_grad_(case.gradients) for state in states]
 
 
-def one_partial_block_called_full(shared: attention.SharedPrefix, window: int | None) -> None:
+def mark_partial_block_as_full(shared: attention.SharedPrefix, window: int | None) -> None:
     mask = shared.block_mask(window)
     row = int(mask.kv_num_blocks[0, 0].argmax())
     last, full = int(mask.kv_num_blocks[0, 0, row]) - 1, int(mask.full_kv_num_blocks[0, 0, row])
@@ -299,13 +301,13 @@ def one_partial_block_called_full(shared: attention.SharedPrefix, window: int | 
 
 
 def errors(case: Case, row: list[list[int]]) -> dict[str, float]:
-    """The largest difference of output and gradients from the reference in fp32, by its largest value."""
+    """Return the largest difference of output and gradients from the fp32 reference, relative to its largest value."""
     spans, tokens = spans_of(row)
     scores = attention.Scores(None, case.window, case.softcap)
     shared = attention.SharedPrefix(spans, tokens)
-    if case.wrong:
-        one_partial_block_called_full(shared, case.window)
-    states = draw(case, tokens)
+    if case.corrupt_mask:
+        mark_partial_block_as_full(shared, case.window)
+    states = random_states(case, tokens)
     exact = [state.detach().float().requires_grad_(case.gradients) for state in states]
     found = [attention._by_blocks(*states, shared, scores)]
     expected = [attention.dense_attention(*exact, attention.dense_mask(spans, tokens, case.window), scores)]
@@ -319,7 +321,7 @@ def errors(case: Case, row: list[list[int]]) -> dict[str, float]:
     }
 
 
-def play(case: Case) -> dict[str, Any]:
+def run_case(case: Case) -> dict[str, Any]:
     kernels: list[dict[str, Any]] = []
 
     def finish(graph: GraphLowering) -> Callable[..., Any]:
@@ -343,13 +345,13 @@ def play(case: Case) -> dict[str, Any]:
 
 
 def main() -> None:
-    believe_in_cuda()
+    patch_torch()
     if MODE == "run":
         multiply_bfloat16_as_float32()
     for number, given in enumerate(json.loads(sys.argv[2])):
         start = time.process_time()
         try:
-            result = play(Case(**given))
+            result = run_case(Case(**given))
         except Exception as error:  # noqa: BLE001
             result = {"failed": f"{type(error).__name__}: {error}"[:2000]}
         result["seconds"] = round(time.process_time() - start, 1)

@@ -1,4 +1,4 @@
-"""Log-probabilities by their definition, slow and obvious."""
+"""Reference implementations of log-probs, straight from the definition."""
 
 import math
 
@@ -7,17 +7,17 @@ from transformers import LlamaForCausalLM
 
 
 def slow_logps(logits: list[list[float]], targets: list[int], segments: list[int], responses: int) -> list[float]:
-    """log_softmax and its sum by the definition, on python floats."""
+    """Sum log-softmax values per response, on Python floats."""
     sums = [0.0] * responses
     for row, target, segment in zip(logits, targets, segments, strict=True):
         highest = max(row)
-        normaliser = highest + math.log(sum(math.exp(value - highest) for value in row))
-        sums[segment] += row[target] - normaliser
+        normalizer = highest + math.log(sum(math.exp(value - highest) for value in row))
+        sums[segment] += row[target] - normalizer
     return sums
 
 
 def naive_logp(model: LlamaForCausalLM, prompt: list[int], response: list[int]) -> float:
-    """log p(response | prompt), one token at a time: each is predicted from all before it and nothing else."""
+    """Compute log p(response | prompt) one token at a time, each from exactly the tokens before it."""
     total = 0.0
     for position, token in enumerate(response):
         context = torch.tensor([[*prompt, *response[:position]]])

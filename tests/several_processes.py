@@ -1,16 +1,16 @@
-"""Axolotl's commands on several CPU processes, as `torchrun` would start them.
+"""Run Axolotl's commands on several CPU processes, as `torchrun` would start them.
 
-    python tests/several_processes.py        # conftest.py's `serve` starts it, once for all tests of a worker
+    python tests/several_processes.py        # started by conftest.py's `exit_codes`, once per pytest worker
 
-Each line of standard input is a list of jobs, `[{"config": "a/config.yml", "processes": 2}, ...]`, each of which plays
-`axolotl.cli.train.do_cli(config)`, what `axolotl train` and its launchers call in each process. `"command"` names
-another command, `"environment"` more variables. The answer is a line with the exit codes of those that failed, by their
-configs. All jobs share one import of Axolotl: every rank is a fork of this process with the variables that torchrun
-sets. Where one rank fails the others of its job are ended, as torchrun does, and nothing that comes after it in the
-line is played with the same config. A rank's output is added to `rank-N.log` beside the config. A job with `"kill": N`
-kills that rank when training has logged its first step, and no launcher ends the others.
+Each line of stdin is a list of jobs, `[{"config": "a/config.yml", "processes": 2}, ...]`. Each job runs
+`axolotl.cli.train.do_cli(config)`, which `axolotl train` and its launchers call in each process. `"command"` selects
+another command, `"environment"` adds variables. The reply is a line with the exit codes of failed jobs by config. All
+jobs share one import of Axolotl: each rank is a fork of this process with torchrun's environment variables. When a rank
+fails, the other ranks of its job are terminated, as by torchrun, and later jobs with the same config are skipped. Ranks
+append their output to `rank-N.log` beside the config. A job with `"kill": N` kills that rank after the first logged
+step; the other ranks are not terminated.
 
-Axolotl and accelerate take several processes for several GPUs. What differs from the command is `use_cpus`.
+Axolotl and accelerate assume that several processes have several GPUs; `use_cpus` patches this.
 """
 
 import gc
@@ -30,41 +30,41 @@ import yaml
 
 
 def use_cpus(*, sharded: bool) -> None:
-    """The places that stand between Axolotl and several processes without a GPU."""
+    """Patch what keeps Axolotl from running several processes without a GPU."""
     import axolotl.utils.environment
     from accelerate import PartialState
     from accelerate.parallelism_config import ParallelismConfig
     from accelerate.utils import DistributedType
     from axolotl.loaders.model import ModelLoader
 
-    # Axolotl asks CUDA how two GPUs reach each other, which torch's CUDA build does not answer in a fork
+    # Axolotl queries CUDA for P2P support, which fails in a fork of torch's CUDA build
     axolotl.utils.environment.check_cuda_p2p_support = lambda: True
-    # Axolotl places the model on the device with the rank's number
-    placed = ModelLoader._set_device_map_config
+    # Axolotl places the model on the device numbered like the rank
+    set_device_map = ModelLoader._set_device_map_config
 
     def on_cpu(self: Any) -> None:
         self.cfg.device_map = None
-        placed(self)
+        set_device_map(self)
 
     ModelLoader._set_device_map_config = on_cpu
-    # accelerate counts CPUs ("cpu:1"), and torch reads no optimizer's state for such a device
+    # accelerate numbers CPUs ("cpu:1"), a device for which torch cannot load optimizer states
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     if not sharded:
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate's own way to DDP on CPUs
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate supports DDP on CPUs
         return
-    # accelerate knows FSDP and DeepSpeed on accelerators only: the process group is gloo's, the device the CPU
+    # accelerate supports FSDP and DeepSpeed only on accelerators, so use gloo and the CPU device
     PartialState._prepare_backend = lambda *_args: ("gloo", DistributedType.MULTI_GPU)
-    # Axolotl asks for a mesh of "cuda" devices by name
+    # Axolotl requests a "cuda" device mesh
     build = ParallelismConfig.build_device_mesh
     ParallelismConfig.build_device_mesh = lambda self, _kind: build(self, "cpu")
-    # DeepSpeed 0.18 gathers ZeRO-2's weights into views, which gloo of torch 2.13 writes to as autograd allows
+    # DeepSpeed 0.18 gathers ZeRO-2's weights into views; gloo in torch 2.13 can write to those only without autograd
     from deepspeed.comm.torch import TorchBackend
 
     TorchBackend.all_gather_into_tensor = torch.no_grad()(TorchBackend.all_gather_into_tensor)
 
 
-def play(job: dict[str, Any], rank: int, port: int) -> None:
-    """One rank of one job, in a process of its own."""
+def run_rank(job: dict[str, Any], rank: int, port: int) -> None:
+    """Run one rank of a job; call in its own process."""
     config, processes = Path(job["config"]), job["processes"]
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     log = os.open(config.parent / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -85,19 +85,19 @@ def play(job: dict[str, Any], rank: int, port: int) -> None:
 
 
 def as_ray_worker(config: Path) -> None:
-    """What `use_ray: true` does around Ray: one process lowers and validates the configuration, another, which knows
-    nothing of that, is handed the result pickled, validates it again and trains."""
+    """Train as with `use_ray: true` but without Ray: one process lowers and validates the configuration; a fresh one
+    unpickles the result, validates it again and trains."""
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.config import load_cfg
     from axolotl.cli.train import ray_train_func
 
-    handed = config.with_suffix(".pickle")
+    pickled = config.with_suffix(".pickle")
     driver = os.fork()
     if not driver:
-        handed.write_bytes(pickle.dumps(load_cfg(str(config)).to_dict()))
+        pickled.write_bytes(pickle.dumps(load_cfg(str(config)).to_dict()))
         os._exit(0)
     os.waitpid(driver, 0)
-    ray_train_func({"cfg": pickle.loads(handed.read_bytes()), "cli_args": TrainerCliArgs()})
+    ray_train_func({"cfg": pickle.loads(pickled.read_bytes()), "cli_args": TrainerCliArgs()})
 
 
 def free_port() -> int:
@@ -107,7 +107,7 @@ def free_port() -> int:
 
 
 def start(job: dict[str, Any]) -> list[int]:
-    """Fork the ranks of a job; returns their process ids."""
+    """Fork the ranks of a job and return their process ids."""
     port, ranks = free_port(), []
     for rank in range(job["processes"]):
         pid = os.fork()
@@ -116,13 +116,13 @@ def start(job: dict[str, Any]) -> list[int]:
             continue
         code = 1
         try:
-            play(job, rank, port)
+            run_rank(job, rank, port)
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)
         finally:
             if sys.exc_info()[1]:
-                sys.excepthook(*sys.exc_info())  # as the interpreter does
+                sys.excepthook(*sys.exc_info())  # like the interpreter
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -130,7 +130,7 @@ def start(job: dict[str, Any]) -> list[int]:
 
 
 def wait(ranks: list[int]) -> int:
-    """The exit code of the first rank that failed, when the others are ended, or 0."""
+    """Return the exit code of the first rank that fails, or 0; terminates the others on failure."""
     alive, code = set(ranks), 0
     while alive:
         pid, status = os.wait()
@@ -143,7 +143,7 @@ def wait(ranks: list[int]) -> int:
 
 
 def kill_in_training(config: Path, ranks: list[int], killed: int) -> int:
-    """Kill one rank alone after a step that no start before has logged. 0 if all end, and none well."""
+    """Kill one rank after the next newly logged step. Return 0 if all ranks then exit with an error."""
     metrics = Path(yaml.safe_load(config.read_text())["output_dir"]) / "iteration-0/metrics.jsonl"
 
     def steps() -> int:
@@ -158,7 +158,7 @@ def kill_in_training(config: Path, ranks: list[int], killed: int) -> int:
 
 
 def import_axolotl() -> None:
-    """What every rank needs, once."""
+    """Import everything that the ranks need."""
     import axolotl.cli.config
     import axolotl.cli.train
     import axolotl.core.builders
@@ -169,8 +169,8 @@ def import_axolotl() -> None:
     import spin_plugin.training.trainer  # noqa: F401
 
 
-def play_all(jobs: list[dict[str, Any]]) -> dict[str, int]:
-    """The exit codes of the jobs that failed."""
+def run_jobs(jobs: list[dict[str, Any]]) -> dict[str, int]:
+    """Run jobs and return the exit codes of those that failed, by config."""
     failed: dict[str, int] = {}
     for job in jobs:
         config = job["config"]
@@ -185,11 +185,11 @@ def play_all(jobs: list[dict[str, Any]]) -> dict[str, int]:
 
 def main() -> None:
     with os.fdopen(os.dup(1), "w", buffering=1) as answers:
-        os.dup2(2, 1)  # what Axolotl prints is no answer
+        os.dup2(2, 1)  # keep Axolotl's output out of the replies
         import_axolotl()
-        gc.freeze()  # Axolotl collects garbage at every checkpoint: a second each time over all that was imported
+        gc.freeze()  # Axolotl collects garbage at every checkpoint, which takes a second with all imported objects
         for line in sys.stdin:
-            answers.write(json.dumps(play_all(json.loads(line))) + "\n")
+            answers.write(json.dumps(run_jobs(json.loads(line))) + "\n")
 
 
 if __name__ == "__main__":

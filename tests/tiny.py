@@ -1,4 +1,4 @@
-"""Tiny real models, tokenizers and datasets for the tests, made on the spot from a seed."""
+"""Tiny real models, tokenizers and datasets for the tests, generated from a seed."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-# Every token that one of Axolotl's built-in chat templates of the tests needs, after the 256 bytes.
+# Special tokens of Axolotl's built-in chat templates that the tests use; their ids follow the 256 bytes.
 SPECIAL = (
     "<pad>", "<s>", "</s>", "<unk>",
     "<|im_start|>", "<|im_end|>",
@@ -19,7 +19,7 @@ SPECIAL = (
 )  # fmt: skip
 VOCABULARY = 256 + len(SPECIAL)
 
-# Arguments that make a model of an architecture tiny. vLLM's CPU attention wants head size 32 or more.
+# Arguments for a tiny model of any architecture. vLLM's CPU attention needs head size 32 or more.
 SMALL: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 258,
 }
 
-# Keys of a configuration: how two processes share a model, and an adapter for all linear layers on a CPU.
+# Configuration keys for FSDP2 with two processes, and for a LoRA adapter on all linear layers.
 FSDP2: dict[str, Any] = {
     "fsdp_version": 2,
     "fsdp_config": {
@@ -52,17 +52,17 @@ LORA: dict[str, Any] = {
 
 
 def zero(stage: int, *, bf16: bool = False) -> dict[str, Any]:
-    """Keys of a configuration by which DeepSpeed shares a model."""
+    """Return the configuration keys for DeepSpeed ZeRO."""
     automatic = (
         "gradient_accumulation_steps",
         "gradient_clipping",
         "train_batch_size",
         "train_micro_batch_size_per_gpu",
     )
-    sharing = {"stage": stage, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": True}
+    optimization = {"stage": stage, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": True}
     return {
         "deepspeed": {
-            "zero_optimization": sharing,
+            "zero_optimization": optimization,
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": bf16},
             **dict.fromkeys(automatic, "auto"),
@@ -71,7 +71,7 @@ def zero(stage: int, *, bf16: bool = False) -> dict[str, Any]:
 
 
 def byte_tokenizer(eos: str = "</s>") -> PreTrainedTokenizerFast:
-    """One token a byte, so that any text can be written, and the special tokens of several chat templates."""
+    """Build a tokenizer with one token per byte and the special tokens of several chat templates."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate(alphabet)}
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -84,11 +84,11 @@ def byte_tokenizer(eos: str = "</s>") -> PreTrainedTokenizerFast:
 
 
 def make_model(path: Path, architecture: str = "llama", *, eos: str = "</s>", seed: int = 0, **overrides: Any) -> Path:
-    """Save a random model of an architecture with the byte tokenizer; returns `path`."""
+    """Save a random model of an architecture with the byte tokenizer and return `path`."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(architecture, **(SMALL | overrides))
     model = AutoModelForCausalLM.from_config(config).float()
-    with torch.no_grad():  # less uniform than a fresh model, so that responses differ in length and content
+    with torch.no_grad():  # sharper distributions than a fresh model, so that responses differ in length and content
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(2.0)
@@ -103,7 +103,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def chat_rows(count: int, *, turns: int = 1) -> list[dict[str, Any]]:
-    """Conversations of so many user and assistant turns."""
+    """Return `count` conversations of `turns` user and assistant turns."""
     return [
         {
             "messages": [
@@ -120,7 +120,7 @@ def chat_rows(count: int, *, turns: int = 1) -> list[dict[str, Any]]:
 
 
 def spin_config(directory: Path, model: Path, data: Path, **changes: Any) -> dict[str, Any]:
-    """A SPIN configuration for the tiny models: a few steps on a CPU. A change to None removes the key."""
+    """Return a SPIN configuration for the tiny models: a few steps on a CPU. A change to None removes the key."""
     config = {
         "base_model": str(model),
         "output_dir": str(directory / "run"),
@@ -135,7 +135,7 @@ def spin_config(directory: Path, model: Path, data: Path, **changes: Any) -> dic
         "chat_template": "chatml",
         "eot_tokens": ["<|im_end|>"],
         "sequence_len": 160,
-        "dataset_num_proc": 1,  # else Axolotl starts processes that import everything for a handful of rows
+        "dataset_num_proc": 1,  # avoids Axolotl's worker processes, which import everything for a handful of rows
         "micro_batch_size": 4,
         "gradient_accumulation_steps": 1,
         "num_epochs": 1,

@@ -1,13 +1,13 @@
-"""Kill a real run at random, run the same command again until it is finished, compare with a run left alone.
+"""Kill a real run at random points, rerun the command until it finishes, compare with an undisturbed run.
 
     python scripts/bench/chaos.py [--runs 25] [--seed 0] [--one-rank] [--json FILE]
 
-`--runs` counts the kills. Several of them hit one run directory, phase by phase, and the run that comes out has to hold
-the same synthetic token ids, pairs, opponent values, optimizer steps and weights as the undisturbed one, no pair twice,
-and no process of ours may outlive a kill. A tiny random model, `axolotl train` and vLLM as users run them.
+`--runs` is the number of kills. Several of them hit each run directory, in the order of the phases. The finished run
+must have the same synthetic token ids, pairs, opponent log-probs, optimizer steps and weights as the undisturbed one,
+and no process may survive a kill. Uses a tiny random model with real `axolotl train` and vLLM.
 
-With `--one-rank` two processes train together, and one of them is killed alone: within a minute the other one has to
-end in one line. They are started below the `axolotl` command (one_rank.py).
+With `--one-rank`, two ranks train together and only one of them is killed: the other must exit with a one-line error
+within a minute. one_rank.py starts them without the `axolotl` command.
 """
 
 import argparse
@@ -35,33 +35,33 @@ sys.path.insert(0, str(ROOT / "tests"))
 import one_rank  # noqa: E402
 from tiny import chat_rows, make_model, spin_config, write_config, write_jsonl  # noqa: E402
 
-SAMPLES = 40  # a prompt; 24 prompts make four shards
+SAMPLES = 40  # per prompt; 24 prompts make four shards
 PHASES = ("data", "generation", "pairs", "opponent pass", "training", "checkpoint", "final save")
 METHODS = ("SIGKILL to the tree", "SIGTERM to the parent", "SIGINT to all", "SIGKILL to vLLM")
 ONE_RANK = ("SIGKILL to rank 0", "SIGKILL to rank 1")
-LONGEST = 300.0  # seconds a command or its end may take
+TIMEOUT = 300.0  # seconds, for a command or its exit
 console = Console(soft_wrap=True)
 
 
 @dataclass
 class Kill:
-    """One way to die, and what came of it."""
+    """One kill and its result."""
 
     phase: str
     method: str
     delay: float
-    """Seconds after the phase was reached."""
+    """Seconds between reaching the phase and the kill."""
     done: bool = False
-    """Whether it hit a living process; else the phase went by too fast."""
+    """Whether it hit a running process; False if the run had already finished."""
     code: int | None = None
     seconds: float | None = None
-    """Until the other process had ended, where one alone was killed."""
+    """Time until the other rank exited, if only one was killed."""
     left_behind: list[str] = field(default_factory=list)
 
 
 @dataclass
-class Play:
-    """One run directory and the kills it has to survive."""
+class Trial:
+    """One run directory and the kills that it must survive."""
 
     directory: Path
     kills: list[Kill]
@@ -83,32 +83,32 @@ class Play:
 
     @property
     def printed(self) -> str:
-        """By the command that was started last."""
+        """Output of the most recent command."""
         logs = self.directory.glob("rank-*.log") if self.two_ranks else [self.log]
         return "".join(log.read_text(errors="replace") for log in sorted(logs))
 
 
-# --- where a run stands ------------------------------------------------------------------------
+# --- phase of a run ----------------------------------------------------------------------------
 
 
-def reached(play: Play, phase: str) -> bool:
-    """Whether the command that was started last is in a phase."""
-    log, started = play.printed, (play.directory / "started").stat().st_mtime
-    # two processes meet before a plugin is asked for anything
-    met = sum(_newer([alive], started) for alive in play.run.glob(".waiting/*/*.alive")) == 2
+def reached(trial: Trial, phase: str) -> bool:
+    """Whether the most recent command has reached a phase."""
+    log, started = trial.printed, (trial.directory / "started").stat().st_mtime
+    # the ranks rendezvous before the plugin does any work
+    met = sum(_newer([alive], started) for alive in trial.run.glob(".waiting/*/*.alive")) == 2
     return {
-        "data": lambda: met if play.two_ranks else "AXOLOTL" in log.upper(),
-        "generation": lambda: _newer(play.iteration.glob("synthetic/shard-*"), started),
-        "pairs": lambda: _newer([play.iteration / ".pairs.tmp", play.iteration / "pairs"], started),
+        "data": lambda: met if trial.two_ranks else "AXOLOTL" in log.upper(),
+        "generation": lambda: _newer(trial.iteration.glob("synthetic/shard-*"), started),
+        "pairs": lambda: _newer([trial.iteration / ".pairs.tmp", trial.iteration / "pairs"], started),
         "opponent pass": lambda: "Starting trainer" in log,
-        "training": lambda: "Starting trainer" in log and _newer([play.iteration / "metrics.jsonl"], started, size=1),
-        "checkpoint": lambda: _newer(play.iteration.glob("checkpoint-*"), started),
+        "training": lambda: "Starting trainer" in log and _newer([trial.iteration / "metrics.jsonl"], started, size=1),
+        "checkpoint": lambda: _newer(trial.iteration.glob("checkpoint-*"), started),
         "final save": lambda: "Training completed" in log,
     }[phase]()
 
 
 def _newer(paths: Iterable[Path], time_stamp: float, size: int = 0) -> bool:
-    """Whether one of the files, of so many bytes at least, was written after a time."""
+    """Whether any of the files has at least `size` bytes and was written after `time_stamp`."""
     for path in paths:
         try:
             found = path.stat()
@@ -122,16 +122,16 @@ def _newer(paths: Iterable[Path], time_stamp: float, size: int = 0) -> bool:
 # --- one command -------------------------------------------------------------------------------
 
 
-def start(play: Play) -> psutil.Popen | one_rank.TwoRanks:
-    play.starts += 1
-    (play.directory / "started").touch()
-    if play.two_ranks:
-        return one_rank.TwoRanks(play.directory)
+def start(trial: Trial) -> psutil.Popen | one_rank.TwoRanks:
+    trial.starts += 1
+    (trial.directory / "started").touch()
+    if trial.two_ranks:
+        return one_rank.TwoRanks(trial.directory)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with open(play.log, "w") as log:
+    with open(trial.log, "w") as log:
         return psutil.Popen(
             ["axolotl", "train", "config.yml"],
-            cwd=play.directory,
+            cwd=trial.directory,
             env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "2"},
             stdout=log,
             stderr=log,
@@ -148,18 +148,18 @@ def wait_for(condition: Callable[[], bool], seconds: float, pause: float = 0.003
     return False
 
 
-def strike_one(process: one_rank.TwoRanks, kill: Kill, play: Play) -> None:
-    """Kill one process alone; the other one has to end in one line, and nothing that they started may live on."""
-    wrong, alive = process.strike(ONE_RANK.index(kill.method))
+def kill_rank(process: one_rank.TwoRanks, kill: Kill, trial: Trial) -> None:
+    """Kill one rank; the other must exit with a one-line error, and no child process may survive."""
+    wrong, alive = process.kill_rank(ONE_RANK.index(kill.method))
     kill.done, kill.code, kill.seconds = True, process.poll(), round(process.seconds, 1)
-    play.failures += wrong
+    trial.failures += wrong
     _on_exit(alive, kill)
 
 
-def strike(process: psutil.Popen, kill: Kill) -> None:
-    """Kill by the method; a run without vLLM dies by SIGKILL instead. Nothing that we started may live on."""
-    family = [process, *process.children(recursive=True)]
-    vllm = [member for member in family if "vllm_worker.py" in " ".join(_command(member))]
+def kill_processes(process: psutil.Popen, kill: Kill) -> None:
+    """Kill by `kill.method`, or by SIGKILL to the tree if vLLM is not running. No child process may survive."""
+    tree = [process, *process.children(recursive=True)]
+    vllm = [member for member in tree if "vllm_worker.py" in " ".join(_command(member))]
     if kill.method == "SIGKILL to vLLM" and vllm:
         vllm[-1].kill()
     elif kill.method == "SIGTERM to the parent":
@@ -167,12 +167,12 @@ def strike(process: psutil.Popen, kill: Kill) -> None:
     elif kill.method == "SIGINT to all":
         os.killpg(process.pid, signal.SIGINT)
     else:
-        for member in family:
+        for member in tree:
             _quietly(member.kill)
     kill.done = True
     if kill.method == "SIGKILL to vLLM" and vllm:
-        wait_for(lambda: process.poll() is not None, LONGEST)  # tried again, or given up with a clear line
-    _, alive = psutil.wait_procs(family, timeout=60)
+        wait_for(lambda: process.poll() is not None, TIMEOUT)  # the run retries vLLM or gives up with an error
+    _, alive = psutil.wait_procs(tree, timeout=60)
     kill.code = process.poll()
     _on_exit(alive, kill)
 
@@ -191,37 +191,37 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 def _quietly(action: Callable[[], object]) -> None:
-    with suppress(psutil.Error):  # it was faster
+    with suppress(psutil.Error):  # it has already exited
         action()
 
 
 # --- one run -----------------------------------------------------------------------------------
 
 
-def survive(play: Play) -> None:
-    """Run the command again and again: once for each kill, then until it is finished."""
-    for kill in play.kills:
-        process = start(play)
-        wait_for(lambda p=process, k=kill: p.poll() is not None or reached(play, k.phase), LONGEST)
+def survive(trial: Trial) -> None:
+    """Run the command once per kill, then until it finishes."""
+    for kill in trial.kills:
+        process = start(trial)
+        wait_for(lambda p=process, k=kill: p.poll() is not None or reached(trial, k.phase), TIMEOUT)
         wait_for(lambda p=process: p.poll() is not None, kill.delay)
         if process.poll() is None:
             if isinstance(process, one_rank.TwoRanks):
-                strike_one(process, kill, play)
+                kill_rank(process, kill, trial)
             else:
-                strike(process, kill)
+                kill_processes(process, kill)
         elif process.returncode:
-            play.failures.append(f"{play.log} failed by itself: {play.printed[-500:]}")
+            trial.failures.append(f"{trial.log} failed without a kill: {trial.printed[-500:]}")
         late = "" if kill.done else " (came too late)"
         after = f" after {kill.seconds} s" if kill.seconds is not None else ""
         console.print(f"  {kill.phase}: {kill.method}{late}, exit {kill.code}{after} {kill.left_behind or ''}")
-    process = start(play)
-    process.wait(LONGEST)
+    process = start(trial)
+    process.wait(TIMEOUT)
     if process.returncode:
-        play.failures.append(f"{play.log} failed: {play.printed[-500:]}")
+        trial.failures.append(f"{trial.log} failed: {trial.printed[-500:]}")
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """What two runs have to have in common."""
+    """Everything that must be equal in two runs."""
     from safetensors.torch import load_file
 
     from spin_plugin.generation.shards import Shards
@@ -244,7 +244,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> tuple[list[str], float]:
-    """Names of what differs, and the largest difference between two weights."""
+    """Return the names of differing entries and the largest difference of any weight."""
     import torch
 
     names = [
@@ -254,11 +254,11 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> tuple[list[str], 
     ]
     if not torch.equal(one["opponent"], other["opponent"]):
         names.append("opponent")
-    apart = max(float((one["weights"][name] - other["weights"][name]).abs().max()) for name in one["weights"])
-    return names + (["weights"] if apart else []), apart
+    largest = max(float((one["weights"][name] - other["weights"][name]).abs().max()) for name in one["weights"])
+    return names + (["weights"] if largest else []), largest
 
 
-# --- all of it ---------------------------------------------------------------------------------
+# --- all trials --------------------------------------------------------------------------------
 
 
 def prepare(directory: Path, *, two_ranks: bool) -> Path:
@@ -275,8 +275,8 @@ def prepare(directory: Path, *, two_ranks: bool) -> Path:
     return directory
 
 
-def draw(count: int, seed: int, *, one_alone: bool) -> list[list[Kill]]:
-    """Kills, at most one a phase and in the order of the phases for each run directory."""
+def sample_kills(count: int, seed: int, *, one_alone: bool) -> list[list[Kill]]:
+    """Sample `count` kills, grouped by run directory, at most one per phase and in the order of the phases."""
     rng = random.Random(seed)
     groups: list[list[Kill]] = []
     while (left := count - sum(map(len, groups))) > 0:
@@ -286,15 +286,15 @@ def draw(count: int, seed: int, *, one_alone: bool) -> list[list[Kill]]:
             methods = [rng.choice(ONE_RANK) for _ in phases]
         short = {"checkpoint": 0.1, "final save": 0.3, "pairs": 0.5}
         delays = [rng.uniform(0, short.get(phase, 2.0)) for phase in phases]
-        groups.append([Kill(*drawn) for drawn in zip(phases, methods, delays, strict=True)])
+        groups.append([Kill(*kill) for kill in zip(phases, methods, delays, strict=True)])
     return groups
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=25, help="kills")
+    parser.add_argument("--runs", type=int, default=25, help="number of kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--one-rank", action="store_true", help="two processes, of which one is killed alone")
+    parser.add_argument("--one-rank", action="store_true", help="kill only one of two ranks")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="spin-chaos-"))
@@ -302,30 +302,32 @@ def main() -> None:
     one_alone = options.one_rank
     if one_alone:
         one_rank.set_up()
-    calm = Play(prepare(directory / "undisturbed", two_ranks=one_alone), [], one_alone)
-    survive(calm)
-    if calm.failures:
-        raise SystemExit(calm.failures[0])
-    expected = outcome(calm.run)
+    undisturbed = Trial(prepare(directory / "undisturbed", two_ranks=one_alone), [], one_alone)
+    survive(undisturbed)
+    if undisturbed.failures:
+        raise SystemExit(undisturbed.failures[0])
+    expected = outcome(undisturbed.run)
     if len(set(range(24))) * SAMPLES != len(expected["responses"]):
-        raise SystemExit("the undisturbed run does not hold every response")
-    plays = [
-        Play(prepare(directory / str(number), two_ranks=one_alone), kills, one_alone)
-        for number, kills in enumerate(draw(options.runs, options.seed, one_alone=one_alone))
+        raise SystemExit("the undisturbed run lacks responses")
+    trials = [
+        Trial(prepare(directory / str(number), two_ranks=one_alone), kills, one_alone)
+        for number, kills in enumerate(sample_kills(options.runs, options.seed, one_alone=one_alone))
     ]
     content: dict[str, Any] = {"runs": 0, "survived": 0, "identical": 0, "largest_difference": 0.0, "kills": []}
-    for play in plays:
-        console.print(f"run {play.directory.name}")
-        survive(play)
-        hits = [kill for kill in play.kills if kill.done]
-        differs, apart = differences(expected, outcome(play.run)) if not play.failures else (["not finished"], 0.0)
+    for trial in trials:
+        console.print(f"run {trial.directory.name}")
+        survive(trial)
+        hits = [kill for kill in trial.kills if kill.done]
+        differs, distance = differences(expected, outcome(trial.run)) if not trial.failures else (["not finished"], 0.0)
         content["runs"] += len(hits)
-        same = not play.failures and set(differs) <= {"weights", "losses", "opponent"}
+        same = not trial.failures and set(differs) <= {"weights", "losses", "opponent"}
         content["survived"] += sum(same and not kill.left_behind for kill in hits)
         content["identical"] += len(hits) * (not differs)
-        content["largest_difference"] = max(content["largest_difference"], apart)
+        content["largest_difference"] = max(content["largest_difference"], distance)
         content["kills"] += [asdict(kill) for kill in hits]
-        console.print(f"  {play.failures or 'survived'}; differs in: {', '.join(differs) or 'nothing'} ({apart:.1e})")
+        console.print(
+            f"  {trial.failures or 'survived'}; differs in: {', '.join(differs) or 'nothing'} ({distance:.1e})"
+        )
         if options.json:
             options.json.write_text(json.dumps(content, indent=2) + "\n")
     methods = ONE_RANK if one_alone else METHODS

@@ -1,9 +1,9 @@
-"""Which causal LM families of the installed transformers share prompts, are padded, or are refused, and is it right?
+"""Check which layout (shared prefix, padded, refused) each causal LM family of transformers gets.
 
     python scripts/bench/families.py [--json FILE] [FAMILY ...]
 
-Every family that can be built tiny from its own configuration is judged as `tests/families.py` says, with random
-weights on a CPU, a few minutes in all. Ends with 1 where a form was chosen that is not one sequence at a time.
+Builds a tiny random model of every family whose configuration allows it, and compares the chosen layout with one
+sequence at a time (`tests/families.py`). Takes a few minutes on a CPU. Exits with 1 if any result differs.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from families import build, judge
 
-# A hundred families refuse tiny numbers in a hundred ways; the line says which.
+# Families reject tiny sizes with many kinds of errors; the output shows which.
 FAILURES: tuple[type[Exception], ...] = (
     ArithmeticError,
     AssertionError,
@@ -34,7 +34,7 @@ FAILURES: tuple[type[Exception], ...] = (
 )
 FAILURES += (RuntimeError, StrictDataclassError, TypeError, ValueError)
 
-SHOWN = {True: "right", False: "WRONG", None: ""}
+LABELS = {True: "right", False: "WRONG", None: ""}
 
 
 def verdict(family: str) -> dict[str, Any]:
@@ -64,13 +64,13 @@ def main() -> None:
         found = verdict(family)
         verdicts.append(found)
         numbers = f"{found['nats_a_token']:8.1e} {found['gradient']:8.1e}" if "gradient" in found else ""
-        right = SHOWN[found["right"]]
+        right = LABELS[found["right"]]
         line = f"{family:26} {found['chosen']:10} {right:6} {numbers:18} {found['reason'] or ''}"
         sys.stdout.write(f"{line.rstrip()}\n")
         sys.stdout.flush()
     counts = Counter((found["chosen"], found["right"]) for found in verdicts)
     for (chosen, right), count in counts.most_common():
-        sys.stdout.write(f"{count:4} {chosen} {SHOWN[right]}\n")
+        sys.stdout.write(f"{count:4} {chosen} {LABELS[right]}\n")
     if options.json:
         options.json.write_text(json.dumps(verdicts, indent=1))
     sys.exit(any(found["right"] is False for found in verdicts))

@@ -1,11 +1,11 @@
-"""Our generation, with its shards written while vLLM works, against one bare `LLM.generate`.
+"""Compare our generation, including writing the shards, with one bare `LLM.generate`.
 
-    python scripts/bench/generate.py [--rounds 3] [--prompts 1024] [--unseeded] [--model FOLDER] [--json FILE]
+    python scripts/bench/generate.py [--rounds 3] [--prompts 1024] [--unseeded] [--model DIRECTORY] [--json FILE]
 
-Both sides run the same engine arguments, prompts, budgets and seeds in vLLM's own interpreter; time counts from the
-moment the engine is ready. Rounds alternate; medians are printed. `--unseeded` adds the bare side without a seed for
-each request: what the seeds cost. On a GPU the model computes in bf16, on a CPU in fp32; the one that is made here is
-too small to tell much about a GPU, so name a larger one there.
+Both sides run in vLLM's own interpreter with the same engine arguments, prompts, token budgets and seeds, timed from
+when the engine is ready. Rounds alternate; medians are printed. `--unseeded` adds the bare side without per-request
+seeds, to measure their cost. The model runs in bf16 on a GPU, in fp32 on a CPU; the default one is too small for a
+meaningful GPU result, so pass a larger one with `--model`.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def make_model(directory: Path) -> None:
 
 
 def make_requests(count: int) -> list[Request]:
-    """Prompts and budgets of log-normal length; the random model never stops by itself."""
+    """Prompts and budgets of log-normal length; the random model uses its full budget."""
     rng = np.random.default_rng(0)
     prompts = np.clip(rng.lognormal(np.log(60), 0.6, count).astype(int), 4, 256)
     budgets = np.clip(rng.lognormal(np.log(60), 0.6, count).astype(int), 4, 256)
@@ -66,7 +66,7 @@ def make_requests(count: int) -> list[Request]:
 
 
 def engine_arguments(model: Path) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` for both sides."""
+    """Return the arguments of `vllm.LLM` for both sides."""
     engine = {"model": str(model), "skip_tokenizer_init": True, "generation_config": "vllm"}
     engine |= {"max_model_len": 512, "seed": 0}
     if torch.cuda.is_available():
@@ -76,7 +76,7 @@ def engine_arguments(model: Path) -> dict[str, Any]:
 
 
 def ours(directory: Path, job: Job, requests: list[Request]) -> float:
-    """Tokens/s of the launcher and its worker."""
+    """Return tokens/s of our dispatcher and worker."""
     shards = Shards(directory / "synthetic")
     shutil.rmtree(shards.directory, ignore_errors=True)
     generate(job, shards, lambda: requests, lambda: vllm_python(None))
@@ -85,7 +85,7 @@ def ours(directory: Path, job: Job, requests: list[Request]) -> float:
 
 
 def bare(directory: Path, job: Job, requests: list[Request], *, seeded: bool = True) -> float:
-    """Tokens/s of one `LLM.generate`."""
+    """Return tokens/s of one `LLM.generate`."""
     script, content, result = directory / "bare.py", directory / "job.json", directory / "bare.json"
     script.write_text(BARE)
     rows = [request._asdict() | ({} if seeded else {"seed": None}) for request in requests]
@@ -104,9 +104,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=1024)
-    parser.add_argument("--unseeded", action="store_true", help="measure the bare side without seeds, too")
-    parser.add_argument("--model", type=Path, help="a model with 8,000 tokens or more in its vocabulary")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--unseeded", action="store_true", help="also measure the bare side without seeds")
+    parser.add_argument("--model", type=Path, help="a model with a vocabulary of at least 8,000 tokens")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
     options = parser.parse_args()
     requests = make_requests(options.prompts)
     rates: dict[str, list[float]] = {side: [] for side in ("ours", "bare", "unseeded")[: 2 + options.unseeded]}

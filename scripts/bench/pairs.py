@@ -1,11 +1,11 @@
-"""Time and memory of the way from shards of responses to stored pairs.
+"""Measure time and memory of building pairs from shards of responses.
 
     python scripts/bench/pairs.py [--json FILE]
 
-Both sizes run the real code (`Shards`, `build_pairs`) in a fresh process each, on examples and shards that were
-written before: 600 tokens a pair, half of the responses from the iteration before, as in iterations 1, 2, ...
-`rss_growth` compares the peaks of the process's own memory (RssAnon). The whole resident size, which counts pages of
-memory-mapped files too though the kernel drops them when it needs room, is printed beside it.
+Runs the real code (`Shards`, `build_pairs`) for two sizes, each in a fresh process, on examples and shards written
+beforehand: 600 tokens per pair, half of the responses from the previous iteration, as from iteration 1 on. `rss_growth`
+compares the peaks of anonymous memory (RssAnon). The total resident size is printed, too; it includes pages of
+memory-mapped files, which the kernel drops under memory pressure.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from spin_plugin.generation.job import SHARD
 from spin_plugin.generation.shards import Shards
 
 SIZES = (25_000, 100_000)
-PROMPT, REAL, SYNTHETIC = 160, 240, 200  # tokens; 600 a pair
+PROMPT, REAL, SYNTHETIC = 160, 240, 200  # tokens; 600 per pair
 VOCABULARY = 32_000
 END = 2
 
 
 def write_inputs(directory: Path, pairs: int) -> None:
-    """Examples, and shards of two iterations with half of the responses each."""
+    """Write examples, and shards of two iterations with half of the responses each."""
     rng = np.random.default_rng(0)
 
     def tokens(count: int, length: int) -> Any:
@@ -49,7 +49,7 @@ def write_inputs(directory: Path, pairs: int) -> None:
         shards = Shards(directory / f"synthetic-{iteration}")
         shards.directory.mkdir()
         for number, start in enumerate(range(0, examples, SHARD)):
-            drawn = tokens(min(SHARD, examples - start), SYNTHETIC).tolist()
+            sampled = tokens(min(SHARD, examples - start), SYNTHETIC).tolist()
             shards.write(
                 number,
                 (
@@ -60,7 +60,7 @@ def write_inputs(directory: Path, pairs: int) -> None:
                         "finish": "stop",
                         "stop": END,
                     }
-                    for place, response in enumerate(drawn)
+                    for place, response in enumerate(sampled)
                 ),
             )
 
@@ -72,7 +72,7 @@ def responses(directory: Path) -> Iterator[Synthetic]:
 
 
 class Peak:
-    """The highest RssAnon and VmRSS of this process in MiB, looked at every 5 ms."""
+    """Peak RssAnon and VmRSS of this process in MiB, sampled every 5 ms."""
 
     def __init__(self) -> None:
         self.seen = {"RssAnon": 0.0, "VmRSS": 0.0}
@@ -96,7 +96,7 @@ class Peak:
 
 
 def measure(directory: Path) -> dict[str, float]:
-    """Join, mix, filter and store."""
+    """Build the pairs of a directory and return time and peak memory."""
     with Peak() as peak:
         seconds, pairs = build(directory)
     return {"pairs": pairs, "seconds": seconds, "own_mib": peak["RssAnon"], "resident_mib": peak["VmRSS"]}
@@ -117,7 +117,7 @@ def build(directory: Path) -> tuple[float, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     disable_progress_bars()

@@ -1,12 +1,12 @@
-"""Do an optimizer's steps move the weights? Every way to keep them, against training in 32 bits.
+"""Measure how much optimizer steps change the weights in each precision scheme, compared with fp32 training.
 
     python scripts/bench/precision.py [--steps 50] [--json FILE]
 
-A random Llama with weights of size 0.02 trains on random pairs by SPIN's loss, with AdamW, once for each way and
-learning rate, every time on the same batches. Of the weight matrices: the share of their elements that has changed, and
-the projection of their movement on that of the run in 32 bits, 1 where both are the same and 0 where nothing moves.
-`stored` is the projection of what an iteration stores in bf16, `nearest` what rounding to the nearest would leave of it
-(an adapter is stored as it is). Runs on a CPU, in some minutes.
+A random Llama with weights of standard deviation 0.02 trains on random pairs with SPIN's loss and AdamW, once per
+scheme and learning rate, always on the same batches. For the weight matrices, prints the share of changed elements
+(`changed`) and the projection of their update on that of the fp32 run: 1 if equal, 0 if nothing changes. `stored` is
+the projection of the weights that an iteration stores in bf16, `nearest` the same with round-to-nearest (adapters are
+stored unchanged). Takes a few minutes on a CPU.
 """
 
 import argparse
@@ -34,8 +34,8 @@ from spin_plugin.training.saving import round_masters
 
 RATES = (5e-7, 2e-6, 1e-5)
 BETA = 0.1
-PAIRS = 4  # a step
-LENGTHS = (16, 24, 20)  # tokens of prompt, real and synthetic response
+PAIRS = 4  # per step
+LENGTHS = (16, 24, 20)  # tokens of prompt, real response and synthetic response
 VOCABULARY = 256
 CONFIG = LlamaConfig(
     vocab_size=VOCABULARY,
@@ -53,12 +53,12 @@ console = Console(soft_wrap=True)
 Weights = dict[str, Tensor]
 States = Mapping[nn.Parameter, Mapping[str, Any]]
 Trainer = Callable[[nn.Module, list[dict[str, Tensor]], float], tuple[Weights, States]]
-"""Model, batches and learning rate to the matrices at the end, as precisely as they are kept, and what the optimizer
-keeps of each."""
+"""Maps model, batches and learning rate to the final matrices, in the precision that training keeps, and the optimizer
+states."""
 
 
 def make_model(dtype: torch.dtype, *, lora: bool = False) -> nn.Module:
-    """The same random weights, all of them bf16 numbers, in one format or the other."""
+    """Build a model with the same bf16-representable random weights, stored in `dtype`."""
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(CONFIG).bfloat16().to(dtype)
     if lora:
@@ -67,7 +67,7 @@ def make_model(dtype: torch.dtype, *, lora: bool = False) -> nn.Module:
         model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # else lora_A, which it multiplies, stands still at first
+            if "lora_B" in name:  # at its default of zero, lora_A would have no gradient at first
                 nn.init.normal_(parameter, std=0.02)
     install(model)
     enable(model)
@@ -82,7 +82,7 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor], opponent: Tensor) -> Ten
     return spin_terms(logps(model, batch), opponent, batch["sides"], beta=BETA, loss="logistic").loss.mean()
 
 
-def scored(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[Tensor]:
+def score(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[Tensor]:
     with torch.no_grad():
         return [logps(model, batch) for batch in batches]
 
@@ -103,20 +103,20 @@ def compensated(parameters: Iterator[nn.Parameter], rate: float) -> torch.optim.
     return AdamW(parameters, lr=rate, weight_decay=0.0, foreach=False)
 
 
-def what_rounding_lost(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor | float:
-    """What compensated summation keeps beside a weight; 0 for every other optimizer."""
+def rounding_error_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor | float:
+    """Return the rounding error that compensated summation tracks per weight; 0 for other optimizers."""
     lost = optimizer.state[parameter].get("kahan_comp")
     return 0.0 if lost is None else lost.float()
 
 
-def by(optimizer: Callable[[Iterator[nn.Parameter], float], torch.optim.Optimizer], *, autocast: bool) -> Trainer:
-    """Plain training with an optimizer, as Axolotl's trainer does it in one process."""
+def trainer(optimizer: Callable[[Iterator[nn.Parameter], float], torch.optim.Optimizer], *, autocast: bool) -> Trainer:
+    """Plain single-process training with an optimizer, as in Axolotl's trainer."""
 
     def train(model: nn.Module, batches: list[dict[str, Tensor]], rate: float) -> tuple[Weights, States]:
         computing = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
         steps = optimizer((p for p in model.parameters() if p.requires_grad), rate)
         with computing:
-            opponents = scored(model, batches)
+            opponents = score(model, batches)
         for batch, opponent in zip(batches, opponents, strict=True):
             with computing:
                 loss = loss_of(model, batch, opponent)
@@ -124,14 +124,14 @@ def by(optimizer: Callable[[Iterator[nn.Parameter], float], torch.optim.Optimize
             steps.step()
             steps.zero_grad()
         named = {name: parameter for name, parameter in model.named_parameters() if name in matrices(model)}
-        kept = {name: weight.detach().float() + what_rounding_lost(steps, weight) for name, weight in named.items()}
+        kept = {name: weight.detach().float() + rounding_error_of(steps, weight) for name, weight in named.items()}
         return kept, steps.state
 
     return train
 
 
-def by_zero(model: nn.Module, batches: list[dict[str, Tensor]], rate: float) -> tuple[Weights, States]:
-    """DeepSpeed ZeRO-2 with `bf16`, one process: the weights it keeps are its own fp32 masters."""
+def train_with_zero(model: nn.Module, batches: list[dict[str, Tensor]], rate: float) -> tuple[Weights, States]:
+    """DeepSpeed ZeRO-2 with `bf16` in one process; returns its fp32 masters."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -142,7 +142,7 @@ def by_zero(model: nn.Module, batches: list[dict[str, Tensor]], rate: float) -> 
         "zero_allow_untested_optimizer": True,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model.parameters(), rate), config=config)
-    opponents = scored(engine, batches)
+    opponents = score(engine, batches)
     for batch, opponent in zip(batches, opponents, strict=True):
         engine.backward(loss_of(engine, batch, opponent))
         engine.step()
@@ -150,33 +150,33 @@ def by_zero(model: nn.Module, batches: list[dict[str, Tensor]], rate: float) -> 
     return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in named}, {}
 
 
-# What it is called, the format of the weights, and how they are trained.
-WAYS: dict[str, tuple[torch.dtype, Trainer]] = {
-    "fp32 masters": (torch.float32, by(adamw, autocast=True)),
-    "ZeRO": (torch.bfloat16, by_zero),
-    "stochastic rounding": (torch.bfloat16, by(stochastic, autocast=True)),
-    "compensated": (torch.bfloat16, by(compensated, autocast=True)),
-    "plain bf16": (torch.bfloat16, by(adamw, autocast=True)),
-    "LoRA": (torch.bfloat16, by(adamw, autocast=True)),
+# Name, dtype of the weights, and trainer of each scheme.
+SCHEMES: dict[str, tuple[torch.dtype, Trainer]] = {
+    "fp32 masters": (torch.float32, trainer(adamw, autocast=True)),
+    "ZeRO": (torch.bfloat16, train_with_zero),
+    "stochastic rounding": (torch.bfloat16, trainer(stochastic, autocast=True)),
+    "compensated": (torch.bfloat16, trainer(compensated, autocast=True)),
+    "plain bf16": (torch.bfloat16, trainer(adamw, autocast=True)),
+    "LoRA": (torch.bfloat16, trainer(adamw, autocast=True)),
 }
 
 
-def moved(before: Weights, after: Weights) -> Tensor:
+def update(before: Weights, after: Weights) -> Tensor:
     return torch.cat([(after[name] - before[name]).flatten() for name in sorted(before)]).double()
 
 
-def projection(movement: Tensor, reference: Tensor) -> float:
-    return float(movement @ reference / (reference @ reference))
+def projection(update: Tensor, reference: Tensor) -> float:
+    return float(update @ reference / (reference @ reference))
 
 
 @cache
-def reference_movement(rate: float, steps: int, *, lora: bool) -> Tensor:
-    """How the run in 32 bits moves."""
+def reference_update(rate: float, steps: int, *, lora: bool) -> Tensor:
+    """Return the update of the fp32 run."""
     exact = make_model(torch.float32, lora=lora)
-    return moved(matrices(exact), by(adamw, autocast=False)(exact, draw_batches(steps), rate)[0])
+    return update(matrices(exact), trainer(adamw, autocast=False)(exact, sample_batches(steps), rate)[0])
 
 
-def draw_batches(steps: int) -> list[dict[str, Tensor]]:
+def sample_batches(steps: int) -> list[dict[str, Tensor]]:
     random = torch.Generator().manual_seed(0)
 
     def pair() -> Pair:
@@ -185,30 +185,30 @@ def draw_batches(steps: int) -> list[dict[str, Tensor]]:
     return [shared_prefix_batch([pair() for _ in range(PAIRS)]) for _ in range(steps)]
 
 
-def compare(way: str, rate: float, steps: int) -> dict[str, Any]:
-    """One way at one learning rate."""
-    (dtype, train), lora = WAYS[way], way == "LoRA"
-    reference = reference_movement(rate, steps, lora=lora)
+def compare(scheme: str, rate: float, steps: int) -> dict[str, Any]:
+    """Measure one scheme at one learning rate."""
+    (dtype, train), lora = SCHEMES[scheme], scheme == "LoRA"
+    reference = reference_update(rate, steps, lora=lora)
     model = make_model(dtype, lora=lora)
     start = matrices(model)
-    after, states = train(model, draw_batches(steps), rate)
-    movement = moved(start, after)
-    nearest = moved(start, {name: weight.bfloat16().float() for name, weight in after.items()})
-    if not lora:  # an adapter is stored as it is
+    after, states = train(model, sample_batches(steps), rate)
+    trained = update(start, after)
+    nearest = update(start, {name: weight.bfloat16().float() for name, weight in after.items()})
+    if not lora:  # adapters are stored unchanged
         round_masters(model, kept=(), seed=0, states=states)
     return {
-        "way": way,
+        "way": scheme,
         "learning_rate": rate,
-        "changed": float((movement != 0).double().mean()),
-        "projection": projection(movement, reference),
-        "stored": projection(moved(start, matrices(model)), reference),
+        "changed": float((trained != 0).double().mean()),
+        "projection": projection(trained, reference),
+        "stored": projection(update(start, matrices(model)), reference),
         "nearest": projection(nearest, reference),
     }
 
 
 @contextmanager
 def one_process() -> Iterator[None]:
-    """torch.distributed of one process, for DeepSpeed."""
+    """Initialize torch.distributed with one process, for DeepSpeed."""
     with tempfile.TemporaryDirectory() as directory:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
         torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/store", rank=0, world_size=1)
@@ -222,7 +222,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with one_process():
-        rows = [compare(way, rate, options.steps) for way in track(WAYS, "training", console=console) for rate in RATES]
+        rows = [
+            compare(scheme, rate, options.steps)
+            for scheme in track(SCHEMES, "training", console=console)
+            for rate in RATES
+        ]
     columns = ("changed", "projection", "stored", "nearest")
     table = Table("way", "learning rate", *columns)
     for row in rows:

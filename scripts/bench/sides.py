@@ -1,4 +1,4 @@
-"""The sides of the step's benchmark: pairs, models, and what each side does with them. See step.py."""
+"""The pairs, models and compared implementations ("sides") of the step benchmark. See step.py."""
 
 import argparse
 import copy
@@ -22,21 +22,21 @@ from spin_plugin.model.layout import Pair, padded_batch, shared_prefix_batch
 from spin_plugin.objective.losses import spin_terms
 
 MEDIANS, SIGMA = (120, 245, 200), 0.6  # prompt, real, synthetic
-LONGEST_PROMPT, LONGEST = 512, 1024  # TRL's default is to cut sequences at 1024, too
+LONGEST_PROMPT, LONGEST = 512, 1024  # TRL truncates at 1024 by default, too
 PAD, EOS = 0, 1
 BETA = 0.1
 
 Step = list[tuple[float, Callable[[], None]]]
-"""Parts of a step, each with the share of its time that counts."""
+"""Parts of a step, each with the weight of its time."""
 Batches = list[list[Pair]]
 Side = Callable[[Any, Batches, argparse.Namespace], list[Step]]
-"""For every batch a step on it, of a policy."""
+"""Maps policy and batches to one step per batch."""
 
 
 # --- the same pairs and weights for every side -----------------------------------------------------
 
 
-def draw_pairs(count: int, vocabulary: int, seed: int) -> list[Pair]:
+def sample_pairs(count: int, vocabulary: int, seed: int) -> list[Pair]:
     rng = random.Random(seed)
 
     def length(median: int, longest: int) -> int:
@@ -76,17 +76,17 @@ def make_model(options: argparse.Namespace) -> LlamaForCausalLM:
     return model
 
 
-def computing(options: argparse.Namespace) -> torch.autocast:
-    """As training runs: weights in fp32, products in `dtype`."""
+def autocast(options: argparse.Namespace) -> torch.autocast:
+    """Autocast as in training: fp32 weights, matmuls in `dtype`."""
     return torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "bfloat16")
 
 
 def frozen_copy(model: nn.Module, options: argparse.Namespace) -> nn.Module:
-    """A reference model, which needs no fp32."""
+    """Return a reference model, which needs no fp32 weights."""
     return copy.deepcopy(model).to(getattr(torch, options.dtype)).eval().requires_grad_(False)
 
 
-def moved(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+def to_device(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -97,11 +97,11 @@ def our_step(model: nn.Module, batch: dict[str, Tensor], options: argparse.Names
     opponent: list[Tensor] = []
 
     def score() -> None:
-        with torch.no_grad(), computing(options):
+        with torch.no_grad(), autocast(options):
             opponent[:] = [logps(model.eval(), batch)]
 
     def train() -> None:
-        with computing(options):
+        with autocast(options):
             policy = logps(model.train(), batch)
             loss = spin_terms(policy, opponent[0], batch["sides"], beta=BETA, loss="logistic").loss.mean()
         loss.backward()
@@ -112,12 +112,12 @@ def our_step(model: nn.Module, batch: dict[str, Tensor], options: argparse.Names
 def ours(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list[Step]:
     install(model)
     enable(model)
-    return [our_step(model, moved(shared_prefix_batch(pairs), options.device), options) for pairs in batches]
+    return [our_step(model, to_device(shared_prefix_batch(pairs), options.device), options) for pairs in batches]
 
 
 def padded(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list[Step]:
     install(model)
-    return [our_step(model, moved(padded_batch(pairs, PAD), options.device), options) for pairs in batches]
+    return [our_step(model, to_device(padded_batch(pairs, PAD), options.device), options) for pairs in batches]
 
 
 def official(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list[Step]:
@@ -129,7 +129,7 @@ def official(model: nn.Module, batches: Batches, options: argparse.Namespace) ->
         return (chosen * mask[:, 1:]).sum(-1).view(2, -1)
 
     def train(batch: dict[str, Tensor], mask: Tensor) -> None:
-        with computing(options):
+        with autocast(options):
             policy = sequence_logps(model, batch, mask)
             with torch.no_grad():
                 opponent = sequence_logps(reference, batch, mask)
@@ -137,7 +137,7 @@ def official(model: nn.Module, batches: Batches, options: argparse.Namespace) ->
         (-logsigmoid(BETA * (real - synthetic))).mean().backward()
 
     def step(pairs: list[Pair]) -> Step:
-        batch = moved(padded_batch(pairs, PAD), options.device)
+        batch = to_device(padded_batch(pairs, PAD), options.device)
         mask = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
         mask.view(-1)[batch["keep"] + 1] = True
         return [(1.0, partial(train, batch, mask))]
@@ -146,7 +146,7 @@ def official(model: nn.Module, batches: Batches, options: argparse.Namespace) ->
 
 
 def word_tokenizer(words: list[str]) -> Any:
-    """So that a text of words is the token ids we chose."""
+    """Build a tokenizer that maps each word to its index, so that texts give the chosen token ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     raw = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>"))
@@ -155,7 +155,7 @@ def word_tokenizer(words: list[str]) -> Any:
 
 
 def trl(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list[Step]:
-    """The real trainer, from its dataset to its training step."""
+    """TRL's real trainer, from dataset to training step."""
     from datasets import Dataset, disable_progress_bars
     from trl import DPOConfig, DPOTrainer
 
@@ -176,7 +176,7 @@ def trl(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list
         train_dataset=Dataset.from_list(rows),
         processing_class=word_tokenizer(words),
     )
-    if config.gradient_checkpointing:  # as Trainer.train does before its first step; on by default in trl
+    if config.gradient_checkpointing:  # Trainer.train does this before its first step; on by default in trl
         model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
     trainer.current_gradient_accumulation_steps = 1
     trainer.model_wrapped = trainer.accelerator.prepare_model(model)
@@ -187,7 +187,7 @@ def trl(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list
     def step(first: int, pairs: list[Pair]) -> Step:
         batch = trainer.data_collator([trainer.train_dataset[row] for row in range(first, first + len(pairs))])
         ours = padded_batch(pairs, PAD)
-        assert torch.equal(batch["input_ids"], ours["input_ids"]), "trl does not work on the same tokens"
+        assert torch.equal(batch["input_ids"], ours["input_ids"]), "trl uses other tokens"
         return [(1.0, partial(train, batch))]
 
     firsts = accumulate(map(len, batches), initial=0)
@@ -197,7 +197,7 @@ def trl(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list
 def attend_within_pairs(
     _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: None, *, sizes: list[int], **_: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each pair, as packed training does it."""
+    """Causal attention within each pair, as in packed training."""
     parts = zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True)
     outputs = [scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
@@ -208,7 +208,7 @@ def floor(model: nn.Module, batches: Batches, options: argparse.Namespace) -> li
     model.set_attn_implementation("bench_within_pairs")
 
     def train(inputs: dict[str, Any]) -> None:
-        with computing(options):
+        with autocast(options):
             loss = model(**inputs, use_cache=False).loss
         loss.backward()
 

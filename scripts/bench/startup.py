@@ -1,9 +1,9 @@
-"""What the plugin costs where it is installed and not used: Axolotl reads an SFT configuration with and without it.
+"""Measure the startup cost of the installed but unused plugin: Axolotl reads an SFT configuration with and without it.
 
     python scripts/bench/startup.py --rounds 5
 
-Both sides are fresh processes, taken in turns; "without" hides the plugin's entry point from Axolotl. Since 0.21
-Axolotl loads every installed plugin in every run; before, both sides are the same.
+Both sides run alternately in fresh processes; "without" hides the plugin's entry point from Axolotl. Since 0.21 Axolotl
+loads every installed plugin; in older versions both sides are equal.
 """
 
 import argparse
@@ -48,7 +48,7 @@ CONFIG = {
 
 
 def once(config: Path, side: str) -> dict[str, float]:
-    """Seconds of one start."""
+    """Return the seconds of one start."""
     command = [sys.executable, "-c", PROGRAM, str(config), side]
     done = subprocess.run(command, cwd=config.parent, capture_output=True, text=True, check=True)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith('{"import"')]
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--model", type=Path, default=Path("outputs/tiny/base"), help="Any model; only its config is read."
+        "--model", type=Path, default=Path("outputs/tiny/base"), help="any model; only its config is read"
     )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -68,7 +68,7 @@ def main() -> None:
         config.write_text(
             yaml.safe_dump(CONFIG | {"base_model": str(options.model.resolve()), "output_dir": directory})
         )
-        once(config, "with")  # fills the disk's cache
+        once(config, "with")  # warms the disk cache
         rounds = [{side: once(config, side) for side in ("with", "without")} for _ in range(options.rounds)]
     medians = {
         side: {part: statistics.median(r[side][part] for r in rounds) for part in ("import", "plugins", "all")}

@@ -1,25 +1,23 @@
-"""Our training step against TRL's, the official formulation, and the bare work on the same tokens.
+"""Compare our training step with TRL's, the official formulation, and the bare minimum on the same tokens.
 
     python scripts/bench/step.py [--pairs 8] [--rounds 5] [--threads 2] [--json FILE]
     python scripts/bench/step.py --preset 1b --pairs 8 32 --json FILE      (one GPU)
 
-Needs torch and transformers (and PYTHONPATH=. where spin-plugin is not installed); where trl is not installed its side
-is skipped. `--dtype bfloat16`, which `--preset 1b` has, is what training runs: weights in fp32, products in bf16. All
-sides work on the same pairs and on equal random weights. Lengths are log-normal (median prompt 120, real 245, synthetic
-200 tokens, sigma 0.6) and cut as the paper's recipe does it, prompts at 512 tokens and sequences at 1024; every round
-has pairs of its own, seeded.
+Needs torch and transformers (and PYTHONPATH=. if spin-plugin is not installed); without trl its side is skipped.
+`--dtype bfloat16`, the default of `--preset 1b`, matches training: fp32 weights, bf16 matmuls. All sides use the same
+pairs and the same random weights. Lengths are log-normal (median prompt 120, real 245, synthetic 200 tokens, sigma 0.6)
+and truncated as in the paper's recipe, prompts at 512 and sequences at 1024 tokens. Each round has its own pairs.
 
-    ours      the flat row and the chunked head, plus half a forward for the opponent (once for two epochs)
-    padded    the same with the padded form
+    ours      shared-prefix layout and chunked head, plus half a forward for the opponent (scored once for two epochs)
+    padded    the same with the padded layout
     trl       DPOTrainer.training_step of the installed trl, at its defaults, with a reference model
-    official  re-written from its description: padded to the longest, two forwards, full fp32 log-softmax
-    floor     forward and backward of the causal LM loss over the same unique tokens as one row, pairs kept apart
+    official  reimplemented from its description: padded to the longest, two forwards, full fp32 log-softmax
+    floor     forward and backward of the causal LM loss on the same unique tokens in one row, pairs kept apart
 
-A step is forward and backward; optimizer and collator are in no side. Ratios are medians over rounds, which are
-interleaved on a CPU. Memory is what the first round's step takes on top of the models, in a process of its own; the
-reference models of TRL's and the official side come on top of it and are printed beside it. A side whose step does not
-fit the GPU's memory works in micro-batches half as large, as often as it takes. MFU is the share of the GPU's peak
-that the work on unique tokens would need alone, whatever a side computes beside it.
+A step is forward and backward, without optimizer and collator. Ratios are medians over rounds, which are interleaved on
+a CPU. Memory is that of the first round's step on top of the models, measured in its own process; the reference models
+of the TRL and official sides are printed separately. If a step does not fit in GPU memory, the side halves its
+micro-batches until it does. MFU counts only the FLOPs needed for the unique tokens, relative to the GPU's peak.
 """
 
 import argparse
@@ -42,7 +40,7 @@ from typing import Any
 
 import torch
 import transformers
-from sides import PAD, SIDES, Batches, Step, draw_pairs, make_model
+from sides import PAD, SIDES, Batches, Step, make_model, sample_pairs
 
 from spin_plugin.model.layout import Pair, padded_batch
 
@@ -50,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {"layers": 6, "hidden": 512, "vocab": 32_000, "dtype": "float32"},
     "1b": {"layers": 16, "hidden": 2048, "vocab": 128_256, "dtype": "bfloat16"},  # Llama 3.2 1B's shape
 }
-# Dense bf16 with fp32 sums, by a part of the GPU's name, from the vendor's data sheets. The first that fits is meant.
+# Dense bf16 FLOPS with fp32 accumulation from the data sheets, by part of the GPU's name; the first match wins.
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
     "L40S": 362e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
@@ -66,7 +64,7 @@ def synchronize(device: str) -> None:
 
 
 def timed(step: Step, device: str) -> float:
-    """Seconds of a step, each part by its share."""
+    """Return the seconds of a step, its parts weighted."""
     total = 0.0
     for share, part in step:
         synchronize(device)
@@ -78,17 +76,17 @@ def timed(step: Step, device: str) -> float:
 
 
 def steps_of(side: str, model: Any, batches: Batches, options: argparse.Namespace, micro_batch: int) -> list[Step]:
-    """For every batch the step of a side, in micro-batches of so many pairs."""
+    """Return a side's step for every batch, split into micro-batches of `micro_batch` pairs."""
     parts = [pairs[first : first + micro_batch] for pairs in batches for first in range(0, len(pairs), micro_batch)]
     steps, each = SIDES[side](model, parts, options), len(parts) // len(batches)
     return [list(chain(*steps[first : first + each])) for first in range(0, len(steps), each)]
 
 
 def measure_times(sizes: dict[str, int], options: argparse.Namespace, batches: Batches) -> dict[str, list[float]]:
-    """Seconds of the step of every side on every batch but the first, which warms up; rounds interleaved.
+    """Measure the seconds of every side's step on every batch but the first, a warm-up. Rounds are interleaved.
 
     Args:
-        sizes: the sides, each with the pairs of its micro-batches.
+        sizes: pairs per micro-batch of each side.
     """
     models = {side: make_model(options) for side in sizes}
     steps = {side: steps_of(side, models[side], batches, options, size) for side, size in sizes.items()}
@@ -104,13 +102,13 @@ def measure_times(sizes: dict[str, int], options: argparse.Namespace, batches: B
 
 
 def resident(field: str) -> int:
-    """Bytes of VmRSS or VmHWM, the peak since `forget_peak`."""
+    """Return VmRSS, or the peak VmHWM, in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
 def measure_memory(side: str, options: argparse.Namespace, batches: Batches, micro_batch: int) -> dict[str, int]:
-    """Bytes of the first step on top of the models, and of the models on top of the policy; in a fresh process."""
+    """Measure bytes of the first step on top of the models, and of models besides the policy; in a fresh process."""
     cuda = options.device == "cuda"
     model = make_model(options)
     policy = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
@@ -119,19 +117,19 @@ def measure_memory(side: str, options: argparse.Namespace, batches: Batches, mic
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     for _, part in step:
         part()
     peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
     return {"step": peak - models, "reference": models - policy, "micro_batch": micro_batch}
 
 
-def with_what_fits(measure: Callable[[int], dict[str, int]], micro_batch: int) -> dict[str, int]:
-    """Measure with micro-batches of so many pairs, or half as many until the step fits the GPU."""
+def halve_until_it_fits(measure: Callable[[int], dict[str, int]], micro_batch: int) -> dict[str, int]:
+    """Measure with micro-batches of `micro_batch` pairs, halved until the step fits in GPU memory."""
     while micro_batch > 1:
         with suppress(torch.OutOfMemoryError):
             return measure(micro_batch)
-        gc.collect()  # the models of the attempt
+        gc.collect()  # the failed attempt's models
         torch.cuda.empty_cache()
         micro_batch //= 2
     return measure(1)
@@ -139,14 +137,14 @@ def with_what_fits(measure: Callable[[int], dict[str, int]], micro_batch: int) -
 
 def memory_in_own_process(side: str, pairs: int, arguments: list[str]) -> dict[str, int]:
     command = [sys.executable, __file__, *arguments, "--pairs", str(pairs), "--memory-of", side]
-    # one arena: with several, how much freed memory lies about would depend on which thread asked for it
+    # one arena: with several, the amount of retained freed memory depends on thread scheduling
     environment = os.environ | {"MALLOC_ARENA_MAX": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def training_flops(options: argparse.Namespace, pairs: list[Pair], passes: float) -> float:
-    """Model FLOPs of so many passes over unique tokens, the head at response tokens alone."""
+    """Return the model FLOPs of `passes` passes over the unique tokens, with the head only at response tokens."""
     tokens, kept, seen = 0, 0, 0
     for prompt, real, synthetic in (map(len, pair) for pair in pairs):
         tokens, kept = tokens + prompt + real + synthetic, kept + real + synthetic
@@ -158,12 +156,12 @@ def training_flops(options: argparse.Namespace, pairs: list[Pair], passes: float
 
 
 def peak_flops(name: str) -> float | None:
-    """The dense bf16 peak of a GPU by its name, where it is known."""
+    """Return a GPU's dense bf16 peak by its name, or None if unknown."""
     return next((flops for device, flops in PEAK_FLOPS.items() if device in name), None)
 
 
-def utilisation(side: str, seconds: list[float], options: argparse.Namespace, batches: Batches) -> float | None:
-    """The median share of the device's peak, where that is known."""
+def utilization(side: str, seconds: list[float], options: argparse.Namespace, batches: Batches) -> float | None:
+    """Return the median share of the device's peak, or None if that is unknown."""
     peak = peak_flops(torch.cuda.get_device_name()) if options.device == "cuda" else None
     if peak is None:
         return None
@@ -204,7 +202,7 @@ def summary(
         "time_vs_floor": time_ratio("ours", "floor"),
         "memory_vs_trl": memory_ratio("ours", "trl"),
         "memory_vs_official": memory_ratio("ours", "official"),
-        "mfu": {side: utilisation(side, values, options, batches) for side, values in seconds.items()},
+        "mfu": {side: utilization(side, values, options, batches) for side, values in seconds.items()},
         "machine": machine(options),
         "options": {name: value for name, value in vars(options).items() if name not in ("json", "memory_of")},
         "unique_tokens": [sum(sum(map(len, pair)) for pair in pairs) for pairs in batches[1:]],
@@ -229,7 +227,7 @@ def report(result: dict[str, Any], pairs: int) -> Iterator[str]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pairs", type=int, nargs="+", default=[8], help="pairs of a step; one table for each number")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[8], help="pairs per step; one table per number")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--preset", choices=PRESETS, default="small")
@@ -251,11 +249,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    """Measure and print all sides with `options.pairs` pairs."""
-    batches = [draw_pairs(options.pairs, options.vocab, seed) for seed in range(1 + options.rounds)]
+    """Measure all sides with `options.pairs` pairs and print the results."""
+    batches = [sample_pairs(options.pairs, options.vocab, seed) for seed in range(1 + options.rounds)]
     memory = {side: memory_in_own_process(side, options.pairs, arguments) for side in options.sides}
     sizes = {side: used["micro_batch"] for side, used in memory.items()}
-    # One after the other where all models at once would not leave the room that each was measured with.
+    # On a GPU one after the other: all models at once would not leave the memory that each was measured with.
     groups = [{side: size} for side, size in sizes.items()] if options.device == "cuda" else [sizes]
     seconds: dict[str, list[float]] = {}
     for group in groups:
@@ -271,13 +269,13 @@ def main(arguments: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     each = [argparse.Namespace(**(vars(options) | {"pairs": pairs})) for pairs in options.pairs]
     if options.memory_of:
-        batches = [draw_pairs(each[0].pairs, options.vocab, 0)]
+        batches = [sample_pairs(each[0].pairs, options.vocab, 0)]
         measure = partial(measure_memory, options.memory_of, each[0], batches)
-        sys.stdout.write(json.dumps(with_what_fits(measure, each[0].pairs)) + "\n")
+        sys.stdout.write(json.dumps(halve_until_it_fits(measure, each[0].pairs)) + "\n")
         return
     sides = [side for side in options.sides if side != "trl" or find_spec("trl")]
     if len(sides) < len(options.sides):
-        sys.stdout.write("trl is not installed: its side is skipped\n")
+        sys.stdout.write("trl is not installed, side skipped\n")
     results = []
     for one in each:
         one.sides = sides

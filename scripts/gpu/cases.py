@@ -1,4 +1,4 @@
-"""What the checks of first_light.py are made of: a setting, cases, what a case found, and a random Llama."""
+"""Building blocks of first_light.py's checks: settings, cases, results, and a random Llama."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
-# The machine may have torch and transformers alone, and nothing of ours installed.
+# spin-plugin need not be installed: the machine may have only torch and transformers.
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts/bench")]
 
-from sides import BETA, draw_pairs  # noqa: E402
+from sides import BETA, sample_pairs  # noqa: E402
 
 from spin_plugin.model.attention import enable  # noqa: E402
 from spin_plugin.model.forward import install, logps  # noqa: E402
@@ -29,14 +29,14 @@ class Setting:
     device: str
     """`cuda` or `cpu`."""
     quick: bool
-    """Tiny sizes, to see that the program runs."""
+    """Tiny sizes, only to test that the program runs."""
 
 
 class Found(NamedTuple):
-    """What came of a case."""
+    """Result of a case."""
 
     right: bool | None
-    """None: left out, as this machine cannot decide it."""
+    """None: left out because this machine cannot decide it."""
     numbers: dict[str, Any]
 
 
@@ -45,7 +45,7 @@ Check = Callable[[Setting], Iterator[Case]]
 
 
 def llama(setting: Setting, *, hidden: int, layers: int, heads: int, groups: int = 4, vocab: int = 32_000) -> Any:
-    """A random Llama in fp32, ready for flat rows; `groups` query heads share a key head."""
+    """Build a random fp32 Llama for the shared-prefix layout; `groups` query heads share a key head."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab,
@@ -64,28 +64,28 @@ def llama(setting: Setting, *, hidden: int, layers: int, heads: int, groups: int
     return model
 
 
-def drawn(setting: Setting, count: int, vocab: int, seed: int = 0) -> list[Pair]:
-    """Random pairs as long as UltraChat's."""
-    pairs = draw_pairs(count, vocab, seed)
+def random_pairs(setting: Setting, count: int, vocab: int, seed: int = 0) -> list[Pair]:
+    """Random pairs with UltraChat's lengths."""
+    pairs = sample_pairs(count, vocab, seed)
     return [Pair(*(part[: 9 + seed] for part in pair)) for pair in pairs] if setting.quick else pairs
 
 
 def in_bf16(setting: Setting, enabled: bool = True) -> torch.autocast:
-    """As a run with `bf16: true` computes: weights in fp32, products in bf16."""
+    """Autocast as in a run with `bf16: true`: fp32 weights, bf16 matmuls."""
     return torch.autocast(setting.device, torch.bfloat16, enabled=enabled)
 
 
-def moved(batch: dict[str, Tensor], setting: Setting) -> dict[str, Tensor]:
+def to_device(batch: dict[str, Tensor], setting: Setting) -> dict[str, Tensor]:
     return {name: tensor.to(setting.device) for name, tensor in batch.items()}
 
 
 def first_loss(model: Any, batch: dict[str, Tensor], setting: Setting, *, bf16: bool = True) -> Tensor:
-    """The loss before the first step, where the opponent is the policy itself: ln 2, with a gradient."""
+    """The loss before the first step, when the opponent is the policy itself: ln 2, with a gradient."""
     with in_bf16(setting, bf16):
         policy = logps(model, batch)
         return spin_terms(policy, policy, batch["sides"], beta=BETA, loss="logistic").loss.mean()
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """The size of the difference by the size of what was expected."""
+    """Norm of the difference relative to the norm of `expected`."""
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()

@@ -1,11 +1,11 @@
-"""First light's checks of the two functions of our own: the attention of a flat row, and the chunked head."""
+"""first_light.py's checks of our own kernels: shared-prefix attention and the chunked head."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from cases import DTYPES, Case, Found, Setting, drawn, in_bf16, llama, moved, relative
+from cases import DTYPES, Case, Found, Setting, in_bf16, llama, random_pairs, relative, to_device
 from sides import PAD
 from torch import Tensor
 from torch.nn.functional import linear
@@ -15,15 +15,15 @@ from spin_plugin.model.forward import logps
 from spin_plugin.model.layout import padded_batch
 
 KEY_HEADS = 2
-SOFTCAP = 2.0  # products have size 1: it bends them
+SOFTCAP = 2.0  # scores have magnitude 1, so the cap matters
 WINDOW = 48
-# What is allowed beside twice the error of the dense attention in the same precision, as a share of the largest number:
-# a few roundings of bf16; in fp32 the exponential of a kernel, which is not that of the C library.
+# Tolerance in addition to twice the error of dense attention in the same precision, relative to the largest value:
+# a few bf16 roundings; in fp32, the kernel's exponential, which differs from the C library's.
 SLACK = {"bf16": 2**-6, "fp32": 1e-5}
 
 
 class Layer(NamedTuple):
-    """What FlexAttention compiles a kernel for."""
+    """The parameters for which FlexAttention compiles a kernel."""
 
     dtype: str = "bf16"
     head_size: int = 128
@@ -36,7 +36,7 @@ class Layer(NamedTuple):
 
 
 def layers(quick: bool) -> Iterator[tuple[Layer, tuple[int, ...]]]:
-    """Layers, each with the lengths of its rows. Every compilation costs seconds, so one thing varies at a time."""
+    """Yield layers, each with its row lengths. A compilation takes seconds, so only one parameter varies at a time."""
     short, usual, long = (84, 200, 400) if quick else (84, 300, 8192)
     for dtype in DTYPES:
         yield Layer(dtype), (short, usual, long)
@@ -49,7 +49,7 @@ def layers(quick: bool) -> Iterator[tuple[Layer, tuple[int, ...]]]:
 
 
 def spans_of(tokens: int) -> list[list[int]]:
-    """[B, 4] of pairs that fill a row: one up to 100 tokens, else of uneven lengths, the last one long."""
+    """Spans [B, 4] of pairs that fill a row: one up to 100 tokens, else of uneven lengths, the last one long."""
     spans, start = [], 0
     while tokens - start > 100 and len(spans) < 12:
         size = min(100 + 37 * len(spans), (tokens - start) // 2)
@@ -60,14 +60,14 @@ def spans_of(tokens: int) -> list[list[int]]:
 
 
 def values_and_gradients(attention: Callable[..., Tensor], states: list[Tensor], force: Tensor) -> list[Tensor]:
-    """The output, and the gradients of query, key and value under a force on it."""
+    """Return the output and the gradients of query, key and value for the output gradient `force`."""
     leaves = [tensor.detach().requires_grad_() for tensor in states]
     output = attention(*leaves)
     return [output.detach(), *torch.autograd.grad(output, leaves, force)]
 
 
 def dense(states: list[Tensor], force: Tensor, mask: Tensor, scores: Scores, dtype: torch.dtype) -> list[Tensor]:
-    """The same by `dense_attention` in another precision, a key head at a time: it holds [H, T, T]."""
+    """The same with `dense_attention` in `dtype`, one key head at a time because it materializes [H, T, T]."""
     groups = states[0].shape[1] // KEY_HEADS
     attention = partial(dense_attention, mask=mask, scores=scores)
     parts = []
@@ -79,7 +79,7 @@ def dense(states: list[Tensor], force: Tensor, mask: Tensor, scores: Scores, dty
 
 
 def compare(layer: Layer, tokens: int, window: int | None, setting: Setting) -> list[tuple[float, float]]:
-    """Largest error of the output and of each gradient, each with what is allowed."""
+    """Return the largest error of the output and of each gradient, each with its tolerance."""
     generator = torch.Generator().manual_seed(tokens)
     dtype, spans = DTYPES[layer.dtype], torch.tensor(spans_of(tokens))
     many, few = (1, KEY_HEADS * layer.groups, tokens, layer.head_size), (1, KEY_HEADS, tokens, layer.head_size)
@@ -98,12 +98,12 @@ def compare(layer: Layer, tokens: int, window: int | None, setting: Setting) -> 
     naive = dense(states, force, mask, scores, dtype)
     found = values_and_gradients(ours, states, force)
     return [
-        (_apart(one, right), 2 * _apart(plain, right) + SLACK[layer.dtype] * right.abs().max().item())
+        (_max_error(one, right), 2 * _max_error(plain, right) + SLACK[layer.dtype] * right.abs().max().item())
         for one, plain, right in zip(found, naive, exact, strict=True)
     ]
 
 
-def _apart(found: Tensor, exact: Tensor) -> float:
+def _max_error(found: Tensor, exact: Tensor) -> float:
     return (found.double() - exact).abs().max().item()
 
 
@@ -120,23 +120,23 @@ def attention_row(layer: Layer, tokens: int, setting: Setting) -> Found:
 def attention(setting: Setting) -> Iterator[Case]:
     """`attend` against `dense_attention` in fp64: values and gradients, with and without a window."""
     for layer, lengths in layers(setting.quick):
-        torch.compiler.reset()  # a run has layers of one kind, and Dynamo compiles a function for eight kinds only
+        torch.compiler.reset()  # a run has one kind of layer, and Dynamo recompiles a function only eight times
         for tokens in lengths:
             yield f"{layer} T={tokens}", partial(attention_row, layer, tokens, setting)
 
 
 def head_row(setting: Setting) -> Found:
-    """The head under bf16 autocast against fp64 on the same rounded operands, beside plain bf16 logits."""
+    """The head under bf16 autocast against fp64 on the same rounded operands, compared with plain bf16 logits."""
     hidden, vocab = (64, 500) if setting.quick else (2048, 128_256)
     model = llama(setting, hidden=hidden, layers=0, heads=hidden // 64, groups=1, vocab=vocab)
-    batch = moved(padded_batch(drawn(setting, 4, vocab), PAD), setting)
+    batch = to_device(padded_batch(random_pairs(setting, 4, vocab), PAD), setting)
     with torch.no_grad(), in_bf16(setting):
         states = model.model(input_ids=batch["input_ids"])[0].flatten(0, 1)[batch["keep"]].bfloat16()
     weight = model.lm_head.weight.detach().bfloat16()
     force = torch.randn(len(batch["lengths"]), generator=torch.Generator().manual_seed(0)).to(setting.device)
 
-    def written_out(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[R] log-probabilities and the gradient of the weight, from logits in `dtype`."""
+    def naive_head(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return log-probs [R] and the weight's gradient, from full logits in `dtype`."""
         leaf = weight.to(dtype).requires_grad_()
         logits = linear(states.to(dtype), leaf)
         logits = logits if dtype == torch.float64 else logits.float()
@@ -146,7 +146,7 @@ def head_row(setting: Setting) -> Found:
         )
         return values.detach(), torch.autograd.grad(values, leaf, force.to(values.dtype))[0]
 
-    exact, naive = written_out(torch.float64), written_out(torch.bfloat16)
+    exact, naive = naive_head(torch.float64), naive_head(torch.bfloat16)
     with in_bf16(setting):
         found = logps(model, batch)
     (found * force).sum().backward()

@@ -1,4 +1,4 @@
-"""First light's measurements of the step: scripts/bench/step.py's sides one at a time, its kernels, and its waits."""
+"""first_light.py's measurements of the step: scripts/bench/step.py's sides, a profile, and synchronizations."""
 
 import math
 import statistics
@@ -9,7 +9,7 @@ from typing import Any
 
 import step as bench
 import torch
-from cases import Case, Found, Setting, drawn, in_bf16, moved
+from cases import Case, Found, Setting, in_bf16, random_pairs, to_device
 from sides import BETA, SIDES
 from torch import Tensor
 from torch.autograd import DeviceType
@@ -26,7 +26,7 @@ KERNELS = 10
 
 
 def options_of(setting: Setting, pairs: int) -> Namespace:
-    """What step.py would read from its command line."""
+    """Return step.py's options for a setting."""
     sizes = [*TINY, "--rounds", "1"] if setting.quick else ["--preset", "1b", "--rounds", "5"]
     options = bench.parse([*sizes, "--pairs", str(pairs), "--device", setting.device])
     options.pairs = pairs
@@ -37,16 +37,16 @@ def options_of(setting: Setting, pairs: int) -> Namespace:
 
 
 def side_row(side: str, pairs: int, setting: Setting, measured: dict[str, dict[str, Any]]) -> Found:
-    """Pairs/s, utilisation and memory of one side; left in `measured` for the ratios."""
+    """Pairs/s, utilization and memory of one side, also stored in `measured` for the ratios."""
     options = options_of(setting, pairs)
-    batches = [drawn(setting, pairs, options.vocab, seed) for seed in range(1 + options.rounds)]
-    used = bench.with_what_fits(partial(bench.measure_memory, side, options, batches[:1]), pairs)
+    batches = [random_pairs(setting, pairs, options.vocab, seed) for seed in range(1 + options.rounds)]
+    used = bench.halve_until_it_fits(partial(bench.measure_memory, side, options, batches[:1]), pairs)
     seconds = bench.measure_times({side: used["micro_batch"]}, options, batches)[side]
     measured[side] = {"seconds": seconds, "bytes": used["step"]}
     numbers = {
         "pairs/s": pairs / statistics.median(seconds),
         "s/step": statistics.median(seconds),
-        "MFU": bench.utilisation(side, seconds, options, batches) or "unknown peak",
+        "MFU": bench.utilization(side, seconds, options, batches) or "unknown peak",
         "GiB": used["step"] / 2**30,
         "GiB more models": used["reference"] / 2**30,
         "pairs at a time": used["micro_batch"],
@@ -55,7 +55,7 @@ def side_row(side: str, pairs: int, setting: Setting, measured: dict[str, dict[s
 
 
 def ratios_row(measured: dict[str, dict[str, Any]]) -> Found:
-    """Medians over the rounds, whose pairs are the same for every side."""
+    """Median ratios over the rounds, which use the same pairs for every side."""
 
     def times(of: str, to: str) -> float:
         rounds = zip(measured[of]["seconds"], measured[to]["seconds"], strict=True)
@@ -66,13 +66,13 @@ def ratios_row(measured: dict[str, dict[str, Any]]) -> Found:
         "than padded": times("padded", "ours"),
         "time of the floor": times("ours", "floor"),
     }
-    if measured["official"]["bytes"]:  # a tiny step finds room in what the process holds already
+    if measured["official"]["bytes"]:  # a tiny step fits in memory that the process has already reserved
         numbers["memory of official"] = measured["ours"]["bytes"] / measured["official"]["bytes"]
     return Found(True, numbers)
 
 
 def steps(setting: Setting) -> Iterator[Case]:
-    """A step of a 1B model with 8 and 32 pairs. No speed is WRONG: docs/gpu.md says what is expected."""
+    """A step of a 1B model with 8 and 32 pairs. Speed is never WRONG; docs/gpu.md gives the targets."""
     for pairs in (2, 4) if setting.quick else (8, 32):
         measured: dict[str, dict[str, Any]] = {}
         for side in COMPARED:
@@ -80,13 +80,13 @@ def steps(setting: Setting) -> Iterator[Case]:
         yield f"{pairs} pairs, ratios", partial(ratios_row, measured)
 
 
-# --- inside our step -------------------------------------------------------------------------------
+# --- profile of our step ---------------------------------------------------------------------------
 
 
 def kernels_row(setting: Setting) -> Found:
-    """The kernels (on a CPU the operators) that a step spends most of its time in."""
+    """The kernels (on a CPU, operators) that take most of a step's time."""
     cuda, options = setting.device == "cuda", options_of(setting, 2 if setting.quick else 8)
-    pairs = drawn(setting, options.pairs, options.vocab)
+    pairs = random_pairs(setting, options.pairs, options.vocab)
     warm, step = SIDES["ours"](bench.make_model(options), [pairs, pairs], options)
     bench.timed(warm, setting.device)
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
@@ -103,18 +103,18 @@ def kernels_row(setting: Setting) -> Found:
 
 
 def kernels(setting: Setting) -> Iterator[Case]:
-    """Where the time of a step goes."""
+    """Profile of a step."""
     yield "dearest of a step", partial(kernels_row, setting)
 
 
 def waits_row(setting: Setting) -> Found:
-    """A step like the trainer's, its metrics included, in which nothing may wait for the GPU."""
+    """Run a step like the trainer's, including metrics, with synchronizations raising errors."""
     if setting.device == "cpu":
         return Found(None, {"left out": "there is no GPU to wait for"})
     options = options_of(setting, 8)
     model = bench.make_model(options)
-    SIDES["ours"](model, [], options)  # flat rows and the chunked head
-    batch = moved(shared_prefix_batch(drawn(setting, 8, options.vocab)), setting)
+    SIDES["ours"](model, [], options)  # enables the shared-prefix layout and the chunked head
+    batch = to_device(shared_prefix_batch(random_pairs(setting, 8, options.vocab)), setting)
 
     def step() -> Tensor:
         with in_bf16(setting):
@@ -134,5 +134,5 @@ def waits_row(setting: Setting) -> Found:
 
 
 def waits(setting: Setting) -> Iterator[Case]:
-    """The host runs ahead of the GPU for a whole step: torch refuses whatever would wait."""
+    """The host never waits for the GPU within a step: torch raises on any synchronization."""
     yield "forward, loss, metrics, backward", partial(waits_row, setting)

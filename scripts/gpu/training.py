@@ -1,4 +1,4 @@
-"""First light's checks of a model in training: recomputation, compilations, rounding, and steps that move weights."""
+"""first_light.py's checks of training: gradient checkpointing, compilations, rounding, and weight updates."""
 
 import math
 import statistics
@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import Case, Found, Setting, drawn, first_loss, in_bf16, llama, moved, relative
+from cases import Case, Found, Setting, first_loss, in_bf16, llama, random_pairs, relative, to_device
 from sides import BETA
 from torch import Tensor
 
@@ -16,18 +16,17 @@ from spin_plugin.model.forward import logps
 from spin_plugin.model.layout import shared_prefix_batch
 from spin_plugin.objective.losses import spin_terms
 
-GRAPHS = (
-    8  # compilations that are expected at most: one or many blocks, with and without gradients, static then dynamic
-)
+# Expected compilations at most: one or many blocks, with and without gradients, static then dynamic.
+MAX_GRAPHS = 8
 LEARNING_RATE, STEPS = 5e-7, 50
-NATS = {"bf16": 1.0, "fp32": 0.01}  # a response; what is beyond is no rounding
+NATS = {"bf16": 1.0, "fp32": 0.01}  # per response; larger differences are not rounding
 
 
 # --- gradient checkpointing ----------------------------------------------------------------------
 
 
 def gradients(model: Any, batch: dict[str, Tensor], setting: Setting) -> Tensor:
-    """Every gradient, one after the other."""
+    """Return all gradients, concatenated."""
     model.zero_grad()
     first_loss(model, batch, setting).backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
@@ -36,7 +35,7 @@ def gradients(model: Any, batch: dict[str, Tensor], setting: Setting) -> Tensor:
 def checkpointing_row(reentrant: bool, setting: Setting) -> Found:
     hidden, layers = (64, 2) if setting.quick else (1024, 4)
     model = llama(setting, hidden=hidden, layers=layers, heads=hidden // 32, vocab=500)
-    batch = moved(shared_prefix_batch(drawn(setting, 3, 500)), setting)
+    batch = to_device(shared_prefix_batch(random_pairs(setting, 3, 500)), setting)
     expected = gradients(model, batch, setting)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
@@ -45,7 +44,7 @@ def checkpointing_row(reentrant: bool, setting: Setting) -> Found:
 
 
 def checkpointing(setting: Setting) -> Iterator[Case]:
-    """Layers that are computed twice give the gradients of layers that are computed once."""
+    """Gradient checkpointing gives the same gradients."""
     yield "reentrant", partial(checkpointing_row, True, setting)
     yield "not reentrant", partial(checkpointing_row, False, setting)
 
@@ -54,20 +53,20 @@ def checkpointing(setting: Setting) -> Iterator[Case]:
 
 
 def graphs() -> int:
-    """How many graphs Dynamo has compiled in this process."""
+    """Return the number of graphs that Dynamo has compiled in this process."""
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"]
 
 
 def compilations_row(setting: Setting) -> Found:
-    """Micro-batches of 1 to 8 pairs, no two alike, some without gradients: training and the opponent pass."""
+    """Distinct micro-batches of 1 to 8 pairs, some without gradients, as in training and scoring."""
     batches = 6 if setting.quick else 40
     hidden = 64 if setting.quick else 1024
     model = llama(setting, hidden=hidden, layers=2, heads=hidden // 32, vocab=500)
     seconds, before, compiled = [], graphs(), []
     for number in range(batches):
-        batch = moved(shared_prefix_batch(drawn(setting, 1 + number * 5 % 8, 500, number)), setting)
+        batch = to_device(shared_prefix_batch(random_pairs(setting, 1 + number * 5 % 8, 500, number)), setting)
         started = time.perf_counter()
         if number % 4 == 3:
             with torch.no_grad(), in_bf16(setting):
@@ -85,11 +84,11 @@ def compilations_row(setting: Setting) -> Found:
         "their seconds": sum(value - usual for value in seconds if value > 3 * usual),
         "usual": usual,
     }
-    return Found(compiled[-1] <= GRAPHS and late == 0, numbers)
+    return Found(compiled[-1] <= MAX_GRAPHS and late == 0, numbers)
 
 
 def compilations(setting: Setting) -> Iterator[Case]:
-    """Few compilations, and none after the first micro-batches."""
+    """There are few compilations, none after the first micro-batches."""
     yield "other lengths", partial(compilations_row, setting)
 
 
@@ -98,21 +97,23 @@ def compilations(setting: Setting) -> Iterator[Case]:
 
 @torch.no_grad()
 def shapes_row(dtype: str, setting: Setting) -> Found:
-    """Log-probabilities of pairs alone against those of the same pairs in a batch of 8 and 32."""
+    """Compare log-probs of single pairs with those of the same pairs in batches of 8 and 32."""
     hidden, layers, vocab = (64, 2, 500) if setting.quick else (2048, 16, 128_256)
     model = llama(setting, hidden=hidden, layers=layers, heads=hidden // 64, vocab=vocab).eval()
-    model.model.norm.weight.mul_(4)  # logits as spread as those of a trained model, whose rounding is larger
-    pairs = drawn(setting, 32, vocab)
+    model.model.norm.weight.mul_(4)  # logits as spread as a trained model's, for realistic rounding errors
+    pairs = random_pairs(setting, 32, vocab)
 
     def values(chosen: list[Any]) -> Tensor:
         with in_bf16(setting, dtype == "bf16"):
-            return logps(model, moved(shared_prefix_batch(chosen), setting)).view(2, -1)  # real, synthetic
+            return logps(model, to_device(shared_prefix_batch(chosen), setting)).view(2, -1)  # real, synthetic
 
     alone = torch.cat([values([pair]) for pair in pairs[:8]], dim=1)
-    apart = {size: values(pairs[:size])[:, :8] - alone for size in (8, 32)}
-    largest = max(difference.abs().max().item() for difference in apart.values())
-    margin = apart[32][0] - apart[32][1]
-    numbers: dict[str, Any] = {f"nats of {size}": difference.abs().max().item() for size, difference in apart.items()}
+    differences = {size: values(pairs[:size])[:, :8] - alone for size in (8, 32)}
+    largest = max(difference.abs().max().item() for difference in differences.values())
+    margin = differences[32][0] - differences[32][1]
+    numbers: dict[str, Any] = {
+        f"nats of {size}": difference.abs().max().item() for size, difference in differences.items()
+    }
     for beta in (0.1, 5.0):
         loss = torch.nn.functional.softplus(-beta * margin).mean().item()
         numbers[f"first loss - ln 2 at beta {beta:g}"] = loss - math.log(2)
@@ -120,22 +121,22 @@ def shapes_row(dtype: str, setting: Setting) -> Found:
 
 
 def shapes(setting: Setting) -> Iterator[Case]:
-    """What the shape of the batch does to a response's log-probability: the opponent is scored in other shapes."""
+    """Effect of the batch shape on log-probs: scoring uses other batch shapes than training."""
     for dtype in NATS:
         yield f"{dtype} alone or in a batch", partial(shapes_row, dtype, setting)
 
 
-# --- steps that move the weights -------------------------------------------------------------------
+# --- weight updates --------------------------------------------------------------------------------
 
 
 def changed_share(masters: bool, setting: Setting) -> tuple[float, list[float]]:
-    """Share of the matrices' elements that 50 steps of AdamW change, and the losses."""
+    """Return the share of the matrices' elements that 50 AdamW steps change, and the losses."""
     hidden, layers, pairs = (64, 1, 1) if setting.quick else (1024, 4, 4)
     model = llama(setting, hidden=hidden, layers=layers, heads=hidden // 32, vocab=500)
     model = model if masters else model.bfloat16()
     matrices = [parameter for parameter in model.model.layers.parameters() if parameter.dim() == 2]
     before = [parameter.detach().clone() for parameter in matrices]
-    batch = moved(shared_prefix_batch(drawn(setting, pairs, 500)), setting)
+    batch = to_device(shared_prefix_batch(random_pairs(setting, pairs, 500)), setting)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     opponent, losses = None, []
     for _ in range(STEPS):
@@ -165,5 +166,5 @@ def weights_row(setting: Setting) -> Found:
 
 
 def weights(setting: Setting) -> Iterator[Case]:
-    """With fp32 masters a step at 5e-7 moves the weights; in plain bf16 it rounds away."""
+    """At a learning rate of 5e-7, steps change fp32 masters but are rounded away in plain bf16."""
     yield f"{STEPS} steps at {LEARNING_RATE:g}", partial(weights_row, setting)

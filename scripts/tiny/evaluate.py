@@ -1,9 +1,9 @@
-"""Measures the tiny task's SFT start and finished SPIN iterations: a table and `summary.json`.
+"""Evaluate the tiny task's SFT model and finished SPIN iterations: prints a table, writes `summary.json`.
 
     python scripts/tiny/evaluate.py --run outputs/spin-tiny --sft outputs/tiny/sft \\
         --data outputs/tiny/data/heldout.jsonl
 
-A model whose weights were measured before is not measured again.
+Results for unchanged weights are reused.
 """
 
 from __future__ import annotations
@@ -22,41 +22,44 @@ from rich.console import Console
 from rich.table import Table
 from task import Item
 
-__all__ = ["evaluate_model", "find_iterations", "summarise"]
+__all__ = ["evaluate_model", "find_iterations", "summarize"]
 
 WEIGHTS = "model.safetensors"
 SUMMARY = "summary.json"
 Entry = dict[str, Any]
 
 
-def summarise(run: Path, sft: Path, data: Path) -> dict[str, Any]:
-    """Measures what `run/summary.json` does not hold yet, writes it anew and returns it.
+def summarize(run: Path, sft: Path, data: Path) -> dict[str, Any]:
+    """Evaluate the models missing from `run/summary.json`, rewrite it and return it.
 
-    Raises ValueError if the SFT model, the held-out data or the run is missing.
+    Raises:
+        ValueError: the SFT model, the held-out data or the run is missing.
     """
     for path in (sft / WEIGHTS, data, run):
         if not path.exists():
             raise ValueError(f"{path} does not exist")
     heldout_sha256 = _sha256(data)
-    known = _known_entries(run / SUMMARY, heldout_sha256)
+    earlier = _earlier_entries(run / SUMMARY, heldout_sha256)
     heldout = read_heldout(data)
     summary = {
         "heldout_sha256": heldout_sha256,
-        "sft": _entry(sft, heldout, known),
-        "iterations": [{"iteration": number, **_entry(path, heldout, known)} for number, path in find_iterations(run)],
+        "sft": _entry(sft, heldout, earlier),
+        "iterations": [
+            {"iteration": number, **_entry(path, heldout, earlier)} for number, path in find_iterations(run)
+        ],
     }
     _write_atomically(run / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
 def find_iterations(run: Path) -> list[tuple[int, Path]]:
-    """The finished `iteration-N` directories of a run, in the order of their numbers."""
+    """Return the finished `iteration-N` directories of a run, sorted by number."""
     matches = ((re.fullmatch(r"iteration-(\d+)", path.name), path) for path in run.iterdir())
     return sorted((int(match[1]), path) for match, path in matches if match and (path / WEIGHTS).exists())
 
 
-def _known_entries(summary: Path, heldout_sha256: str) -> dict[str, Entry]:
-    """Earlier results by the hash of their weights; none if the held-out prompts were others."""
+def _earlier_entries(summary: Path, heldout_sha256: str) -> dict[str, Entry]:
+    """Return earlier results by weight hash; empty if the held-out data has changed."""
     if not summary.exists():
         return {}
     earlier = json.loads(summary.read_text())
@@ -65,12 +68,12 @@ def _known_entries(summary: Path, heldout_sha256: str) -> dict[str, Entry]:
     return {entry["sha256"]: entry for entry in (earlier["sft"], *earlier["iterations"])}
 
 
-def _entry(path: Path, heldout: Sequence[Item], known: dict[str, Entry]) -> Entry:
+def _entry(path: Path, heldout: Sequence[Item], earlier: dict[str, Entry]) -> Entry:
     sha256 = _sha256(path / WEIGHTS)
-    earlier = known.get(sha256)
-    if earlier is None:
+    entry = earlier.get(sha256)
+    if entry is None:
         return {**evaluate_model(path, heldout), "sha256": sha256}
-    return {key: value for key, value in earlier.items() if key != "iteration"}
+    return {key: value for key, value in entry.items() if key != "iteration"}
 
 
 def _sha256(path: Path) -> str:
@@ -108,7 +111,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     arguments = parser.parse_args()
     try:
-        summary = summarise(arguments.run, arguments.sft, arguments.data)
+        summary = summarize(arguments.run, arguments.sft, arguments.data)
     except ValueError as error:
         parser.error(str(error))
     Console().print(_table(summary))

@@ -1,9 +1,9 @@
-"""Makes the tiny task's base model and data in about two minutes on two cores, without a network.
+"""Create the tiny task's base model and data; takes about two minutes on two cores, needs no network.
 
     python scripts/tiny/make.py --out outputs/tiny [--seed 0]
 
-The base model learns all five operations from answers most of which are damaged: its greedy answers
-are right, its sampled ones mostly wrong. That is the room which SFT and self-play then close.
+The base model learns all five operations from answers most of which are damaged: its greedy answers are right, its
+sampled ones mostly wrong. SFT and self-play then close this gap.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ CHAT_TEMPLATE = (
 )
 IGNORED_LABEL = -100
 MARKER = "made.json"
-# The order in which threads add up changes the weights: one number on every machine.
+# The summation order depends on the number of threads and changes the weights, so it is fixed.
 THREADS = 2
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that the output follows from; written beside it, so that a rerun knows what is there."""
+    """Everything that determines the output; stored with it, so that a rerun can recognize it."""
 
     seed: int = 0
     sft_pairs: int = 2000
@@ -57,12 +57,13 @@ class Recipe:
 
 
 def make(out: Path, recipe: Recipe, console: Console) -> None:
-    """Writes `base/`, `data/` and the marker under `out`, all at once, unless they are there.
+    """Write `base/`, `data/` and the marker to `out` atomically, unless they exist.
 
-    Raises ValueError if `out` holds anything else.
+    Raises:
+        ValueError: `out` contains anything else.
     """
     if _is_made(out, recipe):
-        console.print(f"{out} is already made with seed {recipe.seed}: nothing to do.")
+        console.print(f"{out} already exists with seed {recipe.seed}: nothing to do.")
         return
     building = out.with_name(f".{out.name}.building-{os.getpid()}")
     building.mkdir(parents=True)
@@ -81,8 +82,8 @@ def _is_made(out: Path, recipe: Recipe) -> bool:
     if marker.exists() and json.loads(marker.read_text()) == asdict(recipe):
         return True
     raise ValueError(
-        f"{out} holds something else, or was made with another seed or recipe: remove it, or name "
-        "another directory with --out"
+        f"{out} has other contents, or was created with another seed or recipe; remove it, or pass another "
+        "directory with --out"
     )
 
 
@@ -111,7 +112,7 @@ def _build(directory: Path, recipe: Recipe, console: Console) -> str:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, special tokens for the turns, the chat template that joins them."""
+    """Build a tokenizer with one token per character, special tokens for the turns, and a chat template."""
     tokens = (*SPECIAL_TOKENS, *OPERATIONS, *LETTERS)
     vocabulary = {token: index for index, token in enumerate(tokens)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -131,7 +132,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 0.34M parameters; vLLM's CPU attention wants heads of 32."""
+    """Build a Llama with 0.34M parameters; vLLM's CPU attention needs head size 32."""
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -157,7 +158,7 @@ def train_base(
     excluded: Collection[str],
     console: Console,
 ) -> None:
-    """Trains on fresh items of all operations in every step, on the answer tokens only."""
+    """Train on new items of all operations in every step, on the answer tokens only."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.steps)
     model.train()
@@ -177,10 +178,9 @@ def train_base(
 
 
 def encode_batch(tokenizer: PreTrainedTokenizerFast, items: Sequence[Item]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids and labels of shape (items, tokens); all items are equally long.
+    """Return input ids and labels [items, tokens]; all items have the same length.
 
-    Looking the ids up is much faster than rendering the chat template; that both give the same ids
-    is asserted on each batch's first item.
+    Looking up the ids is much faster than rendering the chat template; each batch's first item asserts that both agree.
     """
     vocabulary = tokenizer.get_vocab()
     rows = [_token_ids(vocabulary, item) for item in items]

@@ -1,7 +1,7 @@
-"""Accuracy and KL of a model on the tiny task: what `make.py` and `evaluate.py` report.
+"""Accuracy and KL of a model on the tiny task, reported by `make.py` and `evaluate.py`.
 
-It lies apart from `evaluate.py` because that name is also a package that axolotl imports: code that
-puts this directory on `sys.path` should append it, and import from here.
+Separate from `evaluate.py` because axolotl imports a package of that name: code that needs this directory on `sys.path`
+should append it and import from here.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ from transformers import (
 
 SAMPLES_PER_PROMPT = 2
 SAMPLING_SEED = 1234
-# A right answer has nine tokens with its end: three more show that a model did not stop in time.
+# A right answer has nine tokens including the end token; three more reveal answers that are too long.
 MAX_NEW_TOKENS = 12
 
 
 def read_heldout(path: Path) -> list[Item]:
-    """The items of a `heldout.jsonl` that `make.py` wrote."""
+    """Read the items of a `heldout.jsonl` written by `make.py`."""
     return [Item(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
 def evaluate_model(path: Path, heldout: Sequence[Item]) -> dict[str, float]:
-    """`in_domain` and `out_of_domain` accuracy in percent and `kl` in nats of the model at `path`.
+    """Return `in_domain` and `out_of_domain` accuracy in percent and `kl` in nats of the model at `path`.
 
-    Accuracy is the exact match of complete answers sampled at temperature 1. The data is
-    deterministic, so KL(p_data || p_theta) is -log p_theta(answer, end token | prompt), here averaged
-    over all prompts.
+    Accuracy is the exact match of complete answers sampled at temperature 1. The data is deterministic, so
+    KL(p_data || p_theta) is -log p_theta(answer, end token | prompt), averaged over all prompts.
     """
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -52,12 +51,12 @@ def accuracy(
     heldout: Sequence[Item],
     sampled: bool,
 ) -> dict[str, float]:
-    """Percent of answers that are exactly right, by domain; greedy unless `sampled`."""
+    """Return the percentage of exactly right answers by domain; greedy unless `sampled`."""
     prompts, answers = _encode(tokenizer, heldout)
     samples = SAMPLES_PER_PROMPT if sampled else 1
     completions = _complete(model, tokenizer, prompts, samples)
     width = answers.shape[1]
-    # `generate` pads with <pad> after the end token: an answer is right if nothing else follows.
+    # `generate` pads after the end token, so comparing the first `width` tokens is enough.
     right = (completions[:, :width] == answers.repeat_interleave(samples, dim=0)).all(dim=1)
     inside = torch.tensor([item.op in IN_DOMAIN for item in heldout]).repeat_interleave(samples)
     return {
@@ -68,7 +67,7 @@ def accuracy(
 
 @torch.no_grad()
 def answer_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heldout: Sequence[Item]) -> torch.Tensor:
-    """-log p(answer, end token | prompt) of each item in nats, shape (items,)."""
+    """Return -log p(answer, end token | prompt) of each item in nats [items]."""
     prompts, answers = _encode(tokenizer, heldout)
     logits = model(torch.cat([prompts, answers], dim=1)).logits
     log_probs = logits[:, prompts.shape[1] - 1 : -1].log_softmax(dim=-1)
@@ -76,7 +75,7 @@ def answer_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heldo
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, heldout: Sequence[Item]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts from the chat template and answers with their end token, all equally long."""
+    """Return prompts from the chat template and answers with end token, each of uniform length."""
     chats = [[{"role": "user", "content": item.prompt}] for item in heldout]
     prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
     answers = tokenizer([item.answer + tokenizer.eos_token for item in heldout], add_special_tokens=False)
@@ -87,7 +86,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, heldout: Sequence[Item]) -> tupl
 def _complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: torch.Tensor, samples: int
 ) -> torch.Tensor:
-    """Completions of shape (prompts * samples, up to MAX_NEW_TOKENS), sampled if `samples` > 1."""
+    """Return completions [prompts * samples, up to MAX_NEW_TOKENS], sampled if `samples` > 1."""
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(
         max_new_tokens=MAX_NEW_TOKENS,

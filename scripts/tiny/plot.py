@@ -1,7 +1,7 @@
-"""Draws docs/tiny.svg from the first table of docs/measurements.md: the tiny run's exact match, iteration by iteration.
+"""Plot docs/tiny.svg from the first table of docs/measurements.md: the tiny run's exact match per iteration.
 
-python scripts/tiny/plot.py            # writes the picture
-python scripts/tiny/plot.py --check    # exit code 1 if the picture is not that of the table
+python scripts/tiny/plot.py            # writes the plot
+python scripts/tiny/plot.py --check    # exit code 1 if the plot is outdated
 """
 
 import re
@@ -18,13 +18,13 @@ Row = tuple[str, list[float]]
 
 
 def rows(measurements: str) -> list[Row]:
-    """Model, and its exact match in the order of `SERIES`, of every line of the tiny run's table."""
+    """Return each row of the tiny run's table: model, and exact match in the order of `SERIES`."""
     lines = re.findall(r"^\| (SFT start|iteration \d+) \| ([\d.]+) \| ([\d.]+) \|", measurements, re.MULTILINE)
     return [(name, [float(inside), float(outside)]) for name, inside, outside in lines]
 
 
-def draw(table: list[Row]) -> str:
-    """The picture as SVG. Gray text and lines are readable on white and on black."""
+def plot(table: list[Row]) -> str:
+    """Return the plot as SVG. Gray text and lines are readable on white and on black."""
     step = (WIDTH - LEFT - RIGHT) / (len(table) - 1)
     across = [LEFT + number * step for number in range(len(table))]
     parts = []
@@ -52,7 +52,7 @@ def height_of(percent: float) -> float:
 
 
 def main() -> None:
-    picture = draw(rows((DOCS / "measurements.md").read_text(encoding="utf-8")))
+    picture = plot(rows((DOCS / "measurements.md").read_text(encoding="utf-8")))
     if "--check" in sys.argv[1:]:
         sys.exit(PICTURE.read_text(encoding="utf-8") != picture)
     PICTURE.write_text(picture, encoding="utf-8")

@@ -1,10 +1,9 @@
-"""The tiny task on which self-play shows: five deterministic operations on eight letters.
+"""The tiny task that demonstrates self-play: five deterministic operations on eight letters.
 
-A prompt is an operation and eight distinct letters (`>abcdefgh`), its answer the transformed
-letters (`hgfedcba`); one character is one token. The SFT data covers the two in-domain operations
-only, so the three others tell how much of what the base model knew a training method forgets.
+A prompt is an operation and eight distinct letters (`>abcdefgh`), its answer the transformed letters (`hgfedcba`); one
+character is one token. The SFT data covers only the two in-domain operations, so the other three measure forgetting.
 
-Pure standard library: `make.py`, `evaluate.py` and the tests share it.
+Uses only the standard library; shared by `make.py`, `evaluate.py` and the tests.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ IN_DOMAIN = "<>"
 OUT_OF_DOMAIN = "^*~"
 
 
-def _swap_neighbours(letters: str) -> str:
+def _swap_neighbors(letters: str) -> str:
     return "".join(letters[i + 1] + letters[i] for i in range(0, len(letters), 2))
 
 
@@ -29,7 +28,7 @@ _OPERATIONS: dict[str, Callable[[str], str]] = {
     ">": lambda letters: letters[::-1],
     "^": lambda letters: "".join(sorted(letters)),
     "*": lambda letters: letters[2:] + letters[:2],
-    "~": _swap_neighbours,
+    "~": _swap_neighbors,
 }
 OPERATIONS = "".join(_OPERATIONS)
 
@@ -43,15 +42,15 @@ class Item(NamedTuple):
 
 
 def answer(op: str, letters: str) -> str:
-    """The right answer to `op` on `letters`; a KeyError for an unknown operation."""
+    """Return the right answer to `op` on `letters`; raises KeyError for an unknown operation."""
     return _OPERATIONS[op](letters)
 
 
 def damaged(text: str, rng: Random) -> str:
-    """`text` with one to three of its letters replaced by others.
+    """Return `text` with one to three letters replaced by others.
 
-    Only replaced, because wrong answers that also differ in length drown the lesson: self-play then
-    learns lengths, and the out-of-domain operations collapse.
+    The length stays the same, because otherwise self-play mostly learns lengths, and the out-of-domain operations
+    collapse.
     """
     letters = list(text)
     for position in rng.sample(range(len(letters)), rng.randint(1, MAX_EDITS)):
@@ -60,14 +59,14 @@ def damaged(text: str, rng: Random) -> str:
 
 
 def sample_item(ops: str, rng: Random) -> Item:
-    """An item with an operation drawn from `ops` and letters drawn without replacement."""
+    """Sample an item: an operation from `ops`, and letters without replacement."""
     op = rng.choice(ops)
     letters = "".join(rng.sample(LETTERS, WIDTH))
     return Item(op, op + letters, answer(op, letters))
 
 
 def sample_items(ops: str, count: int, rng: Random, excluded: Collection[str] = ()) -> list[Item]:
-    """`count` items with distinct prompts, none of them in `excluded` (the held-out prompts)."""
+    """Sample `count` items with distinct prompts, none of them in `excluded` (the held-out prompts)."""
     items: dict[str, Item] = {}
     while len(items) < count:
         item = sample_item(ops, rng)
@@ -77,5 +76,5 @@ def sample_items(ops: str, count: int, rng: Random, excluded: Collection[str] = 
 
 
 def sample_heldout(per_domain: int, rng: Random) -> list[Item]:
-    """`per_domain` in-domain items, then as many out-of-domain ones; exclude them from training."""
+    """Sample `per_domain` in-domain items, then as many out-of-domain ones; exclude them from training."""
     return sample_items(IN_DOMAIN, per_domain, rng) + sample_items(OUT_OF_DOMAIN, per_domain, rng)

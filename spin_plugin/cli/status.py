@@ -1,4 +1,4 @@
-"""`axolotl spin status`: the iterations of a run, read off its files."""
+"""`axolotl spin status`: show the iterations of a run from its files."""
 
 import json
 from pathlib import Path
@@ -18,10 +18,10 @@ METRIC_COLUMNS = {metric.column: f"spin/{name}" for name, metric in METRICS.item
 
 @click.command()
 @CONFIG
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON, the last one of the output.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, as the last line of the output.")
 @exit_in_one_line
 def status(config: Path, as_json: bool) -> None:
-    """Show the iterations of the run that CONFIG describes."""
+    """Show the iterations of the run configured by CONFIG."""
     content = run_status(config)
     if as_json:
         click.echo(json.dumps(content))
@@ -30,10 +30,10 @@ def status(config: Path, as_json: bool) -> None:
 
 
 def run_status(config: Path) -> dict[str, Any]:
-    """State, pairs, statistics and newest metrics of every iteration.
+    """Return state, pair statistics and latest metrics of every iteration.
 
     Raises:
-        SpinError: CONFIG is no SPIN configuration, or the run directory is damaged.
+        SpinError: `config` is not a SPIN configuration, or the run directory is damaged.
     """
     args, run = read_config(config)
     state = run.read_state()
@@ -45,7 +45,7 @@ def run_status(config: Path) -> dict[str, Any]:
 
 
 def _unfinished(run: RunDir, number: int, *, started: bool) -> dict[str, Any]:
-    """How far an iteration has come, read off its files."""
+    """Return the progress of an unfinished iteration."""
     directory = run.iteration(number)
     stats_file = directory.pairs / "stats.json"
     pairs = json.loads(stats_file.read_text(encoding="utf-8")) if started and stats_file.exists() else {}
@@ -56,7 +56,7 @@ def _unfinished(run: RunDir, number: int, *, started: bool) -> dict[str, Any]:
         state = "pairs built"
     elif started and directory.synthetic.exists():
         shards = len(list(directory.synthetic.glob("shard-*.jsonl")))
-        state = f"drawing responses, {shards} shards"
+        state = f"generating responses, {shards} shards"
     else:
         state = "not started"
     return {"iteration": number, "state": state, "pairs": pairs, "metrics": metrics}
@@ -64,13 +64,13 @@ def _unfinished(run: RunDir, number: int, *, started: bool) -> dict[str, Any]:
 
 def _table(content: dict[str, Any]) -> Table:
     table = Table(
-        title=f"{content['output_dir']} (real and synthetic responses in tokens; metrics of the last epoch)",
+        title=f"{content['output_dir']} (real, synth.: mean response length in tokens; metrics: mean over last epoch)",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
     )
     for heading in ("t", "state", "pairs", "real", "synth.", "equal", *METRIC_COLUMNS):
-        # in a pipe there are 80 columns: what is longer goes on in the next line, nothing is left out
+        # a pipe has 80 columns; wrap instead of truncating
         table.add_column(heading, justify="left" if heading == "state" else "right", overflow="fold")
     for entry in content["iterations"]:
         stats, metrics = entry["pairs"].get("train"), entry["metrics"]

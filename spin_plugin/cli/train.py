@@ -1,4 +1,4 @@
-"""`axolotl spin train`: all iterations, one `axolotl train` each."""
+"""`axolotl spin train`: train all iterations, each in its own `axolotl train`."""
 
 import os
 import shutil
@@ -14,17 +14,19 @@ import psutil
 from spin_plugin.cli.config_file import CONFIG, read_config
 from spin_plugin.console import INTERRUPTED, SpinError, exit_in_one_line, say
 
-# Without it `accelerate launch` adds a stack trace of its own to the one-line error of the command below it.
+# Keeps `accelerate launch` from printing a stack trace after the one-line error of the command it started.
 QUIET = ("--", "--quiet")
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @CONFIG
-@click.option("--iterations", type=click.IntRange(min=1), help="How many to train now; all that are left if not given.")
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- ARGUMENTS OF AXOLOTL TRAIN]")
+@click.option("--iterations", type=click.IntRange(min=1), help="Number of iterations to train. Default: all remaining.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- AXOLOTL TRAIN ARGUMENTS]")
 @exit_in_one_line
 def train(config: Path, iterations: int | None, arguments: tuple[str, ...]) -> None:
-    """Train the iterations that CONFIG has left, each in an `axolotl train` of its own. After any crash, run it again.
+    """Train the remaining iterations of CONFIG, each in its own `axolotl train`.
+
+    After any crash, rerun the same command.
 
     \b
     axolotl spin train config.yml --iterations 1
@@ -34,34 +36,37 @@ def train(config: Path, iterations: int | None, arguments: tuple[str, ...]) -> N
     finished, total = progress(config)
     goal = min(total, finished + iterations) if iterations else total
     if finished >= total:
-        say(f"all {total} iterations of {config} are finished")
+        say(f"{config}: all {total} iterations are finished")
     while finished < goal:
         code = _run([_axolotl(), "train", str(config), *(arguments or QUIET)])
         if code:
             raise SystemExit(code)
         before, (finished, total) = finished, progress(config)
-        if finished == before:  # Axolotl answers an interrupt by exit code 0
-            raise SpinError(f"iteration {before} was not finished; run the same command again to continue it")
+        if finished == before:  # Axolotl exits with 0 when interrupted
+            raise SpinError(f"iteration {before} was not finished; rerun the same command to continue it")
 
 
 def progress(config: Path) -> tuple[int, int]:
-    """How many iterations are finished, and how many there are to be."""
+    """Return the number of finished iterations and the total."""
     args, run = read_config(config)
     return run.finished(), args.iterations
 
 
 def _axolotl() -> str:
-    """The command of this environment, active or not."""
+    """Return the path of this environment's `axolotl`, even if the environment is not activated."""
     own = Path(sys.executable).with_name("axolotl")
     found = str(own) if own.exists() else shutil.which("axolotl")
     if found is None:
-        raise SpinError("the command `axolotl` is not on PATH; activate its environment")
+        raise SpinError("axolotl: command not found; activate the environment in which it is installed")
     return found
 
 
 def _run(command: list[str]) -> int:
-    """The exit code of a command, which gets the signal by which Docker and Slurm end a job."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # `axolotl train` starts accelerate
+    """Run a command and return its exit code.
+
+    Docker and Slurm stop a job by SIGTERM, which is passed on to the command and its descendants.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # `axolotl train` calls accelerate
     received: list[int] = []
     earlier = signal.signal(signal.SIGTERM, lambda number, _frame: received.append(number))
     try:
@@ -70,8 +75,8 @@ def _run(command: list[str]) -> int:
                 while (code := _wait(child)) is None and not received:
                     pass
                 if received:
-                    _end_family(child)
-            except KeyboardInterrupt:  # the terminal has sent it to the child, too
+                    _terminate_tree(child)
+            except KeyboardInterrupt:  # the terminal has sent SIGINT to the child, too
                 child.wait()
                 return INTERRUPTED
     finally:
@@ -83,18 +88,18 @@ def _run(command: list[str]) -> int:
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int | None:
-    """The exit code of a child, or None after a moment."""
+    """Return the exit code of a child, or None after a timeout."""
     with suppress(subprocess.TimeoutExpired):
         return child.wait(timeout=0.2)
     return None
 
 
-def _end_family(child: subprocess.Popen[bytes]) -> None:
-    """End a command and all below it: accelerate's launcher hands no signal on to the training that it started."""
+def _terminate_tree(child: subprocess.Popen[bytes]) -> None:
+    """Terminate a command and its descendants, because accelerate's launcher does not forward signals."""
     with suppress(psutil.NoSuchProcess):
-        family = psutil.Process(child.pid).children(recursive=True)
+        descendants = psutil.Process(child.pid).children(recursive=True)
         child.terminate()
-        for process in family:
+        for process in descendants:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
-        psutil.wait_procs(family, timeout=60)
+        psutil.wait_procs(descendants, timeout=60)

@@ -1,1 +1,1 @@
-"""Axolotl's configuration: `rl: spin` becomes a supervised run, what cannot work is refused, and keys are compared."""
+"""Axolotl's configuration: parsing, validation, lowering to a supervised run, and comparison between commands."""

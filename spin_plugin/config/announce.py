@@ -1,30 +1,30 @@
-"""What an iteration says before it starts."""
+"""Messages at the start of an iteration."""
 
 from spin_plugin.config.lower import Lowered
 from spin_plugin.config.specs import OpponentSpec, TrainingSpec
 from spin_plugin.console import say, warn
 
-# Above it a warning says so. The paper's full fine-tune of 7B has 5e-7.
+# Higher values log a warning. The paper's full fine-tune of a 7B model uses 5e-7.
 HIGHEST_LEARNING_RATE = {"full": 5e-6, "adapter": 1e-4}
 
 
 def announce(lowered: Lowered, opponent: OpponentSpec, training: TrainingSpec) -> None:
-    """Say what the command is about to do, and what may surprise in it."""
+    """Print the iteration, its opponent, and anything about the configuration that may be unexpected."""
     number, spin = lowered.iteration, lowered.spin
     adapter = f" with the adapter {opponent.adapter}" if opponent.adapter else ""
     model = f"{lowered.config['base_model']}{adapter}" if number == 0 else f"the model of iteration {number - 1}"
     say(f"iteration {number} of 0…{spin.iterations - 1}, opponent: {model}")
     if number == 0 and (mixed := min(spin.history_iterations, spin.iterations - 1)):
         say(
-            f"later iterations also train on the responses of up to {mixed} before them, which costs up to {1 + mixed} "
-            f"times this one (spin.history_iterations: {spin.history_iterations}; 0 leaves them out)"
+            f"later iterations also train on the responses of up to {mixed} previous iterations and take up to "
+            f"{1 + mixed} times as long (spin.history_iterations: {spin.history_iterations}; 0 disables this)"
         )
     if lowered.unused_vllm_keys:
         keys = ", ".join(f"vllm.{key}" for key in lowered.unused_vllm_keys)
-        say(f"not used: {keys}: SPIN runs vLLM itself and needs no server")
+        say(f"ignored: {keys}: SPIN runs vLLM itself and needs no server")
     highest = HIGHEST_LEARNING_RATE["adapter" if training.adapter else "full"]
     if training.learning_rate > highest and (number == 0 or "learning_rate" in spin.axolotl_overrides(number)):
         warn(
-            f"learning_rate {training.learning_rate:g} is high for SPIN, where most runs collapse above {highest:g} "
-            f"({'with an adapter' if training.adapter else 'full fine-tune'}); take a tenth to a fortieth of the SFT's"
+            f"learning_rate: {training.learning_rate:g} is high for SPIN; most runs collapse above {highest:g} "
+            f"({'with an adapter' if training.adapter else 'full fine-tune'}); use 1/40 to 1/10 of SFT's learning rate"
         )

@@ -1,4 +1,4 @@
-"""Which keys make a configuration another run, and which may change while it goes on."""
+"""Which configuration keys are fixed within a run, and which may change when it resumes."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-# Keys whose change cannot change the result: they may differ when a run goes on.
+# Keys that do not affect the result, so that they may change when a run resumes.
 FREE_KEYS = frozenset(
     {
         "logging_steps", "save_steps", "saves_per_epoch", "save_strategy", "save_total_limit", "save_only_model",
@@ -27,9 +27,9 @@ FREE_PREFIXES = ("wandb_", "use_wandb", "mlflow_", "use_mlflow", "comet_", "use_
                  "use_tensorboard", "use_otel", "otel_", "hub_", "lm_eval_", "eval_", "fsdp", "ddp_")  # fmt: skip
 FREE_SPIN_KEYS = frozenset({"iterations", "schedule", "shared_prefix"})
 FREE_GENERATION_KEYS = frozenset({"vllm_python", "backend", "ray_address"})
-# Of Axolotl's `vllm:` block only these can change what vLLM computes.
-BINDING_VLLM_KEYS = frozenset({"dtype", "max_model_len"})
-# Of what is handed to vLLM as it is: how it uses memory and devices, never what it computes.
+# The only keys of Axolotl's `vllm:` block that affect what vLLM computes.
+FIXED_VLLM_KEYS = frozenset({"dtype", "max_model_len"})
+# Keys of `vllm_kwargs` that affect how vLLM uses memory and devices, not what it computes.
 FREE_VLLM_KWARGS = frozenset(
     {
         "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill",
@@ -39,10 +39,10 @@ FREE_VLLM_KWARGS = frozenset(
 )  # fmt: skip
 
 
-def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a configuration that must not change within a run, nested ones joined by a dot."""
+def _fixed_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a configuration that must not change within a run, nested keys joined by dots."""
     spin = config.get("spin") or {}
-    binding = {
+    fixed = {
         key: value
         for key, value in config.items()
         if key not in ("spin", "vllm")
@@ -50,22 +50,22 @@ def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
         and not key.startswith(FREE_PREFIXES)
         and value is not None
     }
-    # Since Axolotl 0.21 nobody needs to name the plugin.
-    binding["plugins"] = [name for name in binding.get("plugins") or [] if not str(name).startswith("spin_plugin")]
-    # A step that does not fit into memory may be cut into more and smaller micro-batches: its pairs stay the same.
-    factors = [binding.pop(key, None) for key in ("micro_batch_size", "gradient_accumulation_steps")]
-    binding["micro_batch_size × gradient_accumulation_steps"] = _product(factors)
-    binding |= {f"spin.{k}": v for k, v in spin.items() if k not in FREE_SPIN_KEYS and k != "generation"}
+    # Since Axolotl 0.21 listing the plugin is optional.
+    fixed["plugins"] = [name for name in fixed.get("plugins") or [] if not str(name).startswith("spin_plugin")]
+    # A step may be split into more, smaller micro-batches to fit into memory; its pairs stay the same.
+    factors = [fixed.pop(key, None) for key in ("micro_batch_size", "gradient_accumulation_steps")]
+    fixed["micro_batch_size × gradient_accumulation_steps"] = _product(factors)
+    fixed |= {f"spin.{k}": v for k, v in spin.items() if k not in FREE_SPIN_KEYS and k != "generation"}
     generation = dict(spin.get("generation") or {})
     kwargs = generation.pop("vllm_kwargs", None) or {}
-    vllm = {k: v for k, v in (config.get("vllm") or {}).items() if k in BINDING_VLLM_KEYS and v not in (None, "auto")}
-    binding |= {f"vllm.{k}": v for k, v in vllm.items()}
-    binding |= {f"spin.generation.{k}": v for k, v in generation.items() if k not in FREE_GENERATION_KEYS}
-    return binding | {f"spin.generation.vllm_kwargs.{k}": v for k, v in kwargs.items() if k not in FREE_VLLM_KWARGS}
+    vllm = {k: v for k, v in (config.get("vllm") or {}).items() if k in FIXED_VLLM_KEYS and v not in (None, "auto")}
+    fixed |= {f"vllm.{k}": v for k, v in vllm.items()}
+    fixed |= {f"spin.generation.{k}": v for k, v in generation.items() if k not in FREE_GENERATION_KEYS}
+    return fixed | {f"spin.generation.vllm_kwargs.{k}": v for k, v in kwargs.items() if k not in FREE_VLLM_KWARGS}
 
 
 def _product(factors: list[Any]) -> Any:
-    """The product of numbers that may be absent; what is no number stays as it is, for Axolotl to refuse."""
+    """Return the product of the numbers that are set; values that are not numbers unchanged, for Axolotl to reject."""
     try:
         return math.prod(int(factor) for factor in factors if factor is not None)
     except (TypeError, ValueError):
@@ -73,18 +73,18 @@ def _product(factors: list[Any]) -> Any:
 
 
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], begun: int) -> list[str]:
-    """Keys by which two configurations of one run directory lead to different results.
+    """Return the fixed keys that differ between two configurations of one run directory.
 
-    More iterations may be added; the schedule of the `begun` first ones may not change.
+    Iterations may be added, but the schedule of the first `begun` iterations is fixed.
     """
-    old, new = (_as_json(_binding(config)) for config in (before, now))
+    old, new = (_as_json(_fixed_keys(config)) for config in (before, now))
     keys = [key for key in sorted(old.keys() | new.keys()) if not same_value(old.get(key), new.get(key))]
     differs = not all(same_value(_scheduled(before, number), _scheduled(now, number)) for number in range(begun))
     return keys + (["spin.schedule"] if differs else [])
 
 
 def same_value(old: Any, new: Any) -> bool:
-    """Whether two values of a configuration mean the same; `5e-5` is a text in YAML and 0.00005 a number."""
+    """Whether two configuration values are equivalent. YAML parses `5e-5` as a string, but 0.00005 as a number."""
     if isinstance(old, dict) and isinstance(new, dict):
         return old.keys() == new.keys() and all(same_value(old[key], new[key]) for key in old)
     if isinstance(old, list) and isinstance(new, list):
@@ -96,7 +96,7 @@ def same_value(old: Any, new: Any) -> bool:
 
 
 def _scheduled(config: Mapping[str, Any], iteration: int) -> Any:
-    """What the schedule changes in an iteration."""
+    """Return the schedule's entry for one iteration."""
     schedule = (config.get("spin") or {}).get("schedule") or []
     return _as_json(schedule[iteration]) if iteration < len(schedule) else {}
 

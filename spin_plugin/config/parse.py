@@ -1,4 +1,4 @@
-"""The `spin:` and `vllm:` blocks as typed objects; every mistake in words that name the key."""
+"""Parse the `spin:` and `vllm:` blocks into typed objects, with one-line error messages that name the key."""
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -11,27 +11,27 @@ from spin_plugin.console import SpinError
 
 
 def parse_spin_block(block: object, known_axolotl_keys: Iterable[str] = ()) -> SpinArgs:
-    """The typed block.
+    """Parse the `spin:` block.
 
     Args:
-        block: what stands under `spin:` in the YAML.
-        known_axolotl_keys: what an entry of `schedule` may name besides `spin` keys; empty: not checked.
+        block: the value of `spin:` in the YAML.
+        known_axolotl_keys: Axolotl keys allowed in `schedule`; if empty, its Axolotl keys are not checked.
 
     Raises:
-        SpinError: one line with every wrong key, its value and the nearest known key.
+        SpinError: a key is unknown or its value invalid; the message lists every such key.
     """
     if not isinstance(block, Mapping):
         raise SpinError("spin: must be a mapping, for example `spin: {iterations: 3}`")
     try:
         args = SpinArgs.model_validate(dict(block))
     except ValidationError as error:
-        raise SpinError(_described(error)) from None
+        raise SpinError(_describe_all(error)) from None
     known = set(known_axolotl_keys)
     for number, entry in enumerate(args.schedule):
         try:
             args.at(number)
         except ValidationError as error:
-            raise SpinError(_described(error, f"schedule[{number}]")) from None
+            raise SpinError(_describe_all(error, f"schedule[{number}]")) from None
         unknown = sorted(entry.keys() - known - SpinArgs.model_fields.keys()) if known else []
         if unknown:
             raise SpinError(_unknown_key(f"spin.schedule[{number}]", unknown[0], known | SpinArgs.model_fields.keys()))
@@ -39,17 +39,20 @@ def parse_spin_block(block: object, known_axolotl_keys: Iterable[str] = ()) -> S
 
 
 def parse_vllm_block(block: object) -> tuple[VllmArgs, tuple[str, ...]]:
-    """What Axolotl's `vllm:` block says of how vLLM runs, and the keys in it that are for a server.
+    """Parse Axolotl's `vllm:` block.
+
+    Returns:
+        the options that SPIN uses, and the names of the server keys in the block.
 
     Raises:
-        SpinError: one line with every wrong key, its value and the nearest known key.
+        SpinError: a key is unknown or its value invalid.
     """
     if not isinstance(block, Mapping):
         raise SpinError("vllm: must be a mapping, for example `vllm: {tensor_parallel_size: 2}`")
     used = {key: value for key, value in block.items() if key not in VLLM_SERVER_KEYS and value is not None}
     for key in sorted(map(str, used.keys() - VllmArgs.model_fields.keys())):
         raise SpinError(
-            f"{_unknown_key('vllm', key, VllmArgs.model_fields)}; arguments of vLLM's `LLM` stand in "
+            f"{_unknown_key('vllm', key, VllmArgs.model_fields)}; other arguments of vLLM's `LLM` belong in "
             "spin.generation.vllm_kwargs"
         )
     try:
@@ -59,14 +62,14 @@ def parse_vllm_block(block: object) -> tuple[VllmArgs, tuple[str, ...]]:
     return args, tuple(sorted(key for key in block if key in VLLM_SERVER_KEYS))
 
 
-def _described(error: ValidationError, place: str = "") -> str:
-    """Every wrong value in words, in one line."""
+def _describe_all(error: ValidationError, place: str = "") -> str:
+    """Describe all invalid values on one line."""
     parent = f"spin.{place}" if place else "spin"
     return "; ".join(_describe(detail, parent) for detail in error.errors())
 
 
 def _describe(detail: ErrorDetails, parent: str) -> str:
-    """One wrong value of the block in words."""
+    """Describe one invalid value."""
     path = [str(part) for part in detail["loc"]]
     name = ".".join([parent, *path])
     if detail["type"] == "extra_forbidden":
@@ -82,12 +85,12 @@ def _describe(detail: ErrorDetails, parent: str) -> str:
 def _unknown_key(parent: str, key: str, known: Iterable[str]) -> str:
     known = set(known)
     for fields, place in (
-        (SpinArgs.model_fields, "`spin` itself: write it beside `generation`"),
-        (GenerationArgs.model_fields, f"`spin.generation`: write `generation: {{{key}: …}}`"),
-        (VllmArgs.model_fields, f"Axolotl's own block: write `vllm: {{{key}: …}}` beside `spin`"),
+        (SpinArgs.model_fields, "directly in `spin:`, beside `generation`"),
+        (GenerationArgs.model_fields, f"in `spin.generation`: write `generation: {{{key}: …}}`"),
+        (VllmArgs.model_fields, f"in Axolotl's `vllm:` block: write `vllm: {{{key}: …}}` beside `spin`"),
     ):
         if key in fields and key not in known:
-            return f"{parent}.{key}: there is no such key; it belongs to {place}"
+            return f"{parent}.{key}: unknown key; it belongs {place}"
     near = get_close_matches(key, list(known), n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(sorted(known))}"
-    return f"{parent}.{key}: there is no such key; {hint}"
+    return f"{parent}.{key}: unknown key; {hint}"

@@ -1,4 +1,4 @@
-"""A configuration as plain data: independent of Axolotl's objects, and without secrets where it goes to disk."""
+"""Convert a configuration to plain data, and remove secrets before it is written to disk."""
 
 import copy
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ SECRET_PARTS = ("token", "api_key", "password", "secret", "credential")
 
 
 def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a configuration that may lie on disk: values of keys that name a secret are left out."""
+    """Return a copy of a configuration without the string values of keys that look like secrets."""
     return {
         key: value if key == "special_tokens" else _without_secrets(value)
         for key, value in config.items()
@@ -27,7 +27,7 @@ def _names_a_secret(key: str) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """Plain dicts and lists, independent of Axolotl's, whose missing keys read as None."""
+    """Return a deep copy as plain dicts and lists, because Axolotl's mappings return None for missing keys."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What SPIN cannot use, refused in one line that names the key and the reason."""
+"""Reject options that SPIN does not support, with one line that names the key and the reason."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,123 +8,136 @@ from spin_plugin.args import SpinArgs
 from spin_plugin.config.plain import plain
 from spin_plugin.console import SpinError
 
-# What SPIN cannot use, and why.
+# Unsupported keys and the reason.
 REFUSED = {
     "reward_model": "SPIN trains a language model, not a reward model",
     "process_reward_model": "SPIN trains a language model, not a reward model",
-    "pretraining_dataset": "SPIN needs prompts and responses; name an SFT dataset under `datasets`",
-    "streaming": "SPIN draws a response for every prompt, so it needs the whole dataset",
+    "pretraining_dataset": "SPIN needs prompts and responses; list an SFT dataset under `datasets`",
+    "streaming": "SPIN generates a response for every prompt before training, so it needs the complete dataset",
     "processor_type": "multimodal training is not supported",
-    "skip_prepare_dataset": "SPIN needs the tokenised prompts and responses",
-    "reinit_weights": "the opponent would not be the model that training starts from",
-    "fix_untrained_tokens": "the opponent would not be the model that training starts from",
-    "relora": "ReLoRA merges adapters during training, which SPIN's opponent cannot follow",
-    "peft_layer_replication": "vLLM cannot serve adapters of replicated layers",
-    "peft_trainable_token_indices": "vLLM cannot serve adapters that hold trained tokens",
-    "use_onebitllms": "vLLM would draw from another model than the one that is trained",
-    "qat": "vLLM would draw from another model than the one that is trained",
-    "neftune_noise_alpha": "noise in training makes the policy differ from the opponent before any step",
-    "noisy_embedding_alpha": "noise in training makes the policy differ from the opponent before any step",
-    "scaling_softmax": "vLLM, which does not know it, would draw from another model than the one that is trained",
-    "use_pose": "it moves the prompts' positions, so vLLM would draw from another model than the one that is trained",
-    "use_dft": "it is a loss of SFT; SPIN's is chosen by spin.loss_type",
-    "use_eaft": "it is a loss of SFT; SPIN's is chosen by spin.loss_type",
-    "auto_find_batch_size": "a step would lose pairs; lower micro_batch_size and raise gradient_accumulation_steps",
-    "diffusion_lm": "it is another method, with a trainer of its own",
-    "trainer_cls": "SPIN brings its own trainer",
-    "eval_table_size": "its callback reads SFT batches; SPIN's hold pairs",
-    "do_causal_lm_eval": "its callback reads SFT batches; SPIN's hold pairs",
-    "do_bench_eval": "its callback reads SFT batches; SPIN's hold pairs",
-    "generate_samples": "its callback reads SFT batches; SPIN's hold pairs",
+    "skip_prepare_dataset": "SPIN needs tokenized prompts and responses",
+    "reinit_weights": "the opponent would differ from the model that training starts from",
+    "fix_untrained_tokens": "the opponent would differ from the model that training starts from",
+    "relora": "ReLoRA merges adapters during training, so the opponent would change",
+    "peft_layer_replication": "vLLM cannot serve adapters with replicated layers",
+    "peft_trainable_token_indices": "vLLM cannot serve adapters with trained tokens",
+    "use_onebitllms": "vLLM would generate with a different model than the one being trained",
+    "qat": "vLLM would generate with a different model than the one being trained",
+    "neftune_noise_alpha": "training noise makes the policy differ from the opponent before the first step",
+    "noisy_embedding_alpha": "training noise makes the policy differ from the opponent before the first step",
+    "scaling_softmax": "vLLM does not support it and would generate with a different model than the one being trained",
+    "use_pose": "it changes token positions, so vLLM would generate with a different model than the one being trained",
+    "use_dft": "it is an SFT loss; choose SPIN's with spin.loss_type",
+    "use_eaft": "it is an SFT loss; choose SPIN's with spin.loss_type",
+    "auto_find_batch_size": "steps would lose pairs; lower micro_batch_size and raise gradient_accumulation_steps",
+    "diffusion_lm": "it is a different method with its own trainer",
+    "trainer_cls": "SPIN has its own trainer",
+    "eval_table_size": "its callback expects SFT batches, not pairs",
+    "do_causal_lm_eval": "its callback expects SFT batches, not pairs",
+    "do_bench_eval": "its callback expects SFT batches, not pairs",
+    "generate_samples": "its callback expects SFT batches, not pairs",
 }
-# What belongs to another method and would be ignored.
+# Options of other methods, which SPIN would ignore.
 REFUSED |= dict.fromkeys(
     (
         "dpo_beta", "dpo_norm_loss", "dpo_ld_alpha", "rpo_alpha", "orpo_alpha", "simpo_gamma", "cpo_alpha",
         "kto_desirable_weight", "kto_undesirable_weight", "trl",
     ),
-    "it belongs to another method; SPIN's options are those of the `spin:` block",
+    "it belongs to a different method; SPIN's options are in the `spin:` block",
 )  # fmt: skip
 NO_PROMPT_TYPES = ("completion", "pretrain", "bradley_terry", "stepwise_supervised", "_synthetic")
 ADAPTERS = (None, "", "lora", "qlora")
 
 
 def refuse(cfg: Mapping[str, Any]) -> None:
-    """Raise for what SPIN cannot use, and say why."""
+    """Reject a raw configuration that SPIN does not support.
+
+    Raises:
+        SpinError: names the first unsupported key and the reason.
+    """
     for key, reason in REFUSED.items():
         if cfg.get(key):
             raise SpinError(f"{key}: cannot be used with `rl: spin`: {reason}")
     for key in ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size"):
         if str(cfg.get(key) or 1) != "1":  # Axolotl has not checked its type yet
             raise SpinError(
-                f"{key}: cannot be used with `rl: spin`: every rank works on pairs of its own; share the model "
-                "by FSDP2 or DeepSpeed ZeRO-3 instead"
+                f"{key}: cannot be used with `rl: spin`: every rank processes its own pairs; shard the model "
+                "with FSDP2 or DeepSpeed ZeRO-3 instead"
             )
     if cfg.get("bf16") == "full":
         raise SpinError(
-            "bf16: full trains weights of 16 bits, where rounding takes small updates back; use `bf16: true`"
+            "bf16: full trains 16-bit weights, in which small updates are lost to rounding; use `bf16: true`"
         )
     accelerator = cfg.get("accelerator_config")
     own = accelerator.keys() if isinstance(accelerator, Mapping) else set()
     if batches := own & {"split_batches", "dispatch_batches", "even_batches"}:
-        raise SpinError(f"accelerator_config.{min(batches)}: cannot be used with `rl: spin`: pairs would count twice")
+        raise SpinError(f"accelerator_config.{min(batches)}: cannot be used with `rl: spin`: pairs could be duplicated")
     if "MambaLMHeadModel" in (cfg.get("model_type"), cfg.get("type_of_model")):
         raise SpinError("model_type: MambaLMHeadModel cannot be used with `rl: spin`: vLLM cannot load it")
     if cfg.get("adapter") not in ADAPTERS:
         raise SpinError(
-            f"adapter: {cfg['adapter']} cannot be used with `rl: spin`: vLLM serves lora and qlora adapters"
+            f"adapter: {cfg['adapter']} cannot be used with `rl: spin`: vLLM cannot serve it; use lora or qlora"
         )
     if cfg.get("base_model_config") not in (None, "", cfg.get("base_model")):
-        raise SpinError("base_model_config: must be base_model itself: vLLM reads the file beside the weights")
+        raise SpinError("base_model_config: must equal base_model, because vLLM reads the config beside the weights")
     _refuse_adapter_start(cfg)
     _refuse_datasets(cfg)
 
 
 def refuse_other_trainers(cfg: Any, plugins: Iterable[Any]) -> None:
-    """What only shows when Axolotl has validated the configuration and loaded all plugins. The first plugin's trainer
-    is taken, so that of another would be passed over in silence, or ours.
+    """Reject plugins and models with their own trainer or collator, once Axolotl has loaded them.
+
+    Axolotl uses the first plugin's trainer and silently ignores the others, possibly SPIN's.
 
     Raises:
-        SpinError: names the plugin.
+        SpinError: names the plugin or `base_model`.
     """
     for plugin in plugins:
         if plugin.get_trainer_cls(cfg) or plugin.get_collator_cls_and_kwargs(cfg):
             raise SpinError(
-                f"plugins: {type(plugin).__name__} brings a trainer or batches of its own, so this would not be SPIN; "
+                f"plugins: {type(plugin).__name__} has its own trainer or collator, which would replace SPIN's; "
                 "remove it"
             )
     if cfg.model_config_type == "mamba":  # axolotl 0.19
-        raise SpinError("base_model: Axolotl gives Mamba models batches of its own, which cannot hold pairs")
+        raise SpinError("base_model: Axolotl gives Mamba models their own collator, which cannot batch pairs")
 
 
-def refuse_what_cannot_be_merged(cfg: Mapping[str, Any], spin: SpinArgs) -> None:
-    """Axolotl's merge passes over a GPTQ model, an embedding's LoRA, and that of a head which is the embedding."""
+def refuse_unmergeable(cfg: Mapping[str, Any], spin: SpinArgs) -> None:
+    """Reject adapters that must be merged but that Axolotl's merge silently skips.
+
+    It skips GPTQ models, LoRA on embeddings, and LoRA on a head tied to the embedding.
+
+    Raises:
+        SpinError: names the two conflicting keys.
+    """
     merged = [f"lora_{name}" for name in ("modules_to_save", "target_parameters", "rank_pattern", "alpha_pattern")]
     needs = [key for key in ("peft_use_dora", *merged) if cfg.get(key)]
     if spin.adapter_chain == "merge":
         needs.append("spin.adapter_chain: merge")
     if cfg.get("gptq") and needs:
-        raise SpinError(f"gptq: cannot be combined with {needs[0]}: nothing can be merged into a GPTQ model")
+        raise SpinError(f"gptq: cannot be combined with {needs[0]}: adapters cannot be merged into a GPTQ model")
     for module in ("embed_tokens", "lm_head"):
         if needs and module in str(cfg.get("lora_target_modules")):
-            raise SpinError(f"lora_target_modules: {module} cannot be combined with {needs[0]}: it may not be merged")
+            raise SpinError(
+                f"lora_target_modules: {module} cannot be combined with {needs[0]}: Axolotl may skip it in a merge"
+            )
 
 
 def _refuse_adapter_start(cfg: Mapping[str, Any]) -> None:
-    """PiSSA, LoftQ and their like change the base model when they start; vLLM adds the adapter to the original."""
+    """Reject PiSSA, LoftQ and similar initializations, which change the base model; vLLM loads the original one."""
     start = cfg.get("peft_init_lora_weights")
     if start not in (None, True, False, "gaussian"):
         raise SpinError(
-            f"peft_init_lora_weights: {start} changes the base model, which vLLM would not know of; use true"
+            f"peft_init_lora_weights: {start} changes the base model, but vLLM loads the original one; use true"
         )
     peft = cfg.get("peft")
     if isinstance(peft, Mapping) and peft.get("loftq_config"):
-        raise SpinError("peft.loftq_config: changes the base model, which vLLM would not know of; remove it")
+        raise SpinError("peft.loftq_config: changes the base model, but vLLM loads the original one; remove it")
 
 
 def _refuse_datasets(cfg: Mapping[str, Any]) -> None:
     if not cfg.get("datasets"):
-        raise SpinError("datasets: SPIN needs at least one SFT dataset")
+        raise SpinError("datasets: missing; list at least one SFT dataset")
     for key in ("datasets", "test_datasets"):
         if not isinstance(cfg.get(key) or [], list | tuple):
             raise SpinError(f"{key}: must be a list of mappings with `path` and `type`")
@@ -138,10 +151,10 @@ def _refuse_dataset(name: str, dataset: Any) -> None:
     entry = plain(dataset)
     kind = entry.get("type")
     if isinstance(kind, str) and kind.split(":")[0].split(".")[0] in NO_PROMPT_TYPES:
-        raise SpinError(f"{name}.type: {kind} has no prompt to answer; SPIN needs an instruction or chat format")
+        raise SpinError(f"{name}.type: {kind} has no prompts; use an instruction or chat format")
     for key in ("train_on_eos", "train_on_eot"):
         if entry.get(key) == "all":
-            raise SpinError(f"{name}.{key}: `all` trains on the ends of user turns, which are no responses; use `turn`")
+            raise SpinError(f"{name}.{key}: `all` also trains on the end tokens of user turns; use `turn`")
     path = str(entry.get("path") or "")
     looks_local = path.startswith((".", "/", "~")) or Path(path).suffix in (
         ".json",

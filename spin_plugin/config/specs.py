@@ -1,5 +1,7 @@
-"""What SPIN needs of Axolotl's validated configuration, read once and typed: only `training/iteration.py`, `prepare.py`
-and `loading.py` see the configuration itself."""
+"""Typed views of Axolotl's validated configuration.
+
+Only `training/iteration.py`, `prepare.py` and `loading.py` access the configuration itself.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,30 +18,30 @@ class OpponentSpec:
     """The model that generates and that training starts from: a base model, with or without an adapter."""
 
     base_model: str
-    """A directory, or a name on the hub."""
+    """A directory or a repository on the Hub."""
     revision: str | None
-    """The commit of a base model on the hub, once it is known."""
+    """The commit of a base model on the Hub, once resolved."""
     adapter: Path | None
     dtype: str
-    """Number format in which training loads it, for example `bfloat16`."""
+    """The dtype in which training loads the model, for example `bfloat16`."""
     trust_remote_code: bool
     quantised: bool
-    """Training loads it in 4 or 8 bits; vLLM has the unquantised model."""
+    """Whether training loads the model in 4 or 8 bits; vLLM uses the unquantized model."""
     fp8: bool
-    """Training computes in fp8."""
+    """Whether training computes in fp8."""
     gptq: bool
     overrides: dict[str, Any] | None
-    """Changes to the model's own configuration."""
+    """Overrides of the model's own configuration."""
 
     @property
     def directory(self) -> Path | None:
-        """The base model's directory; None for a name on the hub."""
+        """The base model's directory; None for a model on the Hub."""
         path = Path(self.base_model)
         return path if path.is_dir() else None
 
     @property
     def hub(self) -> dict[str, Any]:
-        """What transformers needs to know of the base model's place."""
+        """Keyword arguments for loading the base model with transformers."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
@@ -53,22 +55,22 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """One training run as Axolotl will do it."""
+    """One iteration's training run."""
 
     dtype: str
-    """Number format in which the model is loaded, for example `bfloat16`."""
+    """The dtype in which the model is loaded, for example `bfloat16`."""
     fp16_key: str
-    """The key that asked for float16, where it was."""
+    """The key that selects float16 (`float16` or `fp16`), for error messages."""
     adapter: bool
     adapter_in_model_dtype: bool
-    """The adapter is not kept in 32 bits (`peft_autocast_adapter_dtype: false`)."""
+    """Whether the adapter is kept in the model's dtype, not in fp32 (`peft_autocast_adapter_dtype: false`)."""
     optimizer: str
     optim_args: Mapping[str, Any]
     deepspeed: str | Mapping[str, Any] | None
-    """DeepSpeed's configuration, or its file."""
+    """DeepSpeed's configuration or the path of its file."""
     fsdp: bool
     empty_on_other_ranks: bool
-    """Only each node's first process loads the weights (`cpu_ram_efficient_loading`)."""
+    """Whether only the first process of each node loads the weights (`cpu_ram_efficient_loading`)."""
     micro_batch_size: int
     gradient_accumulation_steps: int
     world_size: int
@@ -76,10 +78,10 @@ class TrainingSpec:
     max_steps: int | None
     learning_rate: float
     checkpoints: int
-    """How many may be on disk at once."""
+    """Maximum number of checkpoints on disk at once."""
     saves_optimizer: bool
     loss_watchdog: bool
-    """Axolotl's watchdog may end training early, and nothing else can."""
+    """Whether Axolotl's loss watchdog, and nothing else, can stop training early."""
 
     @property
     def in_16_bits(self) -> bool:
@@ -88,12 +90,12 @@ class TrainingSpec:
 
     @property
     def full_in_16_bits(self) -> bool:
-        """Whether all weights of a 16-bit model are trained; the stored model then has 16 bits again."""
+        """Whether all weights of a 16-bit model are trained; the saved model is then rounded to 16 bits again."""
         return self.in_16_bits and not self.adapter
 
 
 def read_opponent(cfg: Any) -> OpponentSpec:
-    """The opponent of this iteration; `cfg` is Axolotl's validated configuration."""
+    """Read the opponent of this iteration from Axolotl's validated configuration."""
     return OpponentSpec(
         base_model=str(cfg.base_model),
         revision=cfg.revision_of_model,
@@ -108,12 +110,12 @@ def read_opponent(cfg: Any) -> OpponentSpec:
 
 
 def read_data(cfg: Any) -> DataSpec:
-    """Lengths and seeds; `cfg` is Axolotl's validated configuration."""
+    """Read lengths and seeds from Axolotl's validated configuration."""
     return DataSpec(sequence_len=cfg.sequence_len, seed=int(cfg.seed or 0))
 
 
 def read_training(cfg: Any) -> TrainingSpec:
-    """The training run; `cfg` is Axolotl's validated configuration."""
+    """Read the training options from Axolotl's validated configuration."""
     return TrainingSpec(
         dtype=_name(cfg.torch_dtype),
         fp16_key="float16" if cfg.float16 else "fp16",
@@ -137,7 +139,7 @@ def read_training(cfg: Any) -> TrainingSpec:
 
 
 def read_vllm(cfg: Any) -> VllmArgs:
-    """The user's `vllm:` block: Axolotl fills in defaults for its server, so not what `cfg.vllm` holds now."""
+    """Read the user's `vllm:` block. `cfg.vllm` is unsuitable, because Axolotl fills in defaults for its server."""
     return VllmArgs.model_validate(cfg.spin_vllm or {})
 
 
@@ -146,7 +148,7 @@ def _name(dtype: Any) -> str:
 
 
 def _optim_args(args: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """`optim_args`, a mapping or `name=value,…`."""
+    """Parse `optim_args`, a mapping or `name=value,…`."""
     if isinstance(args, str):
         return dict(item.partition("=")[::2] for item in args.replace(" ", "").split(","))
     return args or {}

@@ -1,1 +1,1 @@
-"""SFT rows to examples, examples and synthetic responses to pairs, and the order of the pairs."""
+"""SFT rows -> examples; examples and synthetic responses -> pairs; and the order of the pairs."""

@@ -1,4 +1,4 @@
-"""Tokenised SFT rows become examples: a prompt and its real response."""
+"""Convert tokenized SFT rows to examples, each a prompt and its real response."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,11 +12,11 @@ from datasets import Dataset
 from spin_plugin.console import SpinError
 from spin_plugin.data.table import EXAMPLE_SCHEMA, blocks, table_writer
 
-IGNORED = -100  # the label of a token that SFT does not train on
+IGNORED = -100  # label of tokens that SFT does not train on
 
 
 def trained_spans(labels: Sequence[int]) -> list[tuple[int, int]]:
-    """Start and end of every run of tokens that the labels train on."""
+    """Return (start, end) of every run of tokens that the labels train on."""
     trained = np.concatenate(([False], np.asarray(labels) != IGNORED, [False]))
     edges = np.flatnonzero(trained[1:] != trained[:-1])
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
@@ -24,7 +24,7 @@ def trained_spans(labels: Sequence[int]) -> list[tuple[int, int]]:
 
 @dataclass
 class ExampleCounts:
-    """What became of the SFT rows."""
+    """Statistics of the conversion of SFT rows to examples."""
 
     rows: int = 0
     examples: int = 0
@@ -32,19 +32,17 @@ class ExampleCounts:
     no_prompt: int = 0
     too_long: int = 0
     ends: Counter[int] = field(default_factory=Counter)
-    """Last token of every real response."""
+    """How often each token ends a real response."""
 
     def described(self) -> str:
-        """One line with what was left out and why."""
-        left_out = {
+        """Summarize in one line what was converted, and what was skipped and why."""
+        skipped = {
             "without a trained response": self.no_response,
             "without a prompt": self.no_prompt,
             "over sequence_len": self.too_long,
         }
-        parts = [f"{count:,} {why}" for why, count in left_out.items() if count]
-        return f"{self.examples:,} prompts from {self.rows:,} rows" + (
-            f"; left out: {', '.join(parts)}" if parts else ""
-        )
+        parts = [f"{count:,} {why}" for why, count in skipped.items() if count]
+        return f"{self.examples:,} prompts from {self.rows:,} rows" + (f"; skipped {', '.join(parts)}" if parts else "")
 
 
 def write_examples(
@@ -52,8 +50,8 @@ def write_examples(
 ) -> ExampleCounts:
     """Split SFT rows into prompts and real responses.
 
-    The prompt is everything before a span that the labels train on, earlier turns included; the real
-    response is the span. A row with several trained spans gives one example for each of the chosen turns.
+    A real response is a span that the labels train on; its prompt is everything before it, including earlier turns.
+    A row with several trained spans yields one example for each of the chosen turns.
     """
     counts = ExampleCounts(rows=len(rows))
     with table_writer(path, EXAMPLE_SCHEMA) as write:
@@ -85,13 +83,13 @@ def _examples_of_row(
 
 
 def find_end_tokens(examples: Dataset, ends: Counter[int], special: Iterable[int]) -> list[int]:
-    """The tokens that end the real responses of this dataset: where the opponent has to stop too.
+    """Return the tokens that end this dataset's real responses, most frequent first; generation stops at them.
 
-    A last token counts when it never stands inside a response, or when it is one of the tokenizer's
-    special tokens; so a full stop that happens to be last is no end token.
+    A last token counts if it never occurs inside a response or is a special token of the tokenizer. A period that
+    happens to come last does not. Tokens that end fewer than 1% of the responses are ignored.
 
     Raises:
-        SpinError: fewer than 9 in 10 real responses end in such a token.
+        SpinError: fewer than 90% of the real responses end in such a token.
     """
     total = sum(ends.values())
     candidates = {token for token, count in ends.items() if count >= 0.01 * total}
@@ -104,21 +102,21 @@ def find_end_tokens(examples: Dataset, ends: Counter[int], special: Iterable[int
     covered = sum(ends[token] for token in found)
     if covered < 0.9 * total:
         raise SpinError(
-            f"datasets: only {covered:,} of {total:,} real responses end in an end token, so generation would not know "
-            "where to stop; train on the end token (chat_template: `train_on_eos: turn` or `eot_tokens`, "
-            "input_output: put it into the last segment)"
+            f"datasets: only {covered:,} of {total:,} real responses end in an end token, so generation would not "
+            "stop; train on the end token (chat_template: set `train_on_eos: turn` or `eot_tokens`; "
+            "input_output: add it to the last segment)"
         )
     return found
 
 
 def choose_prompts(available: int, wanted: int | None, *, seed: int, draw: int) -> np.ndarray:
-    """Ids of the prompts an iteration plays, ascending.
+    """Return the ids of an iteration's prompts in ascending order.
 
     Args:
         available: number of examples.
-        wanted: `num_prompts`; None or more than there are: all.
+        wanted: `num_prompts`; None or more than `available` selects all.
         seed: the run's seed.
-        draw: 0, or the iteration's number where prompts are drawn anew in each.
+        draw: the iteration's number if each iteration samples its own prompts, otherwise 0.
     """
     if wanted is None or wanted >= available:
         return np.arange(available)

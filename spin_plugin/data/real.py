@@ -1,4 +1,4 @@
-"""`real/`: prompts and real responses, tokenised once for the whole run by Axolotl itself."""
+"""`real/`: prompts and real responses, tokenized by Axolotl once per run."""
 
 import json
 import tempfile
@@ -24,30 +24,34 @@ class Real:
     train: Dataset
     eval: Dataset | None
     stop_tokens: list[int]
-    """Where generation stops: what the real responses end with, and the tokenizer's eos."""
+    """Tokens at which generation stops: those that end the real responses, and the tokenizer's EOS."""
 
 
 class Source(Protocol):
     """The configuration's datasets and tokenizer, loaded by Axolotl (`training/loading.py`)."""
 
     def rows(self, directory: str) -> dict[str, Dataset]:
-        """Tokenised SFT rows (input_ids, labels) of each split, none truncated; temporary files go to `directory`."""
+        """Return the tokenized, untruncated SFT rows (input_ids, labels) of each split.
+
+        Args:
+            directory: for temporary files.
+        """
 
     def tokenizer(self) -> Any: ...
 
     def vocabulary(self) -> int | None:
-        """How many tokens the model has an embedding for, where its configuration says so."""
+        """Return the number of token embeddings of the model, or None if its configuration does not say."""
 
 
 def prepare_real(source: Source, run: RunDir, *, turns: Turns, sequence_len: int) -> Real:
-    """Tokenise the datasets of the configuration on the run's first start; open them afterwards.
+    """Return the run's examples, tokenizing the configured datasets on the first start.
 
     Raises:
-        SpinError: a dataset cannot be loaded, or holds nothing that SPIN can use.
+        SpinError: a dataset cannot be loaded, or has no usable example.
     """
     meta = run.real / "meta.json"
     if not meta.exists():
-        _tokenise(source, run, turns, sequence_len)
+        _tokenize(source, run, turns, sequence_len)
     content = json.loads(meta.read_text(encoding="utf-8"))
     return Real(
         train=open_table(run.real / "train.arrow"),
@@ -56,7 +60,7 @@ def prepare_real(source: Source, run: RunDir, *, turns: Turns, sequence_len: int
     )
 
 
-def _tokenise(source: Source, run: RunDir, turns: Turns, sequence_len: int) -> None:
+def _tokenize(source: Source, run: RunDir, turns: Turns, sequence_len: int) -> None:
     run.root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=run.root, prefix=".prepared-") as prepared:
         rows = source.rows(prepared)
@@ -66,7 +70,7 @@ def _tokenise(source: Source, run: RunDir, turns: Turns, sequence_len: int) -> N
 
 
 def _write_real(source: Source, rows: dict[str, Dataset], directory: Path, *, turns: Turns, sequence_len: int) -> None:
-    """Examples of both splits, and where their real responses end."""
+    """Write the examples of both splits and the stop tokens."""
     counts = {
         split: write_examples(dataset, directory / f"{split}.arrow", turns=turns, sequence_len=sequence_len)
         for split, dataset in rows.items()
@@ -86,32 +90,30 @@ def _write_real(source: Source, rows: dict[str, Dataset], directory: Path, *, tu
     shown = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in ends)
     say(f"{counts['train'].described()}; real responses end with {shown}")
     if "eval" in counts:
-        say(f"held out: {counts['eval'].described()}")
+        say(f"held-out split: {counts['eval'].described()}")
 
 
 def _require_examples(counts: ExampleCounts, sequence_len: int) -> None:
-    """Say which kind of nothing a dataset without a usable example holds."""
+    """Raise a SpinError that says why there is no usable example."""
     if counts.examples:
         return
     if not counts.rows:
-        raise SpinError("datasets: there are no rows")
+        raise SpinError("datasets: no rows; check path and split")
     if counts.too_long:
-        raise SpinError(
-            f"datasets: every prompt with its response is longer than sequence_len ({sequence_len}); raise it"
-        )
+        raise SpinError(f"datasets: no example fits in sequence_len ({sequence_len}); raise sequence_len")
     if counts.no_prompt:
-        raise SpinError("datasets: no row has a prompt before its response; SPIN needs an instruction or chat format")
-    raise SpinError("datasets: no row has an assistant turn that the labels train on")
+        raise SpinError("datasets: no row has a prompt before its response; use an instruction or chat format")
+    raise SpinError("datasets: no row has a response that the labels train on; check the dataset's type and roles")
 
 
 def _require_vocabulary(source: Source, train: Dataset) -> None:
-    """Every prompt must consist of tokens that the model has an embedding for."""
+    """Raise a SpinError if an example contains a token that the model has no embedding for."""
     import pyarrow.compute as pc
 
     size = source.vocabulary()
     highest = max(pc.max(pc.list_flatten(train.data.column(name))).as_py() for name in ("prompt", "real"))
     if size is not None and highest >= size:
         raise SpinError(
-            f"datasets: token id {highest} lies outside the vocabulary of base_model ({size}); train new tokens by SFT "
-            "first, then start SPIN from that model"
+            f"datasets: token id {highest} is outside the vocabulary of base_model ({size} tokens); train new tokens "
+            "with SFT first, then start SPIN from that model"
         )

@@ -1,1 +1,1 @@
-"""Synthetic responses: the job, its shards on disk, and the launcher of vLLM's own interpreter."""
+"""Synthetic responses: generation jobs, their shards on disk, and the launcher of vLLM's interpreter."""

@@ -1,4 +1,4 @@
-"""How many engines draw side by side, and which part of the machine each of them gets."""
+"""The number of engines, and the GPUs or CPU cores that each one runs on."""
 
 import os
 from dataclasses import dataclass, field
@@ -8,19 +8,23 @@ from spin_plugin.console import SpinError
 
 @dataclass(frozen=True)
 class Placement:
-    """What one engine runs on."""
+    """GPUs or CPU cores of one engine."""
 
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables that name its GPUs, or its share of the cores."""
+    """Environment variables that select its GPUs or limit its threads."""
     cores: list[int] | None = None
-    """The cores it is bound to; None: all."""
+    """Cores to bind to; None: all."""
 
 
 def placements(engines: int | None, gpus_each: int) -> list[Placement]:
-    """One place for each engine: by default one for every `gpus_each` visible GPUs, or one without a GPU.
+    """Return a placement for each engine.
+
+    Args:
+        engines: number of engines; None: one for every `gpus_each` visible GPUs, or one on the CPU.
+        gpus_each: GPUs of one engine (tensor-parallel size times pipeline-parallel size).
 
     Raises:
-        SpinError: more GPUs are asked for than are visible.
+        SpinError: more GPUs are requested than are visible.
     """
     gpus = visible_gpus()
     if not gpus:
@@ -29,14 +33,14 @@ def placements(engines: int | None, gpus_each: int) -> list[Placement]:
     if len(groups) < (engines or 1):
         key = "data_parallel_size" if gpus_each <= len(gpus) else "tensor_parallel_size"
         raise SpinError(
-            f"vllm.{key}: {engines or 1} engines of {gpus_each} GPUs each are wanted, "
-            f"{len(gpus)} GPUs are visible; lower it"
+            f"vllm.{key}: {engines or 1} engines with {gpus_each} GPUs each are requested, "
+            f"but {len(gpus)} GPUs are visible; lower it"
         )
     return [Placement({"CUDA_VISIBLE_DEVICES": ",".join(group)}) for group in groups[:engines]]
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    """Return the GPUs of this process, named as in CUDA_VISIBLE_DEVICES."""
     import torch
 
     count = torch.cuda.device_count()
@@ -45,16 +49,16 @@ def visible_gpus() -> list[str]:
 
 
 def _on_cores(engines: int, workers: int) -> list[Placement]:
-    """Two engines that share a core slow each other down tenfold, so each gets its own."""
+    """Give each engine its own cores: two engines that share a core run ten times slower."""
     if engines == 1 or not hasattr(os, "sched_getaffinity"):
         return [Placement()] * engines
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // engines)
-    found = []
+    placed = []
     for engine in range(engines):
         own = [cores[number % len(cores)] for number in range(engine * share, (engine + 1) * share)]
         environment = {"OMP_NUM_THREADS": str(share)}
-        if workers == 1:  # where the engine is a process of its own, vLLM binds it by this list
+        if workers == 1:  # a single worker: vLLM binds its threads to this list
             environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, own))
-        found.append(Placement(environment, own))
-    return found
+        placed.append(Placement(environment, own))
+    return placed

@@ -1,4 +1,4 @@
-"""Run a generation job: start engines, hand out shards, write what they answer, try once more with less memory."""
+"""Run a generation job: start engines, submit shards, write their responses, retry once with less memory."""
 
 import json
 import shutil
@@ -20,16 +20,16 @@ from spin_plugin.generation.shards import Shards
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 RAY_WORKER = Path(__file__).with_name("ray_worker.py")
-SECONDS_BETWEEN_LOOKS = 1.0
-LESS_MEMORY = "half as many sequences at a time, and less memory for them"
+POLL_INTERVAL = 1.0  # seconds
+LESS_MEMORY = "half as many sequences at a time"
 
 
 class AdapterNotServedError(SpinError):
-    """vLLM knows no LoRA for this architecture or these modules; it can draw from the merged model."""
+    """vLLM cannot serve the adapter with this architecture or these target modules; merge it into the base model."""
 
 
 Origins = dict[int, tuple[str, int]]
-"""Split and example of every wanted request, by its number. The prompts themselves stay on disk."""
+"""Split and example of each missing request, by number. The prompts stay on disk."""
 
 
 def generate(
@@ -42,59 +42,59 @@ def generate(
     ray: bool = False,
     ray_address: str | None = None,
 ) -> None:
-    """Draw the responses of a job that are not on disk yet.
+    """Generate the responses of a job that are not on disk yet.
 
     Args:
-        job: the manifest.
-        shards: where the responses go; shards of the same job are kept.
-        requests: gives all requests of the job, in the order of their numbers.
-        find_python: names vLLM's interpreter; asked only when there is something to draw.
-        engines: how many copies of the model draw side by side; None: as many as the visible GPUs hold.
-        ray: let one worker hand the shards to Ray, which then starts the engines.
-        ray_address: an existing cluster's; None: Ray on this machine.
+        job: the job.
+        shards: where responses are written; intact shards of the same job are kept.
+        requests: returns all requests of the job, ordered by number.
+        find_python: returns vLLM's interpreter; called only if responses are missing.
+        engines: number of data-parallel engines; None: as many as fit the visible GPUs.
+        ray: start one worker that submits the shards to Ray, which starts the engines.
+        ray_address: address of an existing cluster; None: start Ray on this machine.
 
     Raises:
         AdapterNotServedError: vLLM cannot serve the job's adapter.
-        SpinError: there is no vLLM, or it died, twice where that can help; names the cause from its log.
+        SpinError: vLLM is missing, or it exited and the retry did not help; the message holds its exit diagnosis.
     """
     shards.prepare(job)
     missing = set(shards.missing(job))
     if not missing:
         return
     python = find_python()
-    shards.note(**job.manifest())  # the same responses may come from another place now
+    shards.note(**job.manifest())  # paths and engine arguments may have changed
     gpus_each = job.engine.get("tensor_parallel_size", 1) * job.engine.get("pipeline_parallel_size", 1)
-    where = [Placement()] if ray else placements(engines, gpus_each)[: len(missing)]
+    placed = [Placement()] if ray else placements(engines, gpus_each)[: len(missing)]
     cluster = {"ray_address": ray_address, "actors": engines} if ray else None
-    for log in shards.logs():  # the error of an earlier attempt is not this one's
+    for log in shards.logs():  # of an earlier attempt, whose errors are not this one's
         log.unlink()
-    wanted = (asked for asked in scored(requests()) if asked[0].number // SHARD in missing)
-    title = f"iteration {job.iteration}: drawing responses"
-    with _request_files(shards, wanted) as origins, Progress(len(origins), title) as progress:
+    to_generate = ((r, score) for r, score in scored(requests()) if r.number // SHARD in missing)
+    title = f"iteration {job.iteration}: generating responses"
+    with _request_files(shards, to_generate) as origins, Progress(len(origins), title) as progress:
         dispatcher = _Dispatcher(shards, origins, progress)
         for less_memory in (False, True):
-            with _engines(python, job, shards, where, cluster, less_memory=less_memory) as (started, inbox):
-                last = dispatcher.run(started, inbox)
-            if last is None:
+            with _engines(python, job, shards, placed, cluster, less_memory=less_memory) as (started, inbox):
+                exited = dispatcher.run(started, inbox)
+            if exited is None:
                 break
-            stopped = f"vLLM stopped after {progress.done:,} of {progress.total:,} responses: {last.diagnosis()}"
-            if last.adapter_not_served:
-                raise AdapterNotServedError(last.diagnosis())
-            if less_memory or not last.may_fit_with_less_memory:
-                raise SpinError(f"{stopped} (finished shards are kept: run the same command again)")
-            warn(f"{stopped}; trying the rest once more with less memory ({LESS_MEMORY})")
+            stopped = f"vLLM stopped after {progress.done:,} of {progress.total:,} responses: {exited.diagnosis()}"
+            if exited.adapter_not_served:
+                raise AdapterNotServedError(exited.diagnosis())
+            if less_memory or not exited.may_fit_with_less_memory:
+                raise SpinError(f"{stopped}; finished shards are kept, run the same command again")
+            warn(f"{stopped}; generating the rest once more with less memory ({LESS_MEMORY})")
         generated = {"responses": progress.done, "tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
     shards.note(generated=generated)
 
 
 @contextmanager
 def _request_files(shards: Shards, requests: Iterable[tuple[Request, bool]]) -> Iterator[Origins]:
-    """The wanted requests, and which are scored, as one file for each shard, until the shard is written."""
+    """Write one file of requests per shard; all are removed on exit."""
     origins: Origins = {}
     try:
         shutil.rmtree(shards.requests, ignore_errors=True)
         shards.requests.mkdir()
-        for shard, group in groupby(requests, lambda asked: asked[0].number // SHARD):
+        for shard, group in groupby(requests, lambda pair: pair[0].number // SHARD):
             with open(shards.request_file(shard), "w", encoding="utf-8") as file:
                 for r, score in group:
                     origins[r.number] = (r.split, r.example)
@@ -110,111 +110,111 @@ def _engines(
     python: Path,
     job: Job,
     shards: Shards,
-    where: list[Placement],
+    placed: list[Placement],
     cluster: dict[str, Any] | None,
     *,
     less_memory: bool,
 ) -> Iterator[tuple[list[Engine], Inbox]]:
-    """A worker at each place; all of them, and their children, are ended on the way out, and their memory is free."""
+    """Start a worker on each placement. On exit all workers and their children are killed and their memory is free."""
     inbox, started = Inbox(), []
-    with ExitStack() as waited_for, ExitStack() as killed:  # all are killed before one is waited for
-        for number, place in enumerate(where):
+    with ExitStack() as waits, ExitStack() as kills:  # kill all before waiting for any
+        for number, placement in enumerate(placed):
             job_file = shards.requests / f"worker-{number}.json"
             content = {
                 "engine": {key: _absolute(value) if key == "model" else value for key, value in job.engine.items()},
                 "adapter": job.adapter and _absolute(job.adapter),
                 "sampling": job.sampling,
                 "requests": _absolute(str(shards.requests)),
-                "cores": place.cores,
-                "engines": len(where),
+                "cores": placement.cores,
+                "engines": len(placed),
                 "less_memory": less_memory,
                 **(cluster or {}),
             }
             job_file.touch(mode=0o600)  # vllm_kwargs may hold a token
             job_file.write_text(json.dumps(content), encoding="utf-8")
-            log = shards.log_of(number, again=less_memory)
+            log = shards.log_of(number, retry=less_memory)
             command = [str(python), str(RAY_WORKER if cluster else WORKER), str(job_file)]
-            started.append(Engine(command, log, place.environment, inbox))
-            waited_for.callback(started[-1].end)
-            killed.callback(started[-1].kill)
+            started.append(Engine(command, log, placement.environment, inbox))
+            waits.callback(started[-1].end)
+            kills.callback(started[-1].kill)
         yield started, inbox
 
 
-def _absolute(place: str) -> str:
-    """The same place for a process that works elsewhere (an actor of a Ray cluster); a name on the hub as it is."""
-    return str(Path(place).absolute()) if Path(place).exists() else place
+def _absolute(path: str) -> str:
+    """Return an absolute path, because Ray's actors have another working directory; a name on the hub is unchanged."""
+    return str(Path(path).absolute()) if Path(path).exists() else path
 
 
 class _Dispatcher:
-    """The shards of a job on their way from the engines to the disk."""
+    """Submit the shards of a job to engines and write their responses."""
 
     def __init__(self, shards: Shards, origins: Origins, progress: Progress) -> None:
         self.shards, self.origins, self.progress = shards, origins, progress
         self.sizes = Counter(number // SHARD for number in origins)
-        """Requests of every shard that is not written yet."""
+        """Number of requests of each shard that is not written yet."""
         self.waiting: deque[int] = deque()
-        """Shards that no engine has."""
-        self.answers: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
-        """The responses of unfinished shards; they stay when an engine dies."""
-        self.living: set[Engine] = set()
+        """Shards that are not submitted."""
+        self.responses: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
+        """Responses of unfinished shards, by number; kept when an engine exits."""
+        self.running: set[Engine] = set()
 
     def run(self, engines: list[Engine], inbox: Inbox) -> Engine | None:
-        """Go on until every shard is written (None) or no engine is left (the one that died last)."""
-        self.living, self.waiting = set(engines), deque(sorted(self.sizes))
-        looked, engine = time.monotonic(), None
+        """Return None once every shard is written, or the last engine if all have exited."""
+        self.running, self.waiting = set(engines), deque(sorted(self.sizes))
+        last_check, engine = time.monotonic(), None
         while self.sizes:
-            if time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
-                looked = time.monotonic()
-                for living in self.living:
-                    living.kill_if_hung()
+            if time.monotonic() - last_check > POLL_INTERVAL:
+                last_check = time.monotonic()
+                for running in self.running:
+                    running.kill_if_hung()
             try:
-                engine, answer = inbox.get(timeout=SECONDS_BETWEEN_LOOKS)
+                engine, message = inbox.get(timeout=POLL_INTERVAL)
             except Empty:
                 continue
-            if answer is not None:
-                self._receive(engine, answer)
+            if message is not None:
+                self._receive(engine, message)
             elif self._on_exit(engine):
                 return engine
         return None
 
-    def _receive(self, engine: Engine, answer: dict[str, Any]) -> None:
-        """One line of an engine."""
+    def _receive(self, engine: Engine, message: dict[str, Any]) -> None:
+        """Handle one message of an engine."""
         engine.heartbeat()
-        if "number" in answer:
-            self._store(engine, answer)
-        elif "ready" in answer:
-            engine.set_ready(answer["slots"])
+        if "number" in message:
+            self._store(engine, message)
+        elif "ready" in message:
+            engine.set_ready(message["slots"])
             self.progress.start()
-        elif "vllm" in answer:
-            self.shards.note(vllm=answer["vllm"])
+        elif "vllm" in message:
+            self.shards.note(vllm=message["vllm"])
         self._submit(engine)
 
-    def _store(self, engine: Engine, answer: dict[str, Any]) -> None:
-        """One response; writes its shard when that is complete."""
-        number, shard = answer["number"], answer["number"] // SHARD
+    def _store(self, engine: Engine, message: dict[str, Any]) -> None:
+        """Store one response, and write its shard if that completes it."""
+        number, shard = message["number"], message["number"] // SHARD
         engine.in_flight -= 1
-        self.progress.start()  # Ray says nothing before
-        drawn = self.answers[shard]
-        if shard not in self.sizes or number in drawn:  # it was answered before another engine died
+        self.progress.start()  # the Ray worker sends no "ready"
+        responses = self.responses[shard]
+        if shard not in self.sizes or number in responses:  # already answered by an engine that exited
             return
         split, example = self.origins[number]
-        drawn[number] = {"split": split, "example": example} | {
-            key: answer[key] for key in ("tokens", "finish", "stop")
+        responses[number] = {"split": split, "example": example} | {
+            key: message[key] for key in ("tokens", "finish", "stop")
         }
-        if answer.get("logps") is not None:
-            drawn[number]["logps"] = answer["logps"]
-        self.progress.advance(len(answer["tokens"]))
-        if len(drawn) == self.sizes[shard]:
-            self.shards.write(shard, (drawn[key] for key in sorted(drawn)))
+        if message.get("logps") is not None:
+            responses[number]["logps"] = message["logps"]
+        self.progress.advance(len(message["tokens"]))
+        if len(responses) == self.sizes[shard]:
+            self.shards.write(shard, (responses[key] for key in sorted(responses)))
             self.shards.request_file(shard).unlink()
-            del self.sizes[shard], self.answers[shard]
-            for each in self.living:
-                each.shards.discard(shard)
+            del self.sizes[shard], self.responses[shard]
+            for running in self.running:
+                running.shards.discard(shard)
 
     def _submit(self, engine: Engine) -> None:
-        """Hand an engine shards: a full batch and one more shard, so that it never runs dry, but not more than its
-        share of what is left, so that the others have work to the end."""
-        share = -(-len(self.sizes) // len(self.living))
+        """Submit shards to an engine: its slots plus one shard, so that it never idles, but at most an equal share of
+        the remaining shards, so that all engines finish together."""
+        share = -(-len(self.sizes) // len(self.running))
         while self.waiting and engine.in_flight < engine.slots + SHARD and len(engine.shards) < share:
             if not engine.ready:
                 return
@@ -222,12 +222,12 @@ class _Dispatcher:
             engine.submit(shard, self.shards.request_file(shard), self.sizes[shard])
 
     def _on_exit(self, engine: Engine) -> bool:
-        """An engine is dead: hand its shards to the others. Whether no engine is left."""
-        self.living.remove(engine)
+        """Requeue the shards of an engine that exited; return whether no engine is left."""
+        self.running.remove(engine)
         self.waiting.extendleft(sorted(engine.shards & self.sizes.keys(), reverse=True))
-        at_work = [living for living in self.living if living.ready]
-        if self.living and (at_work or engine.ready):  # else what keeps one from starting will keep them all
-            warn(f"an engine stopped, {len(self.living)} go on with its responses: {engine.diagnosis()}")
-        for living in at_work:
-            self._submit(living)
-        return not self.living
+        ready = [running for running in self.running if running.ready]
+        if self.running and (ready or engine.ready):  # else none became ready, and all may fail alike
+            warn(f"an engine stopped, {len(self.running)} left to generate its responses: {engine.diagnosis()}")
+        for running in ready:
+            self._submit(running)
+        return not self.running

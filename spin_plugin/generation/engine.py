@@ -1,4 +1,4 @@
-"""One worker process: vLLM in its own interpreter, in a session of its own."""
+"""One worker process: vLLM in its own interpreter and session."""
 
 import json
 import os
@@ -19,57 +19,57 @@ from spin_plugin.config.plain import SECRET_PARTS
 from spin_plugin.console import warn
 from spin_plugin.generation.diagnosis import diagnose_exit, is_about_the_adapter, is_short_of_memory
 
-# Set by torchrun, accelerate and Axolotl for training; vLLM would take them for its own. Axolotl's choice of an
-# allocator (expandable segments) breaks vLLM's tensor parallelism.
+# Set by torchrun, accelerate and Axolotl for training, but also read by vLLM. Axolotl's allocator setting (expandable
+# segments) breaks vLLM's tensor parallelism.
 TRAINING_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE",
     "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTHONHOME",
     "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
 )  # fmt: skip
-# torch.distributed's gloo listens on a port for each group, also for a group of one process: not where others see it.
+# gloo opens a port for every process group, even of one process; keep it off the network.
 LOCAL_ONLY = {"GLOO_SOCKET_IFNAME": socket.if_indextoname(1)}
 TRAINING_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
 
-# Seconds without a sign of life after which a worker counts as hanging. A worker at work gives one after every step
-# of vLLM; one that loads a model (or downloads it) gives none but the growth of its log.
-PATIENCE = 600.0
-LOADING_PATIENCE = 3600.0
-# Seconds after which a killed process that is still there hangs in a driver; tens of GB take a few to be given back.
-SECONDS_UNTIL_GONE = 60.0
-SECONDS_BETWEEN_LOOKS = 0.05
+# Seconds without a heartbeat after which a worker counts as hung. A ready worker sends heartbeats between vLLM's steps;
+# while it loads or downloads a model, new output in its log counts as a heartbeat.
+HEARTBEAT_TIMEOUT = 600.0
+LOADING_TIMEOUT = 3600.0
+# Seconds to wait for a killed process. Freeing tens of GB takes a few; one that needs longer hangs in a driver.
+EXIT_TIMEOUT = 60.0
+POLL_INTERVAL = 0.05
 
 
 class Engine:
-    """A worker and what it was given to answer."""
+    """A worker process and the requests in flight on it."""
 
     def __init__(self, command: list[str], log: Path, environment: Mapping[str, str], inbox: "Inbox") -> None:
-        """Start it.
+        """Start the worker.
 
         Args:
-            command: the worker's; the file descriptor for its answers is added at the end.
-            log: where everything it prints goes.
-            environment: variables besides those of this process.
-            inbox: gets every answer, and None when there will be no more.
+            command: the worker's command line; the file descriptor for its responses is appended.
+            log: file for its stdout and stderr.
+            environment: variables to add to those of this process.
+            inbox: receives every message of the worker, then None once it has exited.
         """
         self.log = log
         self.shards: set[int] = set()
-        """Handed out and not complete."""
+        """Shards submitted and not written yet."""
         self.in_flight = 0
-        """Requests handed out and not answered."""
+        """Requests submitted and not answered yet."""
         self.slots = 0
-        """How many requests it answers at a time; 0 until it is ready."""
+        """Requests it processes at a time; 0 until it is ready."""
         self.hung = False
-        self._reaping, self._gone = threading.Lock(), threading.Event()
-        self._heard = time.monotonic()
+        self._reap_lock, self._exited = threading.Lock(), threading.Event()
+        self._last_heartbeat = time.monotonic()
         self._log_size = 0
         receiving, sending = os.pipe()
         try:
-            with open(log, "w", encoding="utf-8") as printed:
+            with open(log, "w", encoding="utf-8") as output:
                 self.process = subprocess.Popen(
                     [*command, str(sending)],
                     stdin=subprocess.PIPE,
                     bufsize=0,
-                    stdout=printed,
+                    stdout=output,
                     stderr=subprocess.STDOUT,
                     pass_fds=[sending],
                     env=LOCAL_ONLY | _environment() | dict(environment),
@@ -78,115 +78,115 @@ class Engine:
         finally:
             os.close(sending)
         threading.Thread(target=self._listen, args=(receiving, inbox), daemon=True).start()
-        threading.Thread(target=self._clear_up, daemon=True).start()
+        threading.Thread(target=self._reap, daemon=True).start()
 
     @property
     def ready(self) -> bool:
         return self.slots > 0
 
     def set_ready(self, slots: int) -> None:
-        """It has loaded the model."""
+        """Record that the model is loaded."""
         self.slots = slots
         self.heartbeat()
 
     def submit(self, shard: int, requests: Path, count: int) -> None:
-        """Have it answer a shard, too."""
+        """Add a shard to the requests in flight."""
         assert self.process.stdin is not None
         if not self.in_flight:
-            self.heartbeat()  # it had nothing to answer
+            self.heartbeat()  # an idle worker sends none
         self.shards.add(shard)
         self.in_flight += count
-        with suppress(BrokenPipeError):  # it has just died; its shards are handed on when its answers end
+        with suppress(BrokenPipeError):  # it has just exited; the dispatcher requeues its shards
             self.process.stdin.write(f"{requests}\n".encode())
 
     def heartbeat(self) -> None:
-        """A sign of life came."""
-        self._heard = time.monotonic()
+        """Record a heartbeat."""
+        self._last_heartbeat = time.monotonic()
 
     def kill_if_hung(self) -> None:
-        """End it where no sign of life has come for too long; its answers then end by themselves."""
+        """Kill the worker if its last heartbeat is too old."""
         if self.ready and not self.in_flight:
             return
         if not self.ready and (size := self.log.stat().st_size) != self._log_size:
             self._log_size = size
             self.heartbeat()
-        if time.monotonic() - self._heard > (PATIENCE if self.ready else LOADING_PATIENCE):
+        if time.monotonic() - self._last_heartbeat > (HEARTBEAT_TIMEOUT if self.ready else LOADING_TIMEOUT):
             self.hung = True
             self.kill()
 
     def kill(self) -> None:
-        """Kill the whole process group, for vLLM's engine would outlive the worker alone; do not wait for it."""
-        with self._reaping:
-            if self.process.returncode is None:  # not reaped: nobody else can have the group's number
+        """Kill the process group, because vLLM's engine process would outlive the worker. Does not wait."""
+        with self._reap_lock:
+            if self.process.returncode is None:  # not reaped, so the group id cannot have been reused
                 with suppress(ProcessLookupError):
                     os.killpg(self.process.pid, signal.SIGKILL)
 
     def end(self) -> None:
-        """Kill the whole process group, and wait until the memory that it held is free."""
+        """Kill the process group and wait until its memory is free."""
         self.kill()
-        if not self._gone.wait(SECONDS_UNTIL_GONE):
+        if not self._exited.wait(EXIT_TIMEOUT):
             left = ", ".join(map(str, _members(self.process.pid)))
             warn(
-                f"vLLM was killed, and after {SECONDS_UNTIL_GONE:.0f} s its processes {left} still have not ended: the "
-                "memory that they hold will be missing; look what keeps them (nvidia-smi, ps)"
+                f"vLLM was killed, but its processes {left} are still running after {EXIT_TIMEOUT:.0f} s and may hold "
+                "memory; find out what blocks them (nvidia-smi, ps)"
             )
 
     def diagnosis(self) -> str:
-        """Why it died."""
+        """Return why the worker exited."""
         if not self.hung:
             return diagnose_exit(self.log, self.process.returncode)
-        doing, patience = ("answer", PATIENCE) if self.ready else ("sign of life while loading", LOADING_PATIENCE)
-        return f"it gave no {doing} for {patience:,.0f} s and was ended; its log is {self.log}"
+        sign, seconds = ("heartbeat", HEARTBEAT_TIMEOUT) if self.ready else ("output while loading", LOADING_TIMEOUT)
+        return f"killed after {seconds:,.0f} s without {sign}; see {self.log}"
 
     @property
     def may_fit_with_less_memory(self) -> bool:
-        """Whether another attempt can help: not where vLLM refused to start."""
+        """Whether a retry with less memory can help; it cannot if vLLM refused to start."""
         return self.ready or self.hung or (self.process.returncode or 0) < 0 or is_short_of_memory(self.diagnosis())
 
     @property
     def adapter_not_served(self) -> bool:
-        """Whether it died of the adapter: then it can draw from the merged model."""
+        """Whether it exited because vLLM cannot serve the adapter."""
         return not self.hung and is_about_the_adapter(self.diagnosis())
 
     def _listen(self, receiving: int, inbox: "Inbox") -> None:
-        with open(receiving, encoding="utf-8") as answers:
-            for line in answers:
-                if line.endswith("\n"):  # else it was killed in the middle of an answer
+        with open(receiving, encoding="utf-8") as messages:
+            for line in messages:
+                if line.endswith("\n"):  # else it was killed in the middle of a message
                     inbox.put((self, json.loads(line)))
-        self._gone.wait(SECONDS_UNTIL_GONE)  # its last words go to the log
+        self._exited.wait(EXIT_TIMEOUT)  # until then the log and the exit status are incomplete
         inbox.put((self, None))
 
-    def _clear_up(self) -> None:
-        """When the worker dies, end what it leaves (its engine holds the GPU's memory, and the pipe open), then reap
-        it. Nobody else does: the number of a process that was reaped, and of its group, may be a stranger's."""
+    def _reap(self) -> None:
+        """Wait for the worker to exit, kill its process group (vLLM's engine holds GPU memory and the pipe), then reap
+        it. Nothing else reaps it, because the system may reuse the process and group ids from then on."""
         pid = self.process.pid
-        with suppress(ChildProcessError):  # where SIGCHLD is ignored the system has reaped it
+        with suppress(ChildProcessError):  # if SIGCHLD is ignored, the system reaps it
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
             self.kill()
             while _members(pid):
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-        with self._reaping:
+                time.sleep(POLL_INTERVAL)
+        with self._reap_lock:
             self.process.wait()
-        self._gone.set()
+        self._exited.set()
 
 
 Inbox = SimpleQueue[tuple[Engine, dict[str, Any] | None]]
 
 
 def _members(group: int) -> list[int]:
-    """The processes of a group that may still hold memory. A zombie holds none, once its last thread has ended."""
-    found = []
+    """Return the processes of a group that may hold memory; a zombie holds none once its last thread has ended."""
+    members = []
     for pid in psutil.pids():
         with suppress(psutil.Error, ProcessLookupError):
             if os.getpgid(pid) == group:
                 process = psutil.Process(pid)
                 if process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1:
-                    found.append(pid)
-    return found
+                    members.append(pid)
+    return members
 
 
 def _environment() -> dict[str, str]:
-    """The worker's environment: ours without what belongs to training, and without secrets."""
+    """Return this process's environment without training variables and secrets."""
     return {
         key: value
         for key, value in os.environ.items()

@@ -1,4 +1,4 @@
-"""What an iteration asks of its opponent: requests, sampling, and the manifest that tells two jobs apart."""
+"""A generation job: its requests, its sampling parameters and its manifest."""
 
 import hashlib
 import json
@@ -10,14 +10,13 @@ import numpy as np
 
 from spin_plugin.config.plain import without_secrets
 
-SHARD = 256  # requests in a shard: what can be lost at most when a run is killed
-# vLLM says of so many responses how likely their tokens are (agreement.py). Where one of a batch is scored all of it
-# is, which costs 17 to 34%: so they are the first ones and not spread over the job.
+SHARD = 256  # requests per shard; a killed run loses unfinished shards only
+# Responses for which vLLM returns log-probs, used by the agreement check (agreement.py). One scored request makes vLLM
+# score its entire batch, which costs 17 to 34%, so the first ones are scored instead of a sample of the job.
 SCORED = 256
 
-
-# What responses depend on, and how it is called before the user.
-DECISIVE = {
+# Manifest keys that determine the responses, and their names in messages.
+IDENTITY = {
     "iteration": "the iteration",
     "weights": "the opponent's weights",
     "sampling": "the sampling (temperature, top_p, end tokens)",
@@ -27,15 +26,15 @@ DECISIVE = {
 
 
 def shards_of(requests: int) -> int:
-    """How many shards hold so many requests."""
+    """Return the number of shards that hold `requests` requests."""
     return -(-requests // SHARD)
 
 
 class Request(NamedTuple):
-    """One synthetic response to draw."""
+    """Request for one synthetic response."""
 
     number: int
-    """Position in the job; shards are runs of numbers."""
+    """Position in the job; a shard holds consecutive numbers."""
     split: str
     """`train` or `eval`."""
     example: int
@@ -47,51 +46,51 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """A generation job without its requests: a job with another fingerprint has other responses."""
+    """A generation job without its requests."""
 
     iteration: int
     engine: dict[str, Any]
-    """Arguments of `vllm.LLM`: the opponent's directory and how it is loaded."""
+    """Arguments of `vllm.LLM`: the opponent's model and how to load it."""
     adapter: str | None
-    """The opponent's adapter, where it is base model plus adapter."""
+    """The opponent's adapter, if it is a base model plus an adapter."""
     weights: str
     """Fingerprint of the opponent's weights."""
     sampling: dict[str, Any]
-    """Arguments of every `vllm.SamplingParams` but max_tokens and seed."""
+    """Arguments of every `vllm.SamplingParams` except max_tokens and seed."""
     requests: int
-    """How many responses are asked for."""
+    """Number of requests."""
     requests_sha256: str
     """Fingerprint of all requests."""
     revision: str | None = None
-    """Commit of a base model on the hub; None of a local one."""
+    """Commit of a base model on the hub; None for a local model."""
 
     def manifest(self) -> dict[str, Any]:
-        """What is stored in job.json."""
+        """Return the content of job.json, without secrets."""
         return asdict(self) | {"engine": without_secrets(self.engine)}
 
     def differs_from(self, manifest: Mapping[str, Any]) -> list[str]:
-        """By what the responses drawn under a stored manifest are not those of this job, in words; empty: they are.
+        """Describe what changed since a stored manifest; empty if its responses are valid for this job.
 
-        How vLLM is run (memory, devices, paths) is free; weights, requests and sampling are not.
+        Weights, requests and sampling are compared. How vLLM runs (memory, devices, paths) is not.
         """
         now = json.loads(json.dumps(self.manifest()))
-        return [words for key, words in DECISIVE.items() if manifest.get(key) != now[key]]
+        return [words for key, words in IDENTITY.items() if manifest.get(key) != now[key]]
 
 
 def request_seed(seed: int, iteration: int, split: str, example: int, sample: int) -> int:
-    """A seed of its own for every response, so that a shard does not depend on the others."""
+    """Return a response's own seed, which makes shards independent of one another."""
     key = f"{seed}/{iteration}/{split}/{example}/{sample}".encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:4], "big")
 
 
 class Prompts(NamedTuple):
-    """The prompts of one split that an iteration plays."""
+    """The prompts of one split that an iteration uses."""
 
     split: str
     examples: Any
     """The split's `datasets.Dataset` of examples."""
     ids: np.ndarray
-    """Which of them are played."""
+    """Ids of the examples to use."""
 
 
 def requests_for(
@@ -104,25 +103,25 @@ def requests_for(
     max_tokens: int | None,
     block: int = 1024,
 ) -> Iterator[Request]:
-    """Every request of an iteration, numbered, a block of prompts in memory at a time."""
+    """Yield the numbered requests of an iteration, reading `block` prompts at a time."""
     number = 0
     for split, examples, ids in prompts:
         rows = examples.select_columns(["prompt"]).with_format("arrow")
         for start in range(0, len(ids), block):
             chosen = ids[start : start + block].tolist()
             for example, prompt in zip(chosen, rows[chosen]["prompt"].to_pylist(), strict=True):
-                room = sequence_len - len(prompt)
-                if room < 1:  # vllm.max_model_len may be shorter than sequence_len
+                space = sequence_len - len(prompt)
+                if space < 1:  # vllm.max_model_len may be shorter than sequence_len
                     continue
-                budget = room if max_tokens is None else min(room, max_tokens)
+                budget = space if max_tokens is None else min(space, max_tokens)
                 for sample in range(samples):
-                    drawn = request_seed(seed, iteration, split, example, sample)
-                    yield Request(number, split, example, prompt, budget, drawn)
+                    response_seed = request_seed(seed, iteration, split, example, sample)
+                    yield Request(number, split, example, prompt, budget, response_seed)
                     number += 1
 
 
 def scored(requests: Iterable[Request]) -> Iterator[tuple[Request, bool]]:
-    """Each request, and whether its response is scored: the first ones that can become pairs to train on."""
+    """Yield each request and whether to score it: the first `SCORED` of the training split are scored."""
     left = SCORED
     for request in requests:
         train = request.split == "train"
@@ -131,7 +130,7 @@ def scored(requests: Iterable[Request]) -> Iterator[tuple[Request, bool]]:
 
 
 def fingerprint_requests(requests: Iterator[Request]) -> tuple[int, str]:
-    """Number of requests and a digest of all of them."""
+    """Return the number of requests and their digest."""
     digest, count = hashlib.sha256(), 0
     for request in requests:
         digest.update(json.dumps(request).encode())

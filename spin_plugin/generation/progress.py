@@ -1,4 +1,4 @@
-"""Progress of a generation job: a bar on a terminal, a line now and then in a log file."""
+"""Progress of a generation job: a bar on a terminal, otherwise a line every 20 seconds."""
 
 import time
 from types import TracebackType
@@ -8,11 +8,11 @@ from rich.progress import Progress as Bar
 
 from spin_plugin.console import console, say
 
-SECONDS_BETWEEN_LINES = 20.0
+LOG_INTERVAL = 20.0
 
 
 class Progress:
-    """Responses finished, responses/s, tokens/s and the time left."""
+    """Responses done, responses/s, tokens/s and time left."""
 
     def __init__(self, total: int, title: str) -> None:
         self.total, self.title = total, title
@@ -35,7 +35,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         self.bar.start()
         if not console.is_terminal:
-            say(f"{self.title}: {self.total:,} responses wanted, vLLM is starting")
+            say(f"{self.title}: {self.total:,} requested, vLLM is starting")
         return self
 
     def __exit__(
@@ -50,7 +50,7 @@ class Progress:
         return max(time.monotonic() - self.started, 1e-6)
 
     def start(self) -> None:
-        """The first engine is ready: time counts from here."""
+        """Start the clock once the first engine is ready."""
         if self.running:
             return
         self.running = True
@@ -59,12 +59,12 @@ class Progress:
         self.bar.update(self.task, description=self.title)
 
     def advance(self, tokens: int) -> None:
-        """One more response, of so many tokens."""
+        """Count one response of `tokens` tokens."""
         self.done += 1
         self.tokens += tokens
         self.bar.update(self.task, advance=1, rate=self.rate())
         now = time.monotonic()
-        if not console.is_terminal and now - self.last_line > SECONDS_BETWEEN_LINES:
+        if not console.is_terminal and now - self.last_line > LOG_INTERVAL:
             self.last_line = now
             left = self.seconds / self.done * (self.total - self.done)
             say(f"{self.title}: {self.done:,} of {self.total:,}, {self.rate()}, {left:.0f} s left")

@@ -1,4 +1,4 @@
-"""Which Python has vLLM."""
+"""Find the Python interpreter that runs vLLM."""
 
 import os
 import subprocess
@@ -9,17 +9,17 @@ from pathlib import Path
 from spin_plugin.console import SpinError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-HOW_TO_GET_ONE = "make an environment for it with `axolotl spin setup` (in a checkout: `scripts/setup.sh`)"
+INSTALL = "create an environment for it with `axolotl spin setup` (in a checkout: `scripts/setup.sh`)"
 
 
 def vllm_python(configured: str | None) -> Path:
-    """The interpreter that runs vLLM.
+    """Return the interpreter that runs vLLM.
 
-    `generation.vllm_python`, else the variable SPIN_VLLM_PYTHON, else this interpreter if it has vLLM, else
-    `.venv-vllm` beside the working directory or the plugin's checkout.
+    The first of: `generation.vllm_python`, the variable SPIN_VLLM_PYTHON, this interpreter if it has vLLM, `.venv-vllm`
+    in the working directory, `.venv-vllm` in the plugin's checkout.
 
     Raises:
-        SpinError: there is none, or the one that was named has no vLLM.
+        SpinError: no interpreter was found, or the chosen one has no vLLM.
     """
     for name, path in (
         ("spin.generation.vllm_python", configured),
@@ -34,20 +34,20 @@ def vllm_python(configured: str | None) -> Path:
         if candidate.exists():
             return _checked(str(candidate), candidate)
     raise SpinError(
-        f"vLLM was not found: {HOW_TO_GET_ONE}, or name its interpreter in spin.generation.vllm_python or "
-        "SPIN_VLLM_PYTHON"
+        f"vLLM was not found; {INSTALL}, or set spin.generation.vllm_python or SPIN_VLLM_PYTHON to an interpreter that "
+        "has it"
     )
 
 
 def _checked(name: str, python: Path) -> Path:
-    """The interpreter that `name` points to, once it has shown that it has vLLM."""
+    """Return the interpreter that `name` points to, after checking that it has vLLM."""
     if not (python.is_file() and os.access(python, os.X_OK)):
-        raise SpinError(f"{name}: {python} is no interpreter; {HOW_TO_GET_ONE}")
+        raise SpinError(f"{name}: {python} is not an executable file; {INSTALL}")
     probe = [str(python), "-c", "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"]
     try:
-        without = subprocess.run(probe, capture_output=True, check=False).returncode
+        missing = subprocess.run(probe, capture_output=True, check=False).returncode
     except OSError as error:
-        raise SpinError(f"{name}: {python} cannot be run ({error.strerror}); {HOW_TO_GET_ONE}") from None
-    if without:
-        raise SpinError(f"{name}: {python} has no vLLM; {HOW_TO_GET_ONE}")
+        raise SpinError(f"{name}: {python} cannot be run ({error.strerror}); {INSTALL}") from None
+    if missing:
+        raise SpinError(f"{name}: {python} has no vLLM; {INSTALL}")
     return python

@@ -1,10 +1,10 @@
-"""The synthetic responses on disk: shards that are whole or absent, each with its checksum.
+"""Synthetic responses on disk, in shards that are written atomically and carry a checksum.
 
 synthetic/
   job.json              the manifest
-  shard-00000.jsonl     one response a line; the last line is {"responses": n, "sha256": ...} of the rest
-  requests/             what is asked, a file for each unfinished shard; there while vLLM works
-  vllm.log              what vLLM printed; of several engines vllm-1.log and so on, of a second attempt again.log
+  shard-00000.jsonl     one response per line; the last line is {"responses": n, "sha256": ...} of the others
+  requests/             the requests of each unfinished shard; exists while vLLM runs
+  vllm.log              vLLM's output; vllm-1.log and so on for further engines, again.log for a retry
 """
 
 import hashlib
@@ -18,8 +18,8 @@ from spin_plugin.console import SpinError, warn
 from spin_plugin.generation.job import Job, shards_of
 from spin_plugin.run.atomic import remove_atomically, set_aside, write_atomically
 
-# The iteration that is being played draws a damaged shard anew by itself; this is about an earlier one's.
-WAY_OUT = "restore it from a backup or set spin.history_iterations to 0"
+# For a shard of an earlier iteration; the current one generates its damaged shards again.
+RESTORE = "restore it from a backup or set spin.history_iterations to 0"
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Shards:
     def request_file(self, number: int) -> Path:
         return self.requests / f"{number:05d}.jsonl"
 
-    def log_of(self, engine: int, *, again: bool = False) -> Path:
-        """What an engine printed, in the second attempt where `again`."""
-        return self.directory / f"{'again' if again else 'vllm'}{f'-{engine}' if engine else ''}.log"
+    def log_of(self, engine: int, *, retry: bool = False) -> Path:
+        """Return the log file of an engine."""
+        return self.directory / f"{'again' if retry else 'vllm'}{f'-{engine}' if engine else ''}.log"
 
     def logs(self) -> list[Path]:
         return sorted(self.directory.glob("*.log"))
@@ -50,7 +50,7 @@ class Shards:
         return self.directory / f"shard-{number:05d}.jsonl"
 
     def manifest(self) -> dict[str, Any] | None:
-        """The stored manifest; None where it is absent or unreadable."""
+        """Return the stored manifest; None if it is missing or unreadable."""
         try:
             content = json.loads(self.manifest_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -58,34 +58,34 @@ class Shards:
         return content if isinstance(content, dict) else None
 
     def prepare(self, job: Job) -> None:
-        """Keep the shards of this very job; set aside what another job has left."""
+        """Keep the shards of this job; set aside those of another job."""
         manifest = self.manifest()
         if manifest is not None and not (differing := job.differs_from(manifest)):
             return
         if count := len(list(self.directory.glob("shard-*"))):
-            reason = "nobody knows what they were drawn for: job.json is missing or damaged"
+            reason = "job.json is missing or damaged"
             if manifest is not None:
-                reason = f"they were drawn before this changed: {', '.join(differing)}{_moved(manifest, job)}"
+                reason = f"this changed: {', '.join(differing)}{_new_revision(manifest, job)}"
             aside = set_aside(self.directory)
             warn(
-                f"iteration {job.iteration}: the responses of {count} shards are drawn anew, as {reason}; the old ones "
-                f"are kept in {aside}: remove it if you do not need it"
+                f"iteration {job.iteration}: generating {count} shards of responses again because {reason}; "
+                f"the old ones were set aside in {aside}, which you can delete"
             )
         remove_atomically(self.directory)
         self.directory.mkdir(parents=True)
         write_atomically(self.manifest_file, json.dumps(job.manifest(), indent=2) + "\n")
 
-    def note(self, **facts: Any) -> None:
-        """Add facts to the manifest, such as vLLM's version."""
-        write_atomically(self.manifest_file, json.dumps((self.manifest() or {}) | facts, indent=2) + "\n")
+    def note(self, **fields: Any) -> None:
+        """Add fields to the manifest, such as vLLM's version."""
+        write_atomically(self.manifest_file, json.dumps((self.manifest() or {}) | fields, indent=2) + "\n")
 
     def write(self, number: int, responses: Iterable[dict[str, Any]]) -> None:
-        """Write one shard in one step."""
+        """Write one shard atomically."""
         lines = [json.dumps(response) for response in responses]
         write_atomically(self.shard(number), "\n".join([*lines, _seal(lines)]) + "\n")
 
     def read(self, number: int) -> list[dict[str, Any]]:
-        """The responses of one shard.
+        """Return the responses of one shard.
 
         Raises:
             SpinError: the shard is missing, truncated or altered.
@@ -95,43 +95,42 @@ class Shards:
             *lines, seal = path.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
             raise SpinError(
-                f"{path} is missing; restore it, or set spin.history_iterations to 0 if it is an earlier iteration's"
+                f"{path} is missing; restore it, or for an earlier iteration set spin.history_iterations to 0"
             ) from None
         except (ValueError, UnicodeDecodeError):
-            raise SpinError(f"{path} is damaged; {WAY_OUT}") from None
+            raise SpinError(f"{path} is damaged; {RESTORE}") from None
         if seal != _seal(lines):
-            raise SpinError(f"{path} is damaged (its checksum does not fit); {WAY_OUT}")
+            raise SpinError(f"{path} is damaged (its checksum does not match); {RESTORE}")
         return [json.loads(line) for line in lines]
 
     def missing(self, job: Job) -> list[int]:
-        """Numbers of the shards that are absent or damaged; a damaged one is removed."""
-        absent = []
+        """Return the numbers of missing and damaged shards; deletes the damaged ones."""
+        numbers = []
         for number in range(shards_of(job.requests)):
             try:
                 self.read(number)
             except SpinError:
                 self.shard(number).unlink(missing_ok=True)
-                absent.append(number)
-        return absent
+                numbers.append(number)
+        return numbers
 
     def responses(self) -> Iterator[dict[str, Any]]:
-        """All responses in the order of the requests.
+        """Yield all responses, ordered by request number.
 
         Raises:
-            SpinError: the directory, or one of its shards, is missing or damaged.
+            SpinError: the manifest or a shard is missing or damaged.
         """
         manifest = self.manifest()
         if manifest is None:
             raise SpinError(
-                f"{self.directory} is missing though its responses are mixed in; restore it or set "
-                "spin.history_iterations to 0"
+                f"{self.manifest_file} is missing or damaged, but its responses are used for training; {RESTORE}"
             )
         for number in range(shards_of(manifest["requests"])):
             yield from self.read(number)
 
 
-def _moved(manifest: dict[str, Any], job: Job) -> str:
-    """What to add where a base model has moved on the hub."""
+def _new_revision(manifest: dict[str, Any], job: Job) -> str:
+    """Describe a new commit of a base model on the hub; empty if there is none."""
     before, now = manifest.get("revision"), job.revision
     return f" (on the hub from commit {before[:10]} to {now[:10]})" if before and now and before != now else ""
 

@@ -1,1 +1,1 @@
-"""The main player: a micro-batch of pairs in, log-probabilities of their responses out."""
+"""The policy: a micro-batch of pairs in, log-probs of their responses out."""

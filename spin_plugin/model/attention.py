@@ -1,12 +1,12 @@
-"""Attention of a flat row: both responses of a pair see its prompt and themselves, nothing else.
+"""Attention for the shared-prefix layout: each response attends to its prompt and itself only.
 
-Importing the module registers the function with transformers' AttentionInterface under `NAME`; `enable`
-makes a model use it. A forward is flat when it is given `spans` (see `spin_plugin.model.layout.shared_prefix_batch`) as
-a keyword, which transformers hands down to every attention layer; without it the function is plain SDPA,
-so that the same model also takes padded batches.
+Importing this module registers `attend` with transformers' AttentionInterface under `NAME`; `enable` makes a model use
+it. The keyword `spans` (see `spin_plugin.model.layout.shared_prefix_batch`), which transformers passes to every
+attention layer, selects shared-prefix attention. Without it `attend` is plain SDPA, so the same model also accepts
+padded batches.
 
-`dense_mask` and `dense_attention` are the slow, obvious reference of the fast paths: two SDPA calls a pair
-on a CPU, FlexAttention with a block mask on CUDA.
+The fast paths are two SDPA calls per pair on CPU, and FlexAttention with a block mask on CUDA. `dense_mask` and
+`dense_attention` are their slow reference.
 """
 
 from collections.abc import Callable
@@ -31,12 +31,18 @@ NAME = "spin_shared_prefix"
 
 
 def dense_mask(spans: Tensor, tokens: int, window: int | None = None) -> Tensor:
-    """[T, T] boolean: may query (row) see key (column)? Of spans [B, 4], positions limited to `window`."""
+    """Return [T, T] boolean: whether a query (row) may attend to a key (column).
+
+    Args:
+        spans: [B, 4] as in `shared_prefix_batch`.
+        tokens: T.
+        window: the sliding window in positions, if any.
+    """
     mask = torch.zeros(tokens, tokens, dtype=torch.bool)
     for start, prompt, real, synthetic in spans.tolist():
         middle = start + prompt + real
         for response in (range(start + prompt, middle), range(middle, middle + synthetic)):
-            sequence = [*range(start, start + prompt), *response]  # as if the response stood alone
+            sequence = [*range(start, start + prompt), *response]
             for position, query in enumerate(sequence):
                 first = 0 if window is None else max(0, position + 1 - window)
                 mask[query, sequence[first : position + 1]] = True
@@ -44,20 +50,20 @@ def dense_mask(spans: Tensor, tokens: int, window: int | None = None) -> Tensor:
 
 
 class Scores(NamedTuple):
-    """What a layer does to the products of queries and keys before the softmax."""
+    """How a layer turns the products of queries and keys into attention scores."""
 
-    scaling: float | None = None  # None is 1 / sqrt(head size)
-    window: int | None = None  # positions that a query sees at most, itself included
+    scaling: float | None = None  # None: 1 / sqrt(head size)
+    window: int | None = None  # positions that a query attends to at most, including itself
     softcap: float | None = None
 
 
 def _capped(scores: Tensor, softcap: float | None) -> Tensor:
-    """Gemma 2's soft-capping."""
+    """Apply Gemma 2's soft-capping."""
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scores: Scores) -> Tensor:
-    """Softmax attention written out: [1, H, Q, D] of query [1, H, Q, D], key and value [1, H or fewer, S, D]."""
+    """Reference attention: [1, H, Q, D] of query [1, H, Q, D], key and value [1, H or fewer, S, D]."""
     groups = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     products = query @ key.mT * (query.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling)
@@ -65,11 +71,11 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sco
     return weights.to(value.dtype) @ value
 
 
-# --- what the layers share ---------------------------------------------------------------------
+# --- state shared by all layers ----------------------------------------------------------------
 
 
 class SharedPrefix:
-    """The spans [B, 4] of a row of T tokens and what follows from them, once for all layers and recomputations."""
+    """The spans [B, 4] of a row of T tokens, with the masks derived from them cached for all layers."""
 
     def __init__(self, spans: Tensor, tokens: int) -> None:
         self.spans, self.tokens = spans, tokens
@@ -77,26 +83,26 @@ class SharedPrefix:
 
     @cached_property
     def rows(self) -> list[list[int]]:
-        """The spans as numbers; waits for the device, so only the CPU path asks."""
+        """The spans as Python ints. Synchronizes with the device, so only the CPU path uses it."""
         return self.spans.tolist()
 
     def ranges(self, window: int | None) -> Ranges:
-        """The mask as ranges of keys. Prompt and real response are one run of own keys."""
+        """Return the mask as ranges of keys. For prompt and real tokens, the own range covers all visible keys."""
         start, prompt, real, synthetic = self.spans.int().unbind(1)
-        pair = torch.repeat_interleave(prompt + real + synthetic, output_size=self.tokens)  # no wait for the device
+        pair = torch.repeat_interleave(prompt + real + synthetic, output_size=self.tokens)  # avoids a sync
         token = torch.arange(self.tokens, dtype=torch.int32, device=self.spans.device)
         start, prompt, real = start[pair], prompt[pair], real[pair]
         second = token >= start + prompt + real
         prompt_from, prompt_to = start, torch.where(second, start + prompt, start)
         own_from = torch.where(second, start + prompt + real, start)
         if window is not None:
-            # a key's distance in the sequence: the real response does not count between prompt and synthetic
+            # Between the prompt and a synthetic token, the real response does not count towards the distance.
             prompt_from = prompt_from.maximum(token - real + 1 - window)
             own_from = own_from.maximum(token + 1 - window)
         return Ranges(prompt_from, prompt_to, own_from)
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """FlexAttention's block mask, straight from the ranges."""
+        """Return FlexAttention's block mask, computed once per window."""
         if window not in self._block_masks:
             self._block_masks[window] = block_mask(self.ranges(window), self.tokens)
         return self._block_masks[window]
@@ -118,31 +124,31 @@ def attend(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: [1, T, H, D] of query [1, H, T, D], key and value [1, H or fewer, T, D].
+    """Attention function for transformers: [1, T, H, D] of query [1, H, T, D], key and value [1, H or fewer, T, D].
 
     Args:
-        attention_mask, dropout: for padded batches only; noise would make the policy differ from the opponent.
-        spans: [B, 4] of a flat row, better as the `SharedPrefix` that all layers share.
+        attention_mask, dropout: used for padded batches only; dropout would make the policy differ from the opponent.
+        spans: [B, 4] of a shared-prefix row, preferably wrapped in one `SharedPrefix` for all layers.
 
     Raises:
-        ValueError: the model asks for attention sinks or a position bias in a flat row.
+        ValueError: the model uses attention sinks or a position bias with the shared-prefix layout.
     """
     if spans is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     refused = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
     if refused:
-        raise ValueError(f"a flat row cannot have {refused[0]}; set spin.shared_prefix: off")
+        raise ValueError(f"spin.shared_prefix: attention with {refused[0]} is not supported; set it to off")
     shared = SharedPrefix(spans, query.shape[2]) if isinstance(spans, Tensor) else spans
-    assert query.shape[0] == 1 and key.shape[2] == shared.tokens, "a flat batch is one row, without a cache"
+    assert query.shape[0] == 1 and key.shape[2] == shared.tokens, "a shared-prefix batch is one row, without a KV cache"
     attention: Callable[..., Tensor] = _by_blocks if query.is_cuda else _by_pair
     output = attention(query, key, value, shared, Scores(scaling, sliding_window, softcap))
     return output.transpose(1, 2).contiguous(), None
 
 
 def _by_pair(query: Tensor, key: Tensor, value: Tensor, shared: SharedPrefix, scores: Scores) -> Tensor:
-    """[1, H, T, D]: SDPA twice a pair, over the keys that are seen and the corners of the masks.
+    """Compute [1, H, T, D] with two SDPA calls per pair, each only over the visible keys.
 
-    `split` and not slices: the gradient of a slice is as long as the row, which costs half the time.
+    Uses `split` because the gradient of a slice is as long as the row, which would take half the time.
     """
     sizes = [size for _, prompt, real, synthetic in shared.rows for size in (prompt + real, synthetic)]
     parts = zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True)
@@ -158,7 +164,7 @@ def _by_pair(query: Tensor, key: Tensor, value: Tensor, shared: SharedPrefix, sc
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-    """Causal attention of the last Q of S positions to all S."""
+    """Causal attention of the last Q of S positions over all S."""
     (queries, keys), mask, window = (query.shape[2], key.shape[2]), None, scores.window
     if queries < keys or scores.softcap is not None or (window is not None and window < keys):
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
@@ -171,18 +177,21 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor
     )
 
 
-def computes_in(states: Tensor) -> torch.dtype:
-    """The format in which attention computes: autocast's, where queries and keys are still in that of the positions."""
+def compute_dtype(states: Tensor) -> torch.dtype:
+    """Return the dtype of the attention computation.
+
+    Under autocast, queries and keys can still have the dtype of the rotary embedding.
+    """
     kind = states.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
 def _by_blocks(query: Tensor, key: Tensor, value: Tensor, shared: SharedPrefix, scores: Scores) -> Tensor:
-    """[1, H, T, D]: FlexAttention over the blocks that have a seen key."""
-    heads, dtype = query.shape[1], computes_in(query)
-    query, key, value = (states.to(dtype) for states in (query, key, value))  # the kernel's options depend on it
+    """Compute [1, H, T, D] with FlexAttention, skipping blocks without a visible key."""
+    heads, dtype = query.shape[1], compute_dtype(query)
+    query, key, value = (states.to(dtype) for states in (query, key, value))  # the kernel options depend on the dtype
     if heads & (heads - 1):
-        # transformers' own FlexAttention does not trust grouped heads that are no power of 2 either
+        # Like transformers, do not use FlexAttention's grouped heads unless their number is a power of 2.
         key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
 
     def capped(score: Tensor, _batch: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
@@ -193,20 +202,20 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, shared: SharedPrefix, 
 
 
 AttentionInterface.register(NAME, attend)
-# For padded batches. For flat ones `shared_prefix_inputs` says "here is your mask", and none is built.
+# Only used for padded batches: shared-prefix ones pass a ready-made mask (`shared_prefix_inputs`).
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def shared_prefix_inputs(spans: Tensor, tokens: int) -> dict[str, Any]:
-    """The keywords that make a forward flat: the spans for all layers, and a stand-in for a mask.
+    """Return the keywords for a shared-prefix forward: the spans for all layers and a dummy mask.
 
-    transformers takes a mask of four dimensions as it is; without, it would see positions start anew and
-    build a boolean [T, T].
+    transformers passes a 4D mask through unchanged. Without one, it would detect that positions restart and build a
+    boolean [T, T].
     """
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=spans.device)
     return {"spans": SharedPrefix(spans, tokens), "attention_mask": mask}
 
 
 def enable(model: nn.Module) -> None:
-    """Make the model attend by `attend`; for good, as gradient checkpointing runs layers outside of the forward."""
+    """Make the model use `attend`, permanently, because gradient checkpointing reruns layers outside the forward."""
     causal_lm(model).set_attn_implementation(NAME)

@@ -1,4 +1,4 @@
-"""The forward that gives log-probabilities of responses instead of logits."""
+"""A model forward that returns the log-probs of responses instead of logits."""
 
 import inspect
 from collections.abc import Callable
@@ -15,19 +15,22 @@ from spin_plugin.model.support import causal_lm
 
 
 def install(model: nn.Module) -> None:
-    """Teach the causal LM inside `model` the keyword `spin_batch`. Before it is wrapped for training, and once."""
+    """Make the causal LM inside `model` accept the keyword `spin_batch`.
+
+    Call it before the model is wrapped for training; repeated calls do nothing.
+    """
     inner = causal_lm(model)
     if hasattr(inner, "spin_earlier_forward"):
         return
     head = inner.get_output_embeddings()
     inner.spin_earlier_forward = inner.__dict__.get("forward")
 
-    # wraps: others read the forward's signature
+    # `wraps` because transformers' Trainer, among others, inspects the signature of `forward`.
     @wraps(type(inner).forward)
     def forward(self: Any, *args: Any, spin_batch: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
         return _forward(self, spin_batch, *args, **kwargs)
 
-    # bound methods, and nothing of the instance in a closure: a deep copy of the model binds its own
+    # Bound methods without a closure over the instance, so that a deep copy of the model uses its own weights.
     inner.forward = MethodType(forward, inner)
     if getattr(type(head), "forward", None) is nn.Linear.forward and "forward" not in head.__dict__:
         head.forward = MethodType(linear_forward, head)
@@ -48,11 +51,12 @@ def _forward(self: Any, batch: dict[str, Tensor] | None, *args: Any, own_logits:
 
 
 def _own_logps(original: Callable[..., Any], batch: dict[str, Tensor], inputs: dict[str, Any]) -> Tensor:
-    """[R] from the model's own logits, at the kept positions alone where it can."""
-    takes = inspect.signature(original).parameters
-    if "output_router_logits" in takes:  # for an auxiliary loss that SPIN has not, and with a mask that a row has not
+    """Compute [R] log-probs from the model's own logits, only at the kept positions if the model supports it."""
+    parameters = inspect.signature(original).parameters
+    if "output_router_logits" in parameters:
+        # They serve an auxiliary loss that SPIN lacks, and need a real mask, which a shared-prefix row lacks.
         inputs = inputs | {"output_router_logits": False}
-    if len(inputs["input_ids"]) == 1 and "logits_to_keep" in takes:
+    if len(inputs["input_ids"]) == 1 and "logits_to_keep" in parameters:
         logits = original(**inputs, logits_to_keep=batch["keep"]).logits[0]
     else:
         logits = original(**inputs).logits.flatten(0, 1)[batch["keep"]]
@@ -60,12 +64,12 @@ def _own_logps(original: Callable[..., Any], batch: dict[str, Tensor], inputs: d
 
 
 def logps(model: nn.Module, batch: dict[str, Tensor], *, own_logits: bool = False) -> Tensor:
-    """[R] summed log-probabilities of the responses of a batch, fp32.
+    """Compute the [R] summed log-probs of a batch's responses, in fp32.
 
     Args:
-        model: as it is trained, wrapped by whatever; `install` has been called.
-        batch: of `layout.padded_batch`, `layout.shared_prefix_batch` or `layout.single_batch`.
-        own_logits: use the model's own logits instead of the chunked head, as `select.choose_layout` has found out.
+        model: as trained, wrapped or not; `install` must have been called.
+        batch: the result of `layout.padded_batch`, `layout.shared_prefix_batch` or `layout.single_batch`.
+        own_logits: use the model's own logits instead of the chunked head; see `select.Layout`.
     """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "spans") if name in batch}
     named = {name: batch[name] for name in ("keep", "targets", "segments", "lengths")}
@@ -74,9 +78,10 @@ def logps(model: nn.Module, batch: dict[str, Tensor], *, own_logits: bool = Fals
 
 
 def silence_dropout(module: nn.Module) -> float:
-    """Noise would make the policy differ from the opponent before any step; returns the largest rate there was.
+    """Set every dropout rate of a module to 0 and return the largest previous rate.
 
-    Some models hold the rate as a plain number (`attention_dropout`) and hand it to the attention function.
+    Dropout would make the policy differ from the opponent before the first step. Some models keep the rate as a plain
+    float attribute such as `attention_dropout`.
     """
     plain = [name for name, value in vars(module).items() if name.endswith("dropout") and isinstance(value, float)]
     names = [*plain, "p"] if isinstance(module, nn.Dropout) else plain

@@ -1,13 +1,16 @@
-"""A micro-batch of pairs as the tensors the model sees, in one of two forms.
+"""Build the model's input tensors for a micro-batch of pairs, in one of two layouts.
 
-The padded form, the reference: 2B sequences `prompt | response`, the real ones first, padded on the
-right to the longest. The flat form: one row `prompt | real | synthetic` of each pair back to back,
-without padding and with each prompt once; it needs the attention of `spin_plugin.model.attention`.
+Padded layout: 2B sequences `prompt | response`, the real ones first, padded on the right to the longest.
 
-In both, `keep`, `targets` and `segments` [K] name the positions whose logits predict a response token
-(counted in the flattened [rows * width]), those tokens, and which of the R responses each belongs to;
-`lengths` [R] are the responses' lengths, and `sides` [2, B] say which response is the real and which the
-synthetic side of each pair.
+Shared-prefix layout: one row with `prompt | real | synthetic` of each pair back to back, without padding and with
+each prompt only once. It needs the attention of `spin_plugin.model.attention`.
+
+Both layouts have:
+    keep: [K] positions whose logits predict a response token, as indices into the flattened [rows * width].
+    targets: [K] the predicted tokens.
+    segments: [K] which of the R responses each token belongs to.
+    lengths: [R] response lengths in tokens.
+    sides: [2, B] index of the real (row 0) and the synthetic (row 1) response of each pair.
 """
 
 from collections.abc import Sequence
@@ -26,10 +29,10 @@ class Pair(NamedTuple):
 
 
 def padded_batch(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, Tensor]:
-    """The padded form of B pairs.
+    """Build the padded layout of B pairs.
 
     Returns:
-        input_ids, attention_mask: [2B, L]; keep, targets, segments: [K], `keep` counted in the
+        input_ids, attention_mask: [2B, L]; keep, targets, segments: [K], with `keep` indexing the
         flattened [2B * L]; lengths: [2B]; sides: [2, B].
     """
     sequences = [(pair.prompt, pair.real) for pair in pairs] + [(pair.prompt, pair.synthetic) for pair in pairs]
@@ -37,10 +40,10 @@ def padded_batch(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, Tensor]:
 
 
 def single_batch(prompt: Sequence[int], response: Sequence[int]) -> dict[str, Tensor]:
-    """One sequence alone, without padding: what a response's log-probability is by definition.
+    """Build one unpadded sequence, the reference for a response's log-probability.
 
     Returns:
-        As `padded_batch` with one row [1, L] and one response, lengths [1]; no attention_mask and no sides.
+        Like `padded_batch`, with one row [1, L] and lengths [1], but without attention_mask and sides.
     """
     batch = _sequences([(prompt, response)], 0)
     del batch["attention_mask"]
@@ -48,7 +51,7 @@ def single_batch(prompt: Sequence[int], response: Sequence[int]) -> dict[str, Te
 
 
 def _sequences(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int) -> dict[str, Tensor]:
-    """Prompts and responses as rows, padded on the right; lengths are those of the responses, one a row."""
+    """Build one right-padded row per (prompt, response)."""
     width = max(len(prompt) + len(response) for prompt, response in sequences)
     input_ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros((len(sequences), width), dtype=torch.long)
@@ -57,7 +60,7 @@ def _sequences(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], pad_tok
         tokens = torch.as_tensor([*prompt, *response], dtype=torch.long)
         input_ids[row, : len(tokens)] = tokens
         attention_mask[row, : len(tokens)] = 1
-        # the token at position i is predicted by the logits at i - 1: a prompt is never empty
+        # The logits at i - 1 predict the token at i, so prompts must not be empty.
         keep.append(torch.arange(len(prompt) - 1, len(tokens) - 1) + row * width)
         targets.append(tokens[len(prompt) :])
         segments.append(torch.full((len(response),), row))
@@ -72,12 +75,12 @@ def _sequences(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], pad_tok
 
 
 def shared_prefix_batch(pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    """The flat form of B pairs with T tokens in all.
+    """Build the shared-prefix layout of B pairs with T tokens in total.
 
     Returns:
-        input_ids, position_ids: [1, T], positions as if each response stood directly after its prompt
-        alone; spans: [B, 4] where a pair starts and the lengths of prompt, real and synthetic response;
-        keep, targets, segments: [K]; lengths: [2B]; sides: [2, B].
+        input_ids, position_ids: [1, T], with both responses positioned directly after the prompt; spans: [B, 4] start
+        of each pair and the lengths of its prompt, real and synthetic response; keep, targets, segments: [K];
+        lengths: [2B]; sides: [2, B].
     """
     tokens, positions, keep, targets, spans, start = [], [], [], [], [], 0
     for pair in pairs:
@@ -85,7 +88,7 @@ def shared_prefix_batch(pairs: Sequence[Pair]) -> dict[str, Tensor]:
         end = prompt + real
         tokens += [torch.as_tensor(part, dtype=torch.long) for part in pair]
         positions += [torch.arange(end), torch.arange(prompt, prompt + synthetic)]
-        # the prompt's last position predicts the first token of both responses: a prompt is never empty
+        # The prompt's last position predicts the first token of both responses.
         before_synthetic = torch.arange(end - 1, end + synthetic - 1)
         before_synthetic[:1] = prompt - 1
         keep.append((torch.arange(prompt - 1, end - 1) + start, before_synthetic + start))
@@ -106,34 +109,32 @@ def shared_prefix_batch(pairs: Sequence[Pair]) -> dict[str, Tensor]:
 
 
 def _sides(pairs: int) -> Tensor:
-    """[2, B]: the real responses come first, then the synthetic ones."""
+    """Return [2, B] `sides` for responses ordered real first, then synthetic."""
     return torch.arange(2 * pairs).view(2, -1)
 
 
 def by_token(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same batch with each of its K response tokens as a response of its own.
+    """Return the batch with each of its K response tokens as a separate response.
 
-    Whatever gives [R] log-probabilities of responses then gives [K], one a token.
+    Functions that return [R] log-probs then return [K], one per token.
     """
     tokens = torch.arange(len(batch["targets"]), device=batch["targets"].device)
     return batch | {"segments": tokens, "lengths": torch.ones_like(tokens)}
 
 
 def response_numbers(pairs: Tensor) -> Tensor:
-    """[2, n] numbers of the real and the synthetic response of each of n pairs: where the opponent's log-probabilities
-    of them are stored."""
+    """Return the [2, n] storage indices of the opponent's log-probs, real then synthetic, for [n] pair indices."""
     return torch.stack([2 * pairs, 2 * pairs + 1])
 
 
 class PairCollator:
-    """Rows of the pairs dataset to a micro-batch, padded or with shared prefixes.
+    """Collate rows of the pairs dataset into a padded or shared-prefix micro-batch.
 
-    The dataloaders, and with them their collator, exist before the model is wrapped and its layout chosen: so the
-    trainer sets `shared_prefix` afterwards.
+    The collator is created before the model is wrapped and its layout chosen; the trainer sets `shared_prefix` later.
     """
 
     def __init__(self, tokenizer: Any, **_padding: Any) -> None:
-        # Axolotl hands its own padding options to every collator; the layout needs none of them.
+        # Axolotl passes its padding options to every collator; none applies here.
         self.shared_prefix = False
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = tokenizer.eos_token_id if pad is None else pad

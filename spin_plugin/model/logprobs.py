@@ -1,20 +1,20 @@
-"""Log-probabilities of responses from logits."""
+"""Compute the log-probs of responses from logits."""
 
 import torch
 from torch import Tensor
 
 
 def response_logps(logits: Tensor, targets: Tensor, segments: Tensor, responses: int) -> Tensor:
-    """Sum the log-probabilities of response tokens, per response, in fp32.
+    """Sum the token log-probs of each response in fp32.
 
     Args:
         logits: [K, V] logits at the K positions that predict a response token.
-        targets: [K] the tokens they predict.
-        segments: [K] which of the responses each belongs to, in 0..responses-1.
+        targets: [K] the predicted tokens.
+        segments: [K] the response that each token belongs to, in 0..responses-1.
         responses: number of responses.
 
     Returns:
-        [responses] log p(y|x), a sum over the response's tokens, its end token included.
+        [responses] log p(y|x), summed over the tokens of y, including its end token.
     """
     logits = logits.float()
     chosen = logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)

@@ -1,10 +1,9 @@
-"""Which layout a model's pairs take: rows that share their prompts, padded sequences, or none.
+"""Choose the layout of a model's pairs: shared-prefix, padded, or neither.
 
-A response's log-probability is by definition what the model's own forward says of `prompt | response` alone, without
-padding. `choose_layout` compares both layouts with that on a few whole pairs of the data, values and gradients, once,
-before anything is scored: shared prefixes are chosen where they agree, else padded sequences where those agree, and a
-model that agrees in neither is refused. What may fail on one rank alone, compiling an attention kernel, is tried
-outside of the model first, where no rank waits for another.
+The reference is the model's own forward on one unpadded sequence `prompt | response`. Once, before scoring,
+`choose_layout` compares both layouts with it on a few pairs of the data. It picks shared-prefix if its values and
+gradients agree, otherwise padded if its values agree, and otherwise refuses the model. Compiling an attention kernel
+can fail on a single rank, so this is tried outside the model first, where no collective can hang.
 """
 
 import math
@@ -21,33 +20,33 @@ from spin_plugin.console import SpinError
 from spin_plugin.model.attention import enable
 from spin_plugin.model.forward import logps
 from spin_plugin.model.layout import Pair, padded_batch, shared_prefix_batch, single_batch
-from spin_plugin.model.probe import EXACT, ROUGH, Apart, Tolerance
+from spin_plugin.model.probe import EXACT, ROUGH, Deviation, Tolerance
 from spin_plugin.model.support import causal_lm, family, needs_own_logits, unsupported_reason
 from spin_plugin.model.tracing import attention_calls, linear_dtypes
 
 Batch = dict[str, Tensor]
 HEAD_TOKENS = 256
-"""Positions at which the chunked head is compared with the model's own logits; a head knows no positions."""
-COMPARED = 2**22
-"""Elements of a parameter at most whose gradient is copied and compared."""
-PARAMETERS = 8
-"""Parameters whose gradients are compared; the first ones, whose gradients have come through all layers."""
-WEIGHTS = (2.0, -1.0)
-"""Of real and synthetic responses in the sum whose gradient is compared; unequal ones, since responses may be equal."""
+"""Most tokens of a prompt and of a response on which the chunked head is compared with the model's own logits."""
+MAX_GRADIENT_ELEMENTS = 2**22
+"""Gradients with more elements than this are not compared."""
+COMPARED_GRADIENTS = 8
+"""Gradients that are compared: those of the first parameters, which depend on every layer."""
+SIDE_WEIGHTS = (2.0, -1.0)
+"""Weights of real and synthetic responses in the sum that is differentiated; 1 and -1 would cancel if identical."""
 
 
-# --- what is decided -----------------------------------------------------------------------------
+# --- the choice ----------------------------------------------------------------------------------
 
 
 class Layout(NamedTuple):
-    """How a model computes log-probabilities of pairs."""
+    """How a model computes the log-probs of pairs."""
 
     shared_prefix: bool
-    """Each pair is one row `prompt | real | synthetic`; else it is two padded sequences."""
+    """Each pair is `prompt | real | synthetic` in one row; otherwise it is two padded sequences."""
     own_logits: bool
-    """The chunked head disagrees with the model's own logits, which are used instead."""
+    """Use the model's own logits, because the chunked head disagrees with them."""
     not_shared_because: str | None = None
-    """Why it is padded although a shared prefix was wanted."""
+    """Why the layout is padded although shared-prefix was requested."""
 
 
 def choose_layout(
@@ -59,28 +58,29 @@ def choose_layout(
     device: torch.device | None = None,
     gather: Callable[[Any], list[Any]] = lambda found: [found],
 ) -> Layout:
-    """Decide how a model is run, by what is known of it and by a comparison with one sequence at a time.
+    """Choose the layout by the model's class and by a comparison with one sequence at a time.
 
-    Every rank must call it, with the same rows. Turns on the attention of shared prefixes where they are chosen. The
-    model, its gradients and the state of the random numbers are as before.
+    Every rank must call this with the same rows. Enables shared-prefix attention if that layout is chosen; leaves the
+    weights, the training mode and the RNG state unchanged, and no gradients behind.
 
     Args:
-        model: as it is trained; `install` has been called.
-        rows: pairs of `probe`.
-        wanted: whether a shared prefix is wanted.
+        model: as trained, wrapped or not; `install` must have been called.
+        rows: the result of `probe`.
+        wanted: whether the shared-prefix layout is requested.
         pad_token_id: for the padded layout.
-        device: where the model computes; None is where its parameters lie, which FSDP may have moved away.
-        gather: collects what every rank hands in, in a list that is the same on all ranks.
+        device: where the model computes; defaults to its parameters' device, which is wrong if FSDP offloads them.
+        gather: returns every rank's argument, in the same order on all ranks.
 
     Raises:
-        SpinError: neither layout gives what one sequence at a time gives.
+        SpinError: neither layout agrees with one sequence at a time.
     """
-    if type(model) is OptimizedModule:  # FSDP makes a class of its own of it, which must stay
-        model = model._orig_mod  # each layout would be compiled, and only one is used afterwards
+    # Compare uncompiled: only one of the two layouts is worth compiling. FSDP's subclass must not be unwrapped.
+    if type(model) is OptimizedModule:
+        model = model._orig_mod
     device = device or next(causal_lm(model).parameters()).device
     training, devices = model.training, [device] if device.type == "cuda" else []
     model.eval()
-    # torch_compile: true lets a kernel that does not compile run eagerly, with memory for [heads, T, T]
+    # With torch_compile: true, a kernel that fails to compile would run eagerly and allocate [heads, T, T].
     with torch.random.fork_rng(devices), torch._dynamo.config.patch(suppress_errors=False), torch.no_grad():
         try:
             return _Choice(model, rows, pad_token_id, device, gather).layout(wanted=wanted)
@@ -89,7 +89,7 @@ def choose_layout(
 
 
 class _Choice:
-    """One model's comparison: the pairs as batches on its device, and what one sequence at a time says of them."""
+    """The comparison for one model: the batches of both layouts and the expected log-probs."""
 
     def __init__(
         self,
@@ -105,14 +105,14 @@ class _Choice:
         self.padded = [self._on_device(padded_batch(row, pad_token_id)) for row in rows]
         self.shared = [self._on_device(shared_prefix_batch(row)) for row in rows]
         self.alone = [self._alone(row) for row in rows]
-        self.tolerance = self._settle_head(rows[0][0])
+        self.tolerance = self._choose_head(rows[0][0])
         self.expected = [torch.cat([self._logps(batch) for batch in batches]) for batches in self.alone]
 
     def _on_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _alone(self, row: Sequence[Pair]) -> list[Batch]:
-        """Every response of a row as a sequence of its own, in the order of the other layouts: the real ones first."""
+        """Return every response of a row as its own sequence, real responses first as in the other layouts."""
         responses = [(pair.prompt, pair.real) for pair in row] + [(pair.prompt, pair.synthetic) for pair in row]
         return [self._on_device(single_batch(prompt, response)) for prompt, response in responses]
 
@@ -121,25 +121,25 @@ class _Choice:
 
     # --- head --------------------------------------------------------------------------------
 
-    def _settle_head(self, pair: Pair) -> Tolerance:
-        """Choose between the chunked head and the model's own logits; returns what rounding explains."""
+    def _choose_head(self, pair: Pair) -> Tolerance:
+        """Choose between the chunked head and the model's own logits; returns the tolerance for the model's dtypes."""
         batch = self._on_device(single_batch(pair.prompt[-HEAD_TOKENS:], pair.real[:HEAD_TOKENS]))
         with linear_dtypes(self.inner) as dtypes:
             own = logps(self.model, batch, own_logits=True)
         tolerance = EXACT if self._is_exact(dtypes) else ROUGH
         if not self.own_logits:
-            found: list[Apart] = []
+            found: list[Deviation] = []
 
             def compare() -> None:
-                found.append(Apart.of(logps(self.model, batch, own_logits=False), own, batch["lengths"]))
+                found.append(Deviation.of(logps(self.model, batch, own_logits=False), own, batch["lengths"]))
 
-            # a head that does not even take the decoder's output (RemBERT's) is not understood either
+            # RemBERT's head, for one, does not accept the decoder's output.
             failed = self._failure(compare) is not None
-            self.own_logits = failed or self._worst(found).rounding > tolerance.least
+            self.own_logits = failed or self._worst(found).per_root_token > tolerance.low
         return tolerance
 
     def _is_exact(self, dtypes: set[torch.dtype]) -> bool:
-        """Does the model compute in 32 bits, with no more error than that has?"""
+        """Return whether the model computes in full fp32 or better, without quantization or TF32."""
         quantised = getattr(self.inner.config, "quantization_config", None) is not None
         tf32 = self.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
         return dtypes <= {torch.float32, torch.float64} and not quantised and not tf32
@@ -147,7 +147,7 @@ class _Choice:
     # --- layouts -----------------------------------------------------------------------------
 
     def layout(self, *, wanted: bool) -> Layout:
-        padded = self._apart(self.padded)
+        padded = self._deviation(self.padded)
         reason = unsupported_reason(self.model) if wanted else None
         if wanted and reason is None:
             reason = self._shared_prefix_fault(padded)
@@ -155,15 +155,15 @@ class _Choice:
             self._require_padded(padded)
         return Layout(wanted and reason is None, self.own_logits, reason)
 
-    def _require_padded(self, apart: Apart) -> None:
-        if apart.rounding > self.tolerance.most:
+    def _require_padded(self, deviation: Deviation) -> None:
+        if deviation.per_root_token > self.tolerance.high:
             raise SpinError(
-                f"{self.name} gives a response another log-probability in a batch than alone ({apart.a_token:.2g} nats "
-                "a token), so it cannot be trained on pairs; use another base_model"
+                f"base_model: {self.name} cannot be trained on pairs, because its log-probs in a batch differ from one "
+                f"sequence at a time by {deviation.per_token:.2g} nats per token; use another base_model"
             )
 
-    def _shared_prefix_fault(self, padded: Apart) -> str | None:
-        """Why shared prefixes are not chosen, or None: then their attention stays on."""
+    def _shared_prefix_fault(self, padded: Deviation) -> str | None:
+        """Return why shared-prefix is rejected, or None and leave its attention enabled."""
         before = self.inner.config._attn_implementation
         expected = self._gradients(self.alone[0], self.expected[0])
         enable(self.model)
@@ -173,7 +173,7 @@ class _Choice:
         return reason
 
     def _kernel_fault(self) -> str | None:
-        """Run the attention outside of the model, forward and backward, with the shapes that the model asks for."""
+        """Run attention outside the model, forward and backward, for every signature that the model uses."""
         with attention_calls() as calls:
             self._logps(self.alone[0][0])
 
@@ -183,52 +183,59 @@ class _Choice:
 
         return self._failure(run)
 
-    def _values_fault(self, padded: Apart) -> str | None:
-        found: list[Apart] = []
-        if reason := self._failure(lambda: found.append(self._apart(self.shared))):
+    def _values_fault(self, padded: Deviation) -> str | None:
+        found: list[Deviation] = []
+        if reason := self._failure(lambda: found.append(self._deviation(self.shared))):
             return reason
-        rounding = max(self.tolerance.least, 3 * min(padded.rounding, self.tolerance.most))
-        if found[0].rounding <= rounding:
+        # Rounding in this model may be coarse: up to three times the padded layout's deviation is accepted.
+        accepted = max(self.tolerance.low, 3 * min(padded.per_root_token, self.tolerance.high))
+        if found[0].per_root_token <= accepted:
             return None
-        return f"a row of {self.name} differs from one sequence at a time by {found[0].a_token:.2g} nats a token"
+        return (
+            f"log-probs of {self.name} in the shared-prefix layout differ from one sequence at a time by "
+            f"{found[0].per_token:.2g} nats per token"
+        )
 
-    def _apart(self, batches: Sequence[Batch]) -> Apart:
+    def _deviation(self, batches: Sequence[Batch]) -> Deviation:
         pairs = zip(batches, self.expected, strict=True)
-        return self._worst([Apart.of(self._logps(batch), own, batch["lengths"]) for batch, own in pairs])
+        return self._worst([Deviation.of(self._logps(batch), own, batch["lengths"]) for batch, own in pairs])
 
-    def _worst(self, found: list[Apart]) -> Apart:
-        """Of all ranks: they must decide alike, whatever their devices round."""
-        return Apart(*max(self.gather(max(found))))
+    def _worst(self, found: list[Deviation]) -> Deviation:
+        """Return the largest deviation on any rank, so that all ranks decide alike."""
+        return Deviation(*max(self.gather(max(found))))
 
     def _failure(self, run: Callable[[], Any]) -> str | None:
-        """How `run` fails on some rank, or None. Whatever a compiler raises counts; too little memory does not."""
+        """Return how `run` fails on any rank, or None.
+
+        Any exception counts, because compilers raise all kinds, except running out of memory, which is raised.
+        """
         reason = None
         try:
             run()
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            reason = f"the attention of a row fails for {self.name}: {type(error).__name__}: {_first_line(error)}"
+            reason = f"shared-prefix attention fails for {self.name}: {type(error).__name__}: {_first_line(error)}"
         return next(filter(None, self.gather(reason)), None)
 
     # --- gradients ---------------------------------------------------------------------------
 
     def _gradients(self, batches: list[Batch], expected: Tensor) -> dict[str, Tensor] | None:
-        """Of the first row, one sequence at a time, or None where there is nothing to compare with."""
+        """Return the gradients of the first row, computed one sequence at a time, or None if they are no reference."""
         if not _takes_gradients(self.model):
             return None
         self.model.zero_grad(set_to_none=True)
         found = [
-            Apart.of(self._backward(batch, weight), value[None], batch["lengths"])
+            Deviation.of(self._backward(batch, weight), value[None], batch["lengths"])
             for batch, weight, value in zip(batches, self._weights(len(batches)), expected, strict=True)
         ]
         gradients = self._take_gradients()
-        # noise in training, as some routers add it
-        return gradients if self._worst(found).rounding <= self.tolerance.least else None
+        # In training mode some routers add noise; the gradients are then not comparable.
+        return gradients if self._worst(found).per_root_token <= self.tolerance.low else None
 
     def _weights(self, responses: int) -> Tensor:
-        """[R] of a row's responses in the sum whose gradient is compared."""
-        return torch.tensor(WEIGHTS, device=self.device).repeat_interleave(responses // 2)
+        """Return the [R] weights of a row's responses in the sum that is differentiated."""
+        return torch.tensor(SIDE_WEIGHTS, device=self.device).repeat_interleave(responses // 2)
 
     def _gradients_fault(self, expected: dict[str, Tensor] | None) -> str | None:
         if expected is None:
@@ -237,16 +244,16 @@ class _Choice:
         if reason := self._failure(lambda: self._backward(self.shared[0], weights)):
             self.model.zero_grad(set_to_none=True)
             return reason
-        here = _squares(self._take_gradients(), expected)
-        apart, size = (sum(part) for part in zip(*self.gather(here), strict=True))
-        if apart <= self.tolerance.gradient**2 * size:
+        local = _squares(self._take_gradients(), expected)
+        difference, size = (sum(part) for part in zip(*self.gather(local), strict=True))
+        if difference <= self.tolerance.gradient**2 * size:
             return None
-        relative = f"{math.sqrt(apart / size):.2g} of their size" if size else "all of their size"
-        return f"the gradients of a row of {self.name} differ from one sequence at a time by {relative}"
+        relative = f"{math.sqrt(difference / size):.2g} of their norm" if size else "all of their norm"
+        return f"gradients of {self.name} in the shared-prefix layout differ from one sequence at a time by {relative}"
 
     def _backward(self, batch: Batch, weight: Tensor) -> Tensor:
-        """Add the gradients of the weighted sum, as a step of training would; returns the log-probabilities."""
-        self.model.train()  # gradient checkpointing works in training alone
+        """Accumulate the gradients of the weighted sum as a training step would; returns the log-probs."""
+        self.model.train()  # gradient checkpointing is only active in training mode
         try:
             with torch.enable_grad():
                 found = self._logps(batch)
@@ -256,27 +263,33 @@ class _Choice:
         return found.detach()
 
     def _take_gradients(self) -> dict[str, Tensor]:
-        """The gradients of parameters that are not large, a few of them, on this rank; none is left in the model."""
+        """Copy this rank's shards of the first few gradients that are not too large, then clear all gradients."""
         gradients: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None and len(gradients) < PARAMETERS:
-                share = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-                if share.numel() <= COMPARED:
-                    gradients[name] = share.float().clone()
+            if parameter.grad is not None and len(gradients) < COMPARED_GRADIENTS:
+                local = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+                if local.numel() <= MAX_GRADIENT_ELEMENTS:
+                    gradients[name] = local.float().clone()
         self.model.zero_grad(set_to_none=True)
         return gradients
 
 
 def _takes_gradients(model: nn.Module) -> bool:
-    """May backward be called for its gradients alone? DeepSpeed has a way of its own, some optimizers step in it."""
+    """Return whether `backward` only accumulates gradients.
+
+    DeepSpeed replaces it by an engine method, and some optimizers step from hooks inside it.
+    """
     hooked = any(value._post_accumulate_grad_hooks or value._backward_hooks for value in model.parameters())
     return not hooked and not hasattr(model, "backward")
 
 
 def _squares(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, float]:
-    """The squared distance of two sets of gradients, what is missing being 0, and the second one's squared size."""
-    apart = sum(float((found.get(name, torch.zeros_like(own)) - own).square().sum()) for name, own in expected.items())
-    return (apart if math.isfinite(apart) else math.inf), sum(float(own.square().sum()) for own in expected.values())
+    """Return the squared distance of two sets of gradients (0 if missing) and the squared norm of `expected`."""
+    distance = sum(
+        float((found.get(name, torch.zeros_like(own)) - own).square().sum()) for name, own in expected.items()
+    )
+    norm = sum(float(own.square().sum()) for own in expected.values())
+    return (distance if math.isfinite(distance) else math.inf), norm
 
 
 def _first_line(error: Exception) -> str:

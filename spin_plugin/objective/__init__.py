@@ -1,1 +1,1 @@
-"""The SPIN objective: log-probabilities in, losses and metrics out. Needs torch alone."""
+"""The SPIN objective: losses and metrics, computed from log-probs."""

@@ -1,14 +1,14 @@
-"""The SPIN objective: log-probabilities and plain numbers in, losses out.
+"""The SPIN losses.
 
-SPIN (arXiv 2401.01335, equation 4.7), with r = log p_theta(y|x) - log p_t(y|x) for the real response y
-and r' the same for the synthetic response y' ~ p_t(.|x):
+SPIN (arXiv 2401.01335, equation 4.7) minimizes
 
-    L(theta) = E[ l( beta * r - beta * r' ) ]
+    L(theta) = E[ l(z) ],  z = beta * r - beta * r'
 
-where l is convex and decreasing, theta is the main player and p_t the opponent.
+with r = log p_theta(y|x) - log p_t(y|x) for the real response y, and r' the same for the synthetic response
+y' ~ p_t(.|x). theta is the main player, p_t the opponent, z the reward margin, and l convex and decreasing.
 
-A new loss is one entry in `LOSSES`: the option `loss_type` and its reference read them there. Importing this module
-loads no torch, so that `axolotl spin status` answers at once.
+To add a loss, add an entry to `LOSSES`; the option `loss_type` and the reference are built from it. Importing this
+module does not import torch, which keeps `axolotl spin status` fast.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def _softplus(z: Tensor) -> Tensor:
 
 
 class Loss(NamedTuple):
-    """A convex decreasing function l of the reward margin z."""
+    """A convex, decreasing function l of the reward margin z."""
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
-    """-l'(z), how hard a pair pulls."""
+    """-l'(z), the weight of a pair's gradient."""
     formula: str
     source: str
     use: str
-    """When to choose it, in one sentence."""
+    """When to choose it; shown in the reference."""
 
 
 LOSSES: dict[str, Loss] = {
@@ -43,35 +43,35 @@ LOSSES: dict[str, Loss] = {
         lambda z: _softplus(-z),
         lambda z: (-z).sigmoid(),
         formula="log(1 + exp(-z))",
-        source="arXiv 2401.01335, equation 4.7 and all of its experiments",
-        use="The default. Starts at ln 2; pairs that are told apart pull less and less.",
+        source="arXiv 2401.01335, equation 4.7; used in all its experiments",
+        use="Default. Starts at ln 2; a pair's gradient fades as its margin grows.",
     ),
     "hinge": Loss(
         lambda z: (1 - z).relu(),
         lambda z: (z < 1).to(z.dtype),
         formula="max(0, 1 - z)",
         source="arXiv 2401.01335, section 4.1",
-        use="To ignore every pair whose margin is above 1, and pull at all others alike.",
+        use="To ignore pairs whose margin has reached 1 and weight all others equally.",
     ),
     "exponential": Loss(
         lambda z: (-z).exp(),
         lambda z: (-z).exp(),
         formula="exp(-z)",
         source="arXiv 2401.01335, section 4.1",
-        use="To pull hardest at pairs that are ranked wrong; one outlier can dominate a step.",
+        use="To weight misranked pairs most. A single outlier can dominate a step.",
     ),
     "correlation": Loss(
         lambda z: 1 - z,
         lambda z: z.new_ones(z.shape),
         formula="1 - z",
-        source="arXiv 2401.01335, section 4.1: the integral probability metric",
-        use="For analysis: linear, never saturates, so nothing but the learning rate ends it.",
+        source="arXiv 2401.01335, section 4.1 (integral probability metric)",
+        use="For analysis. Linear, so it never saturates: only the learning rate limits the margin.",
     ),
 }
 
 
 class SpinTerms(NamedTuple):
-    """One micro-batch of B pairs, every field of shape [B], fp32."""
+    """Loss and rewards of a micro-batch of B pairs; every field is [B], fp32."""
 
     loss: Tensor
     reward_real: Tensor
@@ -84,12 +84,12 @@ class SpinTerms(NamedTuple):
 
 
 def spin_terms(policy: Tensor, opponent: Tensor, sides: Tensor, *, beta: float, loss: str) -> SpinTerms:
-    """Loss and rewards of each pair.
+    """Compute the loss and rewards of each pair.
 
     Args:
-        policy: [R] summed log-probabilities of the main player, of every response.
-        opponent: [R] the same of the opponent; no gradient flows into it.
-        sides: [2, B] which of the responses are the real and the synthetic side of each pair.
+        policy: [R] summed log-probs of every response under the main player.
+        opponent: [R] the same under the opponent; no gradient flows into it.
+        sides: [2, B] index of the real (row 0) and the synthetic (row 1) response of each pair.
         beta: the paper's lambda.
         loss: a key of `LOSSES`.
     """

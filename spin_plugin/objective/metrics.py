@@ -1,6 +1,6 @@
-"""What training logs of every pair: one entry a metric, read by the trainer, `axolotl spin status` and the docs.
+"""Training metrics: one entry per metric, shared by the trainer, `axolotl spin status` and the reference.
 
-Importing this module loads no torch, so that `axolotl spin status` answers at once.
+Importing this module does not import torch, which keeps `axolotl spin status` fast.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from spin_plugin.objective.losses import LOSSES, SpinTerms
 if TYPE_CHECKING:
     from torch import Tensor
 
-# A pair is past saturation when it pulls with less than this share of the force it has at margin 0.
 SATURATED_BELOW = 0.01
+"""A pair is saturated when its gradient is below this fraction of the gradient at margin 0."""
 
 
 class Batch(NamedTuple):
-    """What a metric may look at: B pairs, all tensors detached."""
+    """The input of every metric: B pairs, all tensors detached."""
 
     terms: SpinTerms
     logps: Tensor
-    """[2, B] summed log-probabilities of the main player, of the real and the synthetic responses."""
+    """[2, B] summed log-probs of the real and the synthetic responses under the main player."""
     lengths: Tensor
-    """[2, B] tokens of the responses."""
+    """[2, B] response lengths in tokens."""
     loss: str
     """A key of `LOSSES`."""
 
 
 class Metric(NamedTuple):
-    """A number of each pair, logged as its mean."""
+    """A per-pair value, logged as its mean over pairs."""
 
     value: Callable[[Batch], Tensor]
-    """[B] of a batch."""
+    """Returns [B]."""
     formula: str
     meaning: str
     column: str | None = None
-    """Its heading in the table of `axolotl spin status`, where it has one."""
+    """Column heading in `axolotl spin status`; None omits the metric there."""
 
 
 def _saturated(batch: Batch) -> Tensor:
@@ -46,57 +46,65 @@ def _saturated(batch: Batch) -> Tensor:
 
 
 METRICS: dict[str, Metric] = {
-    "loss": Metric(lambda batch: batch.terms.loss, "l(z)", "ln 2 at the first step (logistic), then falling", "loss"),
+    "loss": Metric(
+        lambda batch: batch.terms.loss, "l(z)", "starts at ln 2 with the logistic loss and should fall", "loss"
+    ),
     "reward_real": Metric(
         lambda batch: batch.terms.reward_real,
         "beta (log p(y) - log p_t(y))",
-        "above 0: real responses have become more likely than under the opponent",
+        "above 0: real responses are more likely than under the opponent",
     ),
     "reward_synthetic": Metric(
         lambda batch: batch.terms.reward_synthetic,
         "beta (log p(y') - log p_t(y'))",
-        "below 0: the opponent's own responses have become less likely",
+        "below 0: synthetic responses are less likely than under the opponent",
     ),
     "reward_margin": Metric(
         lambda batch: batch.terms.margin,
         "z = reward_real - reward_synthetic",
-        "0 at the first step, then rising",
+        "starts at 0 and should rise",
         "margin",
     ),
     "accuracy": Metric(
         lambda batch: batch.terms.margin > 0,
-        "share of z > 0",
-        "how many pairs are told apart; equal ones cannot be",
+        "share of pairs with z > 0",
+        "pairs ranked correctly; identical responses count as misses",
         "accuracy",
     ),
     "saturated": Metric(
         _saturated,
-        f"share of -l'(z) < {SATURATED_BELOW} of -l'(0)",
-        "pairs with near-zero gradient; when most are, the iteration has nothing left to learn",
+        f"share of pairs with l'(z) / l'(0) < {SATURATED_BELOW}",
+        "pairs with near-zero gradient; once most are saturated, the iteration has little left to learn",
     ),
-    "logp_real": Metric(lambda batch: batch.logps[0], "log p(y)", "rising, or falling less than logp_synthetic"),
-    "logp_synthetic": Metric(lambda batch: batch.logps[1], "log p(y')", "falling"),
+    "logp_real": Metric(
+        lambda batch: batch.logps[0], "log p(y)", "should rise, or at least fall less than `spin/logp_synthetic`"
+    ),
+    "logp_synthetic": Metric(lambda batch: batch.logps[1], "log p(y')", "should fall"),
     "logp_real_per_token": Metric(
-        lambda batch: batch.logps[0] / batch.lengths[0], "log p(y) / tokens of y", "the same, whatever the lengths"
+        lambda batch: batch.logps[0] / batch.lengths[0],
+        "log p(y) / tokens of y",
+        "`spin/logp_real`, independent of response length",
     ),
     "logp_synthetic_per_token": Metric(
-        lambda batch: batch.logps[1] / batch.lengths[1], "log p(y') / tokens of y'", "the same, whatever the lengths"
+        lambda batch: batch.logps[1] / batch.lengths[1],
+        "log p(y') / tokens of y'",
+        "`spin/logp_synthetic`, independent of response length",
     ),
 }
 
 
 def metric_sums(terms: SpinTerms, policy: Tensor, lengths: Tensor, sides: Tensor, *, loss: str) -> Tensor:
-    """Sums over the pairs of the micro-batch, to be divided by the number of pairs when they are logged.
+    """Sum every metric over the pairs of a micro-batch; the trainer divides by the number of pairs when it logs.
 
     Args:
-        terms: what `spin_terms` gave.
-        policy: [R] summed log-probabilities of the main player.
+        terms: the result of `spin_terms`.
+        policy: [R] summed log-probs of every response under the main player.
         lengths: [R] response lengths in tokens.
-        sides: [2, B] which of the responses are the real and the synthetic side of each pair.
+        sides: [2, B] index of the real (row 0) and the synthetic (row 1) response of each pair.
         loss: a key of `LOSSES`.
 
     Returns:
-        [len(METRICS)] detached, in the order of `METRICS`; no host synchronisation happens.
+        [len(METRICS)], detached, in the order of `METRICS`. Never synchronizes with the device.
     """
     import torch
 

@@ -1,1 +1,1 @@
-"""The opponent: which weights it has, and what it says of the pairs."""
+"""The opponent: its weights and its log-probs of the pairs."""

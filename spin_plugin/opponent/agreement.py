@@ -1,8 +1,8 @@
-"""Whether vLLM drew the synthetic responses from the very model that training starts from.
+"""Agreement check: did vLLM generate the synthetic responses with the model that training starts from?
 
-The first loss of an iteration is ln 2 whatever vLLM loaded, for both of its sides are the policy's. So vLLM says of
-some responses how likely each of their tokens was, and the policy is asked the same before its first step: an adapter
-that was not applied, a merge that lost a tensor or a patch that only training knows shows here.
+The first loss of an iteration is ln 2 whatever vLLM loaded, because both of its sides come from the policy. So vLLM
+returns the token log-probs of some responses, and the policy scores the same tokens before its first step. This
+catches an adapter that was not applied, a merge that lost a tensor, or a patch that only training applies.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,13 +17,13 @@ from torch import Tensor
 from spin_plugin.console import SpinError, say, warn
 from spin_plugin.generation.job import SCORED
 
-COMPARED = 64  # pairs; each process scores all of them
-# Nats a token, the mean of |Δ|. Measured: 3e-7 with 32 bits on both sides, 4e-2 in single tokens with 16; published for
+COMPARED = 64  # pairs; every rank scores all of them
+# Mean |Δ| in nats per token. Measured: 3e-7 with fp32 on both sides, 4e-2 for single tokens in 16 bits. Published for
 # 16 bits: a KL of 4e-4 to 1e-2, and 0.1 as a limit.
 EXACT, SUSPECT, ROUNDED = 1e-3, 0.05, 0.1
 WHAT_TO_DO = (
-    "Look for what only one of them knows (an option that changes the model, a kind of adapter), take it back, and "
-    "remove the responses with `axolotl spin reset`"
+    "Look for an option or adapter type that only one side applies, remove it, then remove the responses with "
+    "`axolotl spin reset`"
 )
 
 
@@ -31,18 +31,18 @@ class Comparable(NamedTuple):
     """Pairs of this iteration whose synthetic response vLLM has scored."""
 
     pairs: list[dict[str, Any]]
-    drawn: list[list[float]]
-    """vLLM's log-probability of each token of each of their synthetic responses."""
+    vllm_logps: list[list[float]]
+    """vLLM's log-prob of each token of each synthetic response."""
 
 
 def comparable(responses: Iterable[Mapping[str, Any]], pairs: Dataset, iteration: int) -> Comparable:
-    """Find the scored responses among those that have become pairs: equal ones, empty ones and others may not.
+    """Find the pairs of scored responses; some responses, such as identical or empty ones, become no pair.
 
     Args:
-        responses: the iteration's, in the order of the requests; those that vLLM has scored hold `logps`, and are
-            among the first `SCORED` of the training split.
-        pairs: of this iteration's training split, any number of them: they are not read one by one.
-        iteration: the one that is being played.
+        responses: the iteration's responses, in the order of the requests; scored ones hold `logps` and are among the
+            first `SCORED` of the training split.
+        pairs: the iteration's training pairs. There can be many, so they are not read one by one.
+        iteration: the current iteration.
     """
     scored = {
         (response["example"], *response["tokens"]): response["logps"]
@@ -59,13 +59,13 @@ def comparable(responses: Iterable[Mapping[str, Any]], pairs: Dataset, iteration
 
 
 class Distance(NamedTuple):
-    """How far policy and vLLM are apart, Δ = log p(policy) - log p(vLLM) of a token that vLLM has drawn."""
+    """How far policy and vLLM are apart: Δ = log p(policy) - log p(vLLM) of each token that vLLM generated."""
 
     mean: float
-    """Of |Δ|, nats."""
+    """Mean of |Δ|, in nats."""
     largest: float
     kl: float
-    """KL(vLLM, policy), nats a token: the mean of exp(Δ) - 1 - Δ (k3 of joschu.net/blog/kl-approx)."""
+    """KL(vLLM || policy) in nats per token: the mean of exp(Δ) - 1 - Δ (k3 of joschu.net/blog/kl-approx)."""
     tokens: int
     responses: int
 
@@ -76,16 +76,16 @@ class Distance(NamedTuple):
         )
 
 
-def distance(drawn: Sequence[Sequence[float]], policy: Sequence[Tensor]) -> Distance | None:
-    """Compare the log-probabilities of the tokens of each response, as many as vLLM has given; None where it is none.
+def distance(vllm: Sequence[Sequence[float]], policy: Sequence[Tensor]) -> Distance | None:
+    """Compare the token log-probs of each response, up to the last token that vLLM scored; None if it scored none.
 
     Args:
-        drawn: vLLM's.
-        policy: the policy's, each of as many tokens as the response has.
+        vllm: vLLM's token log-probs, by response.
+        policy: the policy's, one for each token of the response.
     """
     apart = [
         values[: len(given)].cpu().double() - torch.tensor(given, dtype=torch.double)
-        for given, values in zip(drawn, policy, strict=True)
+        for given, values in zip(vllm, policy, strict=True)
     ]
     delta = torch.cat([torch.empty(0, dtype=torch.double), *apart])
     if not len(delta):
@@ -95,33 +95,33 @@ def distance(drawn: Sequence[Sequence[float]], policy: Sequence[Tensor]) -> Dist
 
 
 def require_agreement(found: Distance | None, iteration: int, *, exact: bool, quantised: bool) -> None:
-    """Say how far they are apart; refuse to train against an opponent that did not draw the responses.
+    """Report how far vLLM and the policy are apart; refuse to train if another model generated the responses.
 
     Args:
-        found: what `distance` found.
-        iteration: the one that is being played.
-        exact: both sides compute with 32 bits, all of them.
-        quantised: training has another form of the base model, as a warning has said, so there is nothing to refuse.
+        found: the result of `distance`.
+        iteration: the current iteration.
+        exact: both sides compute in fp32 throughout.
+        quantised: training uses another (quantized) form of the base model than vLLM, so only report the distance.
 
     Raises:
-        SpinError: they differ by more than rounding explains.
+        SpinError: the distance is larger than rounding explains.
     """
     if found is None:
         warn(
-            f"iteration {iteration}: whether vLLM drew from the model that training starts from is not known: none of "
-            "the responses that it has scored has become a pair (see the statistics of the pairs)"
+            f"iteration {iteration}: cannot check that vLLM generated with the model that training starts from: none "
+            "of the responses it scored became a pair (see the statistics of the pairs)"
         )
         return
     said = f"iteration {iteration}: {found}"
     allowed = EXACT if exact else ROUNDED
     if quantised:
         say(said)
-    elif not found.mean <= allowed:  # NaN is no agreement
+    elif not found.mean <= allowed:  # also refuses NaN
         raise SpinError(
-            f"{said}, and rounding explains {allowed:g}: they were drawn from another model than the one that training "
-            f"starts from. {WHAT_TO_DO}"
+            f"{said}, more than the {allowed:g} that rounding explains: the responses were generated by another model "
+            f"than the one that training starts from. {WHAT_TO_DO}"
         )
     elif found.mean > SUSPECT:
-        warn(f"{said}, which is much for rounding. {WHAT_TO_DO}")
+        warn(f"{said}, which is high for rounding alone. {WHAT_TO_DO}")
     else:
         say(said)

@@ -1,4 +1,4 @@
-"""A base model on the hub: which commit its name stands for, and how large it is, as transformers would find it."""
+"""A base model on the hub: the commit its name resolves to in transformers, and the size of its weights."""
 
 import json
 from contextlib import suppress
@@ -9,11 +9,11 @@ from spin_plugin.console import SpinError
 
 
 def commit_of(model: str, revision: str | None) -> str:
-    """The commit that transformers would load now; offline the one in the cache.
+    """Return the commit that transformers would load now; offline, the cached one.
 
     Args:
         model: a name on the hub.
-        revision: a branch, a tag or a commit; None: the main branch.
+        revision: a branch, tag or commit; None: the main branch.
 
     Raises:
         SpinError: neither the hub nor the cache has it.
@@ -22,19 +22,21 @@ def commit_of(model: str, revision: str | None) -> str:
 
     try:
         commit = extract_commit_hash(cached_file(model, "config.json", revision=revision), None)
-    except (OSError, RuntimeError) as error:  # without a network huggingface_hub closes its own client and goes on
+    except (OSError, RuntimeError) as error:  # RuntimeError: offline, huggingface_hub reuses a client it closed
         raise SpinError(
-            f"base_model: {model} is no directory, and not found on the hub: {error}; without a network, set "
+            f"base_model: {model} is neither a directory nor a model on the hub: {error}; without a network, set "
             "HF_HUB_OFFLINE=1 to load it from the cache"
         ) from None
     if commit is None:
-        raise SpinError(f"base_model: the hub does not say which commit of {model} this is; name a downloaded copy")
+        raise SpinError(f"base_model: the hub returned no commit for {model}; download it and use its path")
     return commit
 
 
 def bytes_of_weights(model: str, commit: str | None) -> int:
-    """Size of the safetensors of a model on the hub; 0 where it has none. A single file that is not in the cache yet is
-    downloaded: vLLM and training need it, too."""
+    """Return the size of a hub model's safetensors in bytes; 0 if it has none.
+
+    A single file that is not cached is downloaded: vLLM and training need it anyway.
+    """
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
     from transformers.utils.hub import cached_file
 
@@ -47,8 +49,10 @@ def bytes_of_weights(model: str, commit: str | None) -> int:
 
 
 def pin(cfg: Any, commit: str | None) -> None:
-    """Have training load this commit of the base model, though the branch may move meanwhile. Axolotl asks for the
-    same revision of the tokenizer, so one from another place on the hub leaves both unpinned."""
+    """Make training load this commit of the base model even if the branch moves.
+
+    Axolotl loads the tokenizer at the same revision, so a tokenizer from another hub repository leaves both unpinned.
+    """
     elsewhere = cfg.tokenizer_config not in (None, cfg.base_model) and not Path(cfg.tokenizer_config).is_dir()
     if commit and not elsewhere:
         cfg.revision_of_model = commit

@@ -1,4 +1,4 @@
-"""Scoring the pairs: which rank scores which of them, in rounds of batches, and what is left to score."""
+"""Scoring: which rank scores which pairs, in rounds of batches, and which rounds are left."""
 
 from collections.abc import Callable, Iterable
 
@@ -9,28 +9,29 @@ from spin_plugin.console import SpinError
 from spin_plugin.model.layout import response_numbers
 from spin_plugin.opponent.store import OpponentStore
 
-SCORING_FACTOR = 4  # without gradients this many times the tokens fit into memory
+SCORING_FACTOR = 4  # without gradients, this many times the tokens fit in memory
 
 
 def scoring_tokens(lengths: Tensor, *, micro_batch: int) -> int:
-    """Tokens that are scored at a time on one rank, by the training pairs' `lengths` [N].
+    """Return how many tokens a rank scores at a time, from the training pairs' `lengths` [N].
 
-    Whatever the order of training, one of its micro-batches holds the longest pair, and one no less than the mean.
+    Whatever the training order, one micro-batch holds the longest pair, and one at least the mean number of tokens.
     """
     largest = max(int(lengths.max()), micro_batch * int(lengths.sum()) // len(lengths))
     return SCORING_FACTOR * largest
 
 
 def scoring_batches(lengths: Tensor, *, tokens: int, world: int) -> list[Tensor]:
-    """Rounds of [world, n] pair indices: what each rank scores in each round, equally many pairs for all.
+    """Return rounds of [world, n] pair indices: in each round every rank scores n pairs.
 
-    The longest pairs go first and pairs of like length together, so that little of a batch is padding. A last round
-    of fewer pairs than ranks takes the next longer ones as well, each alone: they are scored twice.
+    The longest pairs come first, and pairs of similar length together to limit padding. If fewer pairs than ranks are
+    left, the last round also takes the next longer ones, one pair per rank: those are scored twice.
 
     Args:
-        lengths: [N] tokens of every pair.
-        tokens: what n pairs hold at most, each counted as the longest of them, as they may be padded to it; one pair
-            alone may hold more.
+        lengths: [N] tokens in each pair.
+        tokens: the most tokens in n pairs, each counted as long as the longest because it can be padded to it; a
+            single pair can exceed it.
+        world: the number of ranks.
     """
     order = torch.argsort(lengths, descending=True, stable=True)
     rounds, first = [], 0
@@ -43,28 +44,28 @@ def scoring_batches(lengths: Tensor, *, tokens: int, world: int) -> list[Tensor]
 
 
 Score = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""One round's [world, batch] pair indices to the numbers and log-probabilities [n] of their responses, of all ranks."""
+"""Maps a round's [world, n] pair indices to the numbers and log-probs [R] of their responses, from all ranks."""
 
 
 def unscored(rounds: list[Tensor], values: Tensor) -> list[Tensor]:
-    """The rounds in which a value is still NaN, whole: a pair's value depends a little on the batch it is in."""
+    """Return the rounds with a NaN value, entire: a pair's value depends slightly on the batch it is in."""
     absent = values.isnan().cpu()
     return [indices for indices in rounds if absent[response_numbers(indices)].any()]
 
 
 def fill(values: Tensor, store: OpponentStore, rounds: Iterable[Tensor], score: Score, *, write: bool) -> None:
-    """Compute `values` [R], round by round and in place; where `write` says so, store them a part at a time.
+    """Compute `values` [R] in place, round by round; if `write`, store them at intervals.
 
     Raises:
-        SpinError: a log-probability is NaN or infinite.
+        SpinError: a log-prob is NaN or infinite.
     """
     unstored = 0
     for indices in rounds:
         responses, logps = score(indices)
         if not torch.isfinite(logps).all():
             raise SpinError(
-                "the opponent gives log-probabilities that are not finite: its weights are damaged, or its numbers "
-                "overflow (`fp16`); restore them, or use bf16"
+                "the opponent's log-probs are not finite: its weights are damaged or overflow in fp16; restore the "
+                "weights, or use bf16"
             )
         values[responses] = logps.float()
         unstored += len(responses)

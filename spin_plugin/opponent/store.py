@@ -1,7 +1,7 @@
-"""The opponent's log-probabilities: computed once an iteration by the policy before its first step, then stored.
+"""The opponent's log-probs: computed once per iteration by the policy before its first step, then stored.
 
-At that moment the policy *is* the opponent, so no second model is ever in memory; after a resume the
-stored values are the only source, because the policy has moved on.
+At that moment the policy *is* the opponent, so no second model is ever in memory. After a resume the stored values are
+the only source, because the policy has changed.
 """
 
 from pathlib import Path
@@ -13,38 +13,38 @@ from torch import Tensor
 
 from spin_plugin.run.atomic import write_atomically
 
-PARTS = 64  # the file is written so often while the values are computed
-FEW = 1024  # responses that are not worth a write of their own
+PARTS = 64  # writes of the file while the values are computed
+MIN_PART = 1024  # responses; fewer are not worth a write
 
 
 class OpponentStore:
-    """[R] fp32 log-probabilities of every response of one split (`layout.response_numbers`).
+    """[R] fp32 log-probs of every response of one split (`layout.response_numbers`).
 
-    One file, always whole: NaN stands for what has not been computed yet.
+    One file, always complete: NaN marks values that are not computed yet.
     """
 
     def __init__(self, file: Path, responses: int, key: str) -> None:
-        """`key` is what the values depend on: values stored under another one are never used."""
+        """`key` identifies what the values depend on: values stored under another key are never used."""
         self.file, self.responses, self.key = file, responses, key
 
     @property
     def part(self) -> int:
-        """How many responses may be scored without being stored: what can be lost at most when a run is killed."""
-        return max(FEW, self.responses // PARTS)
+        """Responses scored between two writes: the most that a killed run can lose."""
+        return max(MIN_PART, self.responses // PARTS)
 
     def load(self) -> Tensor:
-        """The stored values; NaN where there are none of this opponent and these pairs."""
-        nothing = torch.full((self.responses,), torch.nan)
+        """Return the stored values; NaN if there are none of this opponent and these pairs."""
+        missing = torch.full((self.responses,), torch.nan)
         try:
             with safe_open(self.file, framework="pt") as stored:
                 if (stored.metadata() or {}).get("key") != self.key:
-                    return nothing
+                    return missing
                 values = stored.get_tensor("logps")
         except (SafetensorError, OSError):  # absent or damaged
-            return nothing
-        return values if values.shape == nothing.shape else nothing
+            return missing
+        return values if values.shape == missing.shape else missing
 
     def save(self, values: Tensor) -> None:
-        """Replace the stored values [R] in one step."""
+        """Replace the stored values [R] atomically."""
         assert values.shape == (self.responses,)
         write_atomically(self.file, save({"logps": values.cpu().contiguous()}, metadata={"key": self.key}))

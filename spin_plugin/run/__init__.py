@@ -1,1 +1,1 @@
-"""The run directory and the processes that work in it. Needs neither torch nor Axolotl."""
+"""The run directory and the processes that use it. Imports neither torch nor Axolotl."""

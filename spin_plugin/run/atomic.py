@@ -1,4 +1,4 @@
-"""Files and directories that are either whole or absent, also after a kill or a power cut."""
+"""Atomic writes: after a kill or power loss, a file or directory is either complete or absent."""
 
 import os
 import shutil
@@ -11,9 +11,9 @@ REPLACED = ".replaced-"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is either absent (or as it was) or complete, also after a power cut."""
+    """Write a file atomically: after a kill or power loss it is either unchanged or complete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _naming(path, temporary):
+    with _cleanup_on_error(path, temporary):
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
@@ -22,10 +22,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_dir_atomically(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a directory's files under another name; the directory appears when they are complete."""
+    """Write a directory atomically: `fill` writes to a temporary directory, which is renamed once complete."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    with _naming(path, temporary):
+    with _cleanup_on_error(path, temporary):
         temporary.mkdir(parents=True)
         try:
             fill(temporary)
@@ -38,7 +38,7 @@ def write_dir_atomically(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def flush(files: Iterable[Path]) -> None:
-    """Wait until files that others have written lie on the disk."""
+    """Force files written by other code to disk (fsync)."""
     for file in files:
         if file.is_file():
             with open(file, "rb") as written:
@@ -46,7 +46,7 @@ def flush(files: Iterable[Path]) -> None:
 
 
 def remove_atomically(path: Path) -> None:
-    """Remove a directory in one step: what a kill in the middle leaves has a name that nobody reads."""
+    """Remove a directory atomically: a kill midway leaves only a trash directory, which is never read."""
     trash = path.with_name(f"{TRASH}{path.name}")
     shutil.rmtree(trash, ignore_errors=True)
     with suppress(FileNotFoundError):
@@ -55,12 +55,12 @@ def remove_atomically(path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Give a directory that cost GPU time another name, which nobody reads; only the newest one of a name is kept.
+    """Move a directory that cost GPU time to a backup name; only the newest backup per name is kept.
 
-    Killed in the middle it is either still in its place or set aside; a full disk is no hindrance.
+    After a kill midway, the directory is either in place or set aside. Works on a full disk.
 
     Returns:
-        where it lies now.
+        The backup's path.
     """
     aside = path.with_name(f"{REPLACED}{path.name}")
     remove_atomically(aside)
@@ -69,12 +69,12 @@ def set_aside(path: Path) -> Path:
 
 
 @contextmanager
-def _naming(path: Path, temporary: Path) -> Iterator[None]:
-    """Where `path` cannot be written, say so by its name and leave nothing half-written on a disk that may be full."""
+def _cleanup_on_error(path: Path, temporary: Path) -> Iterator[None]:
+    """On an OSError, name `path` in it and delete the partial write, because the disk may be full."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)  # the system does not name it once a file is open
+        error.filename = error.filename or str(path)  # errors on an open file carry no name
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:

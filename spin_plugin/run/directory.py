@@ -1,15 +1,15 @@
-"""The run directory: what lies where.
+"""The run directory and its layout.
 
 output_dir/
   run.json              configuration and finished iterations; written last, read first
-  weights.json          digests of the weights that were read
-  real/                 prompts and real responses, tokenised once for the whole run
+  weights.json          digests of the weight files read so far
+  real/                 prompts and real responses, tokenized once per run
   iteration-0/          model or adapter, tokenizer, checkpoints, and
-    config.yml          the configuration as it was resolved for this iteration
-    synthetic/          the opponent's responses: job.json and shards with their checksums
-    pairs/              the pairs, their statistics, and the opponent's log-probabilities
-    metrics.jsonl       what training logged
-    .replaced-*         responses and the last checkpoint that were set aside: something they came from has changed
+    config.yml          the configuration resolved for this iteration
+    synthetic/          the opponent's responses: job.json and shards with checksums
+    pairs/              the pairs, their statistics and the opponent's log-probs
+    metrics.jsonl       the training log
+    .replaced-*         responses and checkpoint set aside because one of their inputs changed
   iteration-1/ ...
   config.json, model.safetensors, tokenizer.json, ...   links to the newest finished iteration
 """
@@ -31,7 +31,7 @@ from spin_plugin.run.state import RunState, read_state, write_state
 
 @dataclass(frozen=True)
 class IterationDir:
-    """Names inside `iteration-t`."""
+    """Paths inside `iteration-t`."""
 
     path: Path
 
@@ -48,13 +48,13 @@ class IterationDir:
         return self.path / "pairs"
 
     def opponent(self, weights: str) -> Path:
-        """The opponent of this fingerprint with its adapter merged into it, there while vLLM, which cannot serve the
-        adapter, draws from it."""
+        """The opponent with this fingerprint, its adapter merged; exists only while vLLM generates from it, for
+        adapters that vLLM cannot serve."""
         return self.path / f"opponent-{weights[:16]}"
 
     @property
     def merged(self) -> Path:
-        """With `adapter_chain: merge`, the model with its adapter merged into it: the base of the next iteration."""
+        """With `adapter_chain: merge`, the model with its adapter merged: the next iteration's base model."""
         return self.path / "merged"
 
     @property
@@ -62,7 +62,7 @@ class IterationDir:
         return self.path / "metrics.jsonl"
 
     def logged(self) -> list[dict[str, float]]:
-        """What training logged, oldest first; a line that was cut off when training was killed is left out."""
+        """Return the training log, oldest entry first, without a line truncated by a kill."""
         if not self.metrics.exists():
             return []
         entries = []
@@ -72,10 +72,10 @@ class IterationDir:
         return entries
 
     def set_checkpoints_aside(self) -> Path | None:
-        """Keep the newest checkpoint under a name that training does not look for; older ones go.
+        """Move the newest checkpoint to a backup name that training ignores; delete older ones.
 
         Returns:
-            where it lies now; None where there is none.
+            The backup's path, or None if there is no checkpoint.
         """
         checkpoints = self.checkpoints()
         if not checkpoints:
@@ -85,9 +85,9 @@ class IterationDir:
         return set_aside(checkpoints[-1])
 
     def last_metrics(self) -> dict[str, float]:
-        """The newest value of everything that training logged, that of `spin/…` as its mean over the last epoch.
+        """Return the newest value of every logged metric; for `spin/…`, the mean over the last epoch.
 
-        Empty before the first log. A log holds means over `pairs` pairs.
+        Empty before the first log entry. Each entry contains means over `pairs` pairs.
         """
         entries = self.logged()
         merged = dict(ChainMap(*reversed(entries)))
@@ -99,7 +99,7 @@ class IterationDir:
         return {name: value for name, value in merged.items() if name != "pairs"}
 
     def checkpoints(self) -> list[Path]:
-        """Axolotl's checkpoints, oldest first, complete or not."""
+        """Return Axolotl's checkpoints, oldest first, including incomplete ones."""
         found = [path for path in self.path.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
         return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
@@ -120,19 +120,19 @@ class RunDir:
 
     @property
     def weights(self) -> Path:
-        """What is known of files with weights, so that none is read twice (weights.py)."""
+        """Cached digests of weight files, so that none is read twice (weights.py)."""
         return self.root / "weights.json"
 
     @property
     def waiting(self) -> Path:
-        """Where the processes of a distributed run wait for each other (processes.py)."""
+        """Files through which the ranks of a distributed run synchronize (processes.py)."""
         return self.root / ".waiting"
 
     def iteration(self, number: int) -> IterationDir:
         return IterationDir(self.root / f"iteration-{number}")
 
     def require_writable(self) -> None:
-        """Find out before any work whether the directory can be made and written.
+        """Check before any work that the directory can be created and written.
 
         Raises:
             SpinError: it cannot.
@@ -141,30 +141,30 @@ class RunDir:
         while not place.exists():
             place = place.parent
         if not place.is_dir():
-            raise SpinError(f"output_dir: {place} is no directory; use another one")
+            raise SpinError(f"output_dir: {place} is not a directory; use another one")
         if not os.access(place, os.W_OK | os.X_OK):
-            raise SpinError(f"output_dir: {place} cannot be written; use another one")
+            raise SpinError(f"output_dir: {place} is not writable; use another one")
 
     def read_state(self) -> RunState | None:
-        """The run's state, None where no run was started; see `state.read_state`."""
+        """Return the run's state, or None if no run was started; see `state.read_state`."""
         return read_state(self.state_file)
 
     def write_state(self, state: RunState) -> None:
-        """Replace run.json in one step."""
+        """Replace run.json atomically."""
         write_state(self.state_file, state)
 
     def holds_responses(self) -> bool:
-        """Whether anything that cost GPU time lies here."""
+        """Whether the directory contains synthetic responses, which cost GPU time."""
         return any(self.root.glob("iteration-*/synthetic/shard-*"))
 
     def finished(self) -> int:
-        """How many iterations are finished; the number of the next one."""
+        """Return the number of finished iterations, which is the next iteration's number."""
         state = self.read_state()
         return len(state.finished) if state else 0
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other run out of the directory (`lock.locked`), and remove what a kill has left in it."""
+        """Lock the directory against other runs (`lock.locked`) and remove leftovers of a kill."""
         self.root.mkdir(parents=True, exist_ok=True)
         with locked(self.root):
             for left in (".prepared-*", f"{TRASH}*", f"iteration-*/{TRASH}*"):
@@ -173,12 +173,12 @@ class RunDir:
             yield
 
     def started(self) -> list[int]:
-        """Numbers of the iterations that have a directory, ascending."""
+        """Return the numbers of the iterations that have a directory, ascending."""
         names = (path.name.partition("-")[2] for path in self.root.glob("iteration-*") if path.is_dir())
         return sorted(int(name) for name in names if name.isdigit())
 
     def reset(self, number: int) -> None:
-        """Forget iteration `number` and all after it; run.json first, so that the run goes on wherever this is killed.
+        """Delete iteration `number` and all later ones; run.json first, so that the run can resume after a kill midway.
 
         The caller holds the lock.
         """
@@ -199,10 +199,10 @@ class RunDir:
                 link.unlink()
 
     def link_newest(self, number: int) -> None:
-        """Make `output_dir` itself loadable: links to the files of iteration `number`.
+        """Make `output_dir` itself loadable by linking to the files of iteration `number`.
 
-        `axolotl lm-eval`, `inference`, `merge-lora` and everything else that expects a model in
-        `output_dir` then finds the last finished one.
+        `axolotl lm-eval`, `inference`, `merge-lora` and other tools that expect a model in `output_dir` then find the
+        last finished one.
         """
         source = self.iteration(number).path
         self._unlink_newest()
@@ -213,7 +213,7 @@ class RunDir:
 
 
 def _is_model_file(name: str) -> bool:
-    """Whether a file of an iteration belongs to the model or tokenizer as opposed to its making."""
+    """Whether a file of an iteration belongs to the model or tokenizer, not to its training."""
     if name in ("config.yml", "metrics.jsonl", "training_args.bin", "README.md", "trainer_state.json"):
         return False
     return name.endswith((".json", ".safetensors", ".model", ".txt", ".jinja"))

@@ -1,4 +1,4 @@
-"""Whether the disk has room for an iteration, asked before the work rather than after it."""
+"""Check disk space before an iteration starts."""
 
 import shutil
 from pathlib import Path
@@ -8,27 +8,26 @@ from spin_plugin.console import SpinError, warn
 
 
 class Space(NamedTuple):
-    """Bytes that an iteration writes."""
+    """Bytes that an iteration writes: at least `sure`, at most about `likely`."""
 
     sure: int
     likely: int
 
 
 def require_space(directory: Path, needed: Space) -> None:
-    """Warn where the disk may become full, refuse where it is sure to.
+    """Warn if the disk may fill up, raise if it certainly will.
 
     Raises:
-        SpinError: not even what is sure to be written has room.
+        SpinError: the free space is less than the iteration certainly writes.
     """
     free = shutil.disk_usage(directory).free
     if free < needed.sure:
         raise SpinError(
-            f"output_dir: the disk of {directory} has {free / 1e9:.1f} GB left and the model that comes out of this "
-            f"iteration needs {needed.sure / 1e9:.1f}; free some space or use an output_dir on another disk"
+            f"output_dir: {free / 1e9:.1f} GB left on the disk of {directory}, but this iteration's model needs "
+            f"{needed.sure / 1e9:.1f} GB; free some space or use an output_dir on another disk"
         )
     if free < needed.likely:
         warn(
-            f"the disk of {directory} has {free / 1e9:.1f} GB left and this iteration may write "
-            f"{needed.likely / 1e9:.1f} GB with its checkpoints; "
-            "free some space, or lower save_total_limit"
+            f"output_dir: {free / 1e9:.1f} GB left on the disk of {directory}, but this iteration may write "
+            f"{needed.likely / 1e9:.1f} GB including checkpoints; free some space or lower save_total_limit"
         )

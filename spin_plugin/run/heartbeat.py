@@ -1,9 +1,9 @@
-"""Say of a process that it lives and, once it has ended, that it is gone. Needs nothing but the standard library.
+"""Signal that the parent process is alive, and report its exit. Uses only the standard library.
 
-    python heartbeat.py ALIVE GONE PID        # PID has to be the parent
+    python heartbeat.py ALIVE GONE PID        # PID must be the parent
 
-The file ALIVE is touched every few seconds. When the parent is gone, ALIVE becomes GONE, and this process ends. A
-parent that leaves in peace ends it first. It is a process of its own, for who was killed can say nothing.
+Touches the file ALIVE every few seconds. When the parent exits, renames ALIVE to GONE and exits. A parent that leaves
+normally kills this process first. It is a separate process because a killed parent cannot report its own death.
 """
 
 import os
@@ -11,17 +11,17 @@ import sys
 import time
 from contextlib import suppress
 
-SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_BETWEEN_HEARTBEATS = 5.0
+POLL_SECONDS = 0.5
+HEARTBEAT_SECONDS = 5.0
 
 
 def main(alive: str, gone: str, pid: int) -> None:
     last_beat = time.monotonic()
     while os.getppid() == pid:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-        if time.monotonic() - last_beat > SECONDS_BETWEEN_HEARTBEATS:
+        time.sleep(POLL_SECONDS)
+        if time.monotonic() - last_beat > HEARTBEAT_SECONDS:
             last_beat = time.monotonic()
-            with suppress(OSError):  # the file system may be away for a while
+            with suppress(OSError):  # a network file system can be temporarily unavailable
                 os.utime(alive)
     with suppress(FileNotFoundError):  # another start has cleared the directory
         os.rename(alive, gone)

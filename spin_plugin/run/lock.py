@@ -1,4 +1,4 @@
-"""One command at a time works in a run directory."""
+"""The run directory's lock: one command at a time."""
 
 import json
 import os
@@ -17,19 +17,19 @@ from spin_plugin.run.atomic import write_atomically
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Keep every other run out of a directory; the lock falls with the process that holds it.
+    """Lock a directory against other runs; the lock is released when its process exits.
 
     Raises:
-        SpinError: another live process works here; names its host and pid.
+        SpinError: another process holds the lock; names its host and pid.
     """
-    owner = root / "run.lock.json"  # who works here; lies there as long as somebody does
+    owner = root / "run.lock.json"  # the lock owner, for the error message
     lock = FileLock(root / "run.lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
         raise SpinError(
-            f"output_dir {root} is in use by {_owner(owner)}; wait for it or stop it (where it is gone for good and "
-            f"the file system cannot know, delete {lock.lock_file})"
+            f"output_dir: {root} is in use by {_owner(owner)}; wait for it or stop it (if it no longer exists and the "
+            f"file system kept its lock, delete {lock.lock_file})"
         ) from None
     try:
         write_atomically(owner, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
@@ -40,7 +40,7 @@ def locked(root: Path) -> Iterator[None]:
 
 
 def _owner(file: Path) -> str:
-    """Who holds the lock; its name appears, or replaces that of a dead process, a moment after it got the lock."""
+    """Describe the lock owner. Retries because the owner writes its file a moment after taking the lock."""
     for _ in range(30):
         with suppress(OSError, json.JSONDecodeError, KeyError):
             content = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""run.json: the configuration of a run and its finished iterations; written last, read first."""
+"""run.json: a run's configuration and finished iterations; written last, read first."""
 
 import json
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ FORMAT = 3
 
 @dataclass
 class RunState:
-    """What run.json holds."""
+    """The contents of run.json."""
 
     config: dict[str, Any]
     finished: list[dict[str, Any]] = field(default_factory=list)
@@ -21,10 +21,10 @@ class RunState:
 
 
 def read_state(file: Path) -> RunState | None:
-    """The run's state, None where no run was started.
+    """Return the run's state, or None if no run was started.
 
     Raises:
-        SpinError: run.json is not ours or was damaged.
+        SpinError: run.json has another version's format or is damaged.
     """
     if not file.exists():
         return None
@@ -33,16 +33,16 @@ def read_state(file: Path) -> RunState | None:
         if content["format"] != FORMAT:
             raise SpinError(
                 f"{file} was written by another version of spin-plugin ({content.get('version')}); finish the run with "
-                "that version or use another output_dir"
+                "that version, or use another output_dir"
             )
         if not isinstance(content["config"], dict) or not isinstance(content["finished"], list):
-            raise TypeError("config or finished is of another type")
+            raise TypeError("config or finished has the wrong type")
         return RunState(content["config"], content["finished"], content["version"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise SpinError(f"{file} is damaged ({error}); restore it from a backup or use another output_dir") from None
 
 
 def write_state(file: Path, state: RunState) -> None:
-    """Replace run.json in one step."""
+    """Replace run.json atomically."""
     content = {"format": FORMAT, "version": state.version, "config": state.config, "finished": state.finished}
     write_atomically(file, json.dumps(content, indent=2, default=str) + "\n")

@@ -1,1 +1,1 @@
-"""One iteration: prepare the pairs, train on them, store the model."""
+"""One iteration: prepare the pairs, train on them, save the model."""

@@ -1,4 +1,4 @@
-"""This iteration's synthetic responses: what the opponent is asked, and with which weights it answers."""
+"""Generate an iteration's synthetic responses: build the job, check the opponent, run vLLM."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -26,33 +26,33 @@ from spin_plugin.run.checkpoint import check_weights
 from spin_plugin.run.directory import RunDir
 from spin_plugin.run.disk import Space, require_space
 
-TYPICAL = 0.99  # of the real responses are at most this long
-ROOM = 1.5  # times as long may a synthetic one be
+QUANTILE = 0.99  # of the real responses' lengths
+LENGTH_FACTOR = 1.5  # longest synthetic response relative to that quantile
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One iteration's responses, before any of them is there."""
+    """Everything that determines the responses of one iteration."""
 
     run: RunDir
     number: int
     spin: SpinArgs
-    """The block as it stands in this iteration."""
+    """The `spin:` block resolved for this iteration."""
     vllm: VllmArgs
     opponent: OpponentSpec
     data: DataSpec
     training: TrainingSpec
     grows: bool
-    """Training keeps 32-bit weights of a model that is stored in 16 bits, so a checkpoint is twice as large."""
+    """Training keeps 32-bit masters of a 16-bit model, which doubles the size of a checkpoint."""
     real: Real
 
     @property
     def max_tokens(self) -> int:
-        """Longest response, before the prompt's length is known."""
+        """Longest response, whatever its prompt's length."""
         return self.spin.generation.max_tokens or _longest_response(self.real.train, self.data.sequence_len)
 
     def prompts(self) -> list[Prompts]:
-        """The prompts of each split; held-out prompts are always all used."""
+        """Return the prompts of each split; the eval split is always used entirely."""
         draw = self.number if self.spin.resample_prompts else 0
         chosen = choose_prompts(len(self.real.train), self.spin.num_prompts, seed=self.data.seed, draw=draw)
         prompts = [Prompts("train", self.real.train, chosen)]
@@ -62,7 +62,7 @@ class Generation:
         return prompts
 
     def requests(self) -> Callable[[], Iterator[Request]]:
-        """Gives every request, as often as it is called."""
+        """Return a function that yields every request; it can be called repeatedly."""
         options = self.spin.generation
         return partial(
             requests_for,
@@ -75,12 +75,12 @@ class Generation:
         )
 
     def job(self) -> Job:
-        """What makes these responses different from others."""
+        """Return the generation job of this iteration."""
         options, opponent = self.spin.generation, self.opponent
         requests, digest = fingerprint_requests(self.requests()())
-        asked = sum(len(prompts.ids) for prompts in self.prompts())
-        if left_out := asked - requests // options.num_generations:
-            warn(f"{left_out:,} prompts leave no room within vllm.max_model_len and are not used")
+        chosen = sum(len(prompts.ids) for prompts in self.prompts())
+        if left_out := chosen - requests // options.num_generations:
+            warn(f"vllm.max_model_len: leaving out {left_out:,} prompts that leave no space for a response")
         adapter = str(opponent.adapter) if opponent.adapter else None
         return Job(
             iteration=self.number,
@@ -99,13 +99,13 @@ class Generation:
 
 
 def generate_responses(generation: Generation) -> Job:
-    """Have vLLM generate the responses, with the merged model where it cannot serve the adapter.
+    """Generate the responses with vLLM, from the merged model if vLLM cannot serve the adapter.
 
     Returns:
-        the job that the responses on disk belong to.
+        the job of the responses on disk.
 
     Raises:
-        SpinError: vLLM is missing or died, the opponent's weights are damaged, or the disk is too small.
+        SpinError: vLLM is missing or exited, the opponent's weights are damaged, or the disk is too full.
     """
     _warn_off_policy(generation)
     job, adapter = generation.job(), generation.opponent.adapter
@@ -115,7 +115,7 @@ def generate_responses(generation: Generation) -> Job:
     try:
         _generate(generation, job, None if served else merged)
     except AdapterNotServedError as error:
-        say(f"responses are generated with the merged model, because vLLM cannot serve this adapter: {error}")
+        say(f"generating with the merged model because vLLM cannot serve this adapter: {error}")
         _generate(generation, job, merged)
     for merged_opponent in directory.path.glob("opponent*"):
         remove_atomically(merged_opponent)
@@ -123,19 +123,19 @@ def generate_responses(generation: Generation) -> Job:
 
 
 def _generate(generation: Generation, job: Job, merged: Path | None) -> None:
-    """Generate what is missing, with base model plus adapter, or with the two merged into a directory."""
+    """Generate the missing responses, from the model in `merged` (written if missing) instead of the adapter if set."""
     options, opponent = generation.spin.generation, generation.opponent
     if merged:
-        whole = replace(opponent, base_model=str(merged), revision=None)
-        engine = engine_arguments(whole, generation.data, generation.spin, generation.vllm)
+        merged_opponent = replace(opponent, base_model=str(merged), revision=None)
+        engine = engine_arguments(merged_opponent, generation.data, generation.spin, generation.vllm)
         job = replace(job, engine=engine, adapter=None)
 
-    def find_python() -> Path:  # called only when there is something to generate
+    def find_python() -> Path:  # called only if responses are missing
         if options.max_tokens is None:
-            shown = f"{ROOM} times the 99th percentile of the real ones"
-            say(f"responses have at most {generation.max_tokens:,} tokens: {shown}")
+            source = f"{LENGTH_FACTOR} times the 99th percentile of the real ones"
+            say(f"responses are limited to {generation.max_tokens:,} tokens ({source})")
         python = vllm_python(options.vllm_python)
-        _require_sound_opponent(opponent, generation.run.weights)
+        _require_intact_opponent(opponent, generation.run.weights)
         require_space(generation.run.root, _bytes_needed(generation, job.requests, merges=merged is not None))
         if merged and opponent.adapter and not merged.exists():
             merge(opponent, opponent.adapter, merged)
@@ -153,38 +153,38 @@ def _generate(generation: Generation, job: Job, merged: Path | None) -> None:
 
 
 def _warn_off_policy(generation: Generation) -> None:
-    """Say where responses are not samples of the opponent itself."""
+    """Warn if responses are not samples of the opponent's own distribution."""
     options = generation.spin.generation
     if options.temperature != 1.0 or options.top_p != 1.0:
         warn(
-            f"temperature {options.temperature} and top_p {options.top_p}: SPIN assumes responses sampled from the "
-            "opponent itself, which is temperature 1 and top_p 1"
+            f"spin.generation: temperature {options.temperature} and top_p {options.top_p} change the opponent's "
+            "distribution; SPIN assumes temperature 1 and top_p 1"
         )
     if generation.opponent.quantised:
-        warn("vLLM generates with the unquantised base model plus adapter, training scores with the quantised one")
+        warn("vLLM generates with the unquantized base model plus adapter, but training scores with the quantized one")
 
 
 def _longest_response(examples: Dataset, sequence_len: int) -> int:
-    """How many tokens a synthetic response may have by default: 1.5 times the 99th percentile of the real ones.
+    """Return the default limit of a response in tokens: 1.5 times the 99th percentile of the real ones.
 
-    At temperature 1 a model now and then does not stop; without a limit a few such responses cost most of the time, and
-    training learns nothing more from them.
+    At temperature 1 a model occasionally does not stop. Without a limit a few such responses take most of the time and
+    teach the model nothing.
     """
     import pyarrow.compute as pc
 
     lengths = pc.list_value_length(examples.data.column("real"))
-    typical = pc.quantile(lengths, TYPICAL, interpolation="higher")[0].as_py()
-    return min(math.ceil(ROOM * typical), sequence_len)
+    quantile = pc.quantile(lengths, QUANTILE, interpolation="higher")[0].as_py()
+    return min(math.ceil(LENGTH_FACTOR * quantile), sequence_len)
 
 
 def engine_arguments(opponent: OpponentSpec, data: DataSpec, spin: SpinArgs, vllm: VllmArgs) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` for a base model, which an adapter may be added to."""
+    """Return the arguments of `vllm.LLM` for the opponent's base model."""
     arguments = {
         "model": opponent.base_model,
         "revision": opponent.revision,
         "trust_remote_code": opponent.trust_remote_code,
         "skip_tokenizer_init": True,  # prompts and responses are token ids
-        "generation_config": "vllm",  # else a model's own file changes the sampling
+        "generation_config": "vllm",  # ignore the model's generation_config.json, which changes the sampling
         "dtype": opponent.dtype if vllm.dtype == "auto" else vllm.dtype,
         "hf_overrides": opponent.overrides,
         "seed": data.seed,
@@ -198,24 +198,24 @@ def engine_arguments(opponent: OpponentSpec, data: DataSpec, spin: SpinArgs, vll
     return {key: value for key, value in arguments.items() if value is not None}
 
 
-def _require_sound_opponent(opponent: OpponentSpec, memory: Path) -> None:
-    """Refuse damaged weights before GPU hours are spent on them. Downloads from the hub were checked on arrival."""
+def _require_intact_opponent(opponent: OpponentSpec, facts: Path) -> None:
+    """Refuse damaged weights before spending GPU hours on them. Downloads from the hub are already verified."""
     if base := opponent.directory:
-        require_finite(check_weights(base, "model"), memory)
-        if "quantization_config" not in (base / "config.json").read_text(encoding="utf-8"):  # other tensors
+        require_finite(check_weights(base, "model"), facts)
+        if "quantization_config" not in (base / "config.json").read_text(encoding="utf-8"):  # its tensor names differ
             require_complete(base, trust_remote_code=opponent.trust_remote_code)
     if opponent.adapter:
-        require_finite(check_weights(opponent.adapter, "adapter_model"), memory)
+        require_finite(check_weights(opponent.adapter, "adapter_model"), facts)
         require_complete_adapter(opponent.adapter, opponent.base_model, **opponent.hub)
 
 
 def _bytes_needed(generation: Generation, responses: int, *, merges: bool) -> Space:
-    """What an iteration writes: surely the model at its end, at most also all these responses and checkpoints.
+    """Return the disk space of an iteration: at least its final model, at most also all responses and checkpoints.
 
     Args:
-        generation: of the iteration.
-        responses: how many are asked for.
-        merges: the opponent is written before vLLM generates with it.
+        generation: the iteration's generation.
+        responses: number of requests.
+        merges: the merged opponent is written first.
     """
     opponent, training, spin = generation.opponent, generation.training, generation.spin
     model = 0
@@ -228,6 +228,6 @@ def _bytes_needed(generation: Generation, responses: int, *, merges: bool) -> Sp
     pairs = responses * (1 + spin.history_iterations) * 2 * generation.data.sequence_len
     trained = 2 * model if generation.grows else model
     optimizer = 2 * trained if training.saves_optimizer else 0  # Adam's two moments
-    # 32-bit weights are saved at the end, too, and then rewritten in 16 bits; DeepSpeed's are not
+    # 32-bit weights are saved first and then rewritten in 16 bits, except with DeepSpeed
     sure = trained + model if generation.grows and not training.deepspeed else model
     return Space(sure=sure, likely=sure + 8 * tokens + 4 * pairs + training.checkpoints * (trained + optimizer))

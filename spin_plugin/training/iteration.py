@@ -1,4 +1,4 @@
-"""The iteration that this command runs: from the run directory's lock to its last line."""
+"""The iteration that this command runs, from locking the run directory to the closing message."""
 
 import json
 import math
@@ -27,13 +27,13 @@ from spin_plugin.run.checkpoint import check_model_dir, why_incomplete
 from spin_plugin.run.directory import IterationDir
 from spin_plugin.run.processes import Ranks, end_with_launcher, name_of_start, rank
 from spin_plugin.run.state import RunState
-from spin_plugin.training.precision import is_lean, keep_masters, require_moving_weights
+from spin_plugin.training.precision import keep_masters, needs_no_masters, require_moving_weights
 from spin_plugin.training.prepare import PairsOnDisk, open_pairs, prepare_iteration
 from spin_plugin.training.saving import store_in_16_bits
 
 
 class Iteration:
-    """What the plugin's hooks share while one iteration is prepared, trained and finished."""
+    """State that the plugin's hooks share while one iteration is prepared, trained and finished."""
 
     def __init__(self, cfg: Any, lowered: Lowered) -> None:
         self.cfg, self.lowered, self.first = cfg, lowered, rank() == 0
@@ -42,17 +42,17 @@ class Iteration:
         self.directory: IterationDir = lowered.run.iteration(lowered.iteration)
         self.pairs: PairsOnDisk
         self.ranks: Ranks
-        self.held = ExitStack()
-        self.kept: list[str] = []
-        """Tensors that the architecture wants in 32 bits, whatever the format of the model."""
+        self.lock = ExitStack()
+        self.fp32_tensors: list[str] = []
+        """Names of tensors that the architecture keeps in fp32 whatever the model's dtype."""
 
     # --- before training ---------------------------------------------------------------------
 
     def prepare(self, *, for_training: bool) -> None:
-        """Claim the run directory, make the pairs, and point Axolotl at the iteration.
+        """Lock the run directory, build the pairs and point Axolotl at the iteration's directory.
 
         Raises:
-            SpinError: the directory is in use or belongs to another configuration, or the data cannot be used.
+            SpinError: the directory is in use or belongs to another configuration, or the data is unusable.
         """
         run, number = self.lowered.run, self.lowered.iteration
         require_moving_weights(self.training)
@@ -60,12 +60,12 @@ class Iteration:
         self.ranks = Ranks(run, name_of_start())
         self.ranks.join()
         if self.first:
-            self.held.enter_context(run.locked())
+            self.lock.enter_context(run.locked())
             self._claim()
             self.ranks.forget_earlier_starts()
             self.pairs = prepare_iteration(self.cfg, run, self.spin, number)
             if for_training:
-                self._remove_incomplete_checkpoints()  # before the other processes look for one
+                self._remove_incomplete_checkpoints()  # before the other ranks look for a checkpoint
             self.ranks.signal_prepared()
         else:
             self.ranks.wait_for_prepared()
@@ -78,48 +78,48 @@ class Iteration:
             self._resume()
         else:
             self.ranks.leave()
-            self.held.close()
+            self.lock.close()
 
     def _claim(self) -> None:
-        """Write run.json on the first start; refuse another configuration afterwards."""
+        """Write run.json on the first start; refuse another configuration on later ones."""
         run, state = self.lowered.run, self.lowered.run.read_state()
         if state is None:
             if any(run.root.glob("*.safetensors")) or (run.root / "config.json").exists():
-                raise SpinError(f"output_dir {run.root} holds a model that is not a SPIN run; use another output_dir")
+                raise SpinError(f"output_dir: {run.root} holds a model but no SPIN run; use another output_dir")
             run.write_state(RunState(self.lowered.config, [], __version__))
             return
         begun = len(state.finished) + self.directory.path.exists()
         keys = differing_keys(state.config, self.lowered.config, begun)
         if len(state.finished) != self.lowered.iteration:
             raise SpinError(
-                f"iteration {self.lowered.iteration} was finished by another process; run the same command again"
+                f"iteration {self.lowered.iteration} was finished by another process; rerun the same command"
             )
         if not state.finished and not run.holds_responses():
-            remove_atomically(run.real)  # nothing was drawn yet: configuration and data may change
+            remove_atomically(run.real)  # no responses yet, so configuration and data may change
         elif keys:
             raise SpinError(
-                f"output_dir {run.root} belongs to a run with another configuration; these keys differ: "
-                f"{', '.join(keys)}. Use another output_dir, put the keys back to finish that run, or remove it with "
+                f"output_dir: {run.root} belongs to a run with another configuration (these keys differ: "
+                f"{', '.join(keys)}); use another output_dir, restore the keys to finish that run, or remove it with "
                 "`axolotl spin reset CONFIG --iteration 0`"
             )
         run.write_state(RunState(self.lowered.config, state.finished, state.version))
 
     def _remove_incomplete_checkpoints(self) -> None:
-        """Leave nothing but places to go on from: what was cut off in the middle of its save is of no use."""
+        """Remove checkpoints whose save was interrupted, so that training can resume from every remaining one."""
         for checkpoint in self.directory.checkpoints():
             if reason := why_incomplete(checkpoint):
-                warn(f"training cannot go on from {checkpoint.name}, which is removed: {reason}")
+                warn(f"{checkpoint.name}: incomplete, so it is removed: {reason}")
                 remove_atomically(checkpoint)
 
     def _resume(self) -> None:
-        """Go on from the last checkpoint; forget what was logged after it."""
+        """Resume from the newest checkpoint and drop what was logged after it."""
         checkpoint = next(reversed(self.directory.checkpoints()), None)
         self.cfg.auto_resume_from_checkpoints = False
         self.cfg.resume_from_checkpoint = str(checkpoint) if checkpoint else None
         if not self.first:
             return
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
-        # The summary at the end of training is written again.
+        # Training writes its summary again at the end.
         kept = [entry for entry in self.directory.logged() if entry["step"] <= step and "train_runtime" not in entry]
         write_atomically(self.directory.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
         if checkpoint:
@@ -127,80 +127,80 @@ class Iteration:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the iteration."""
-        an_epoch = steps_in_epoch(
+        """Optimizer steps in the iteration."""
+        per_epoch = steps_in_epoch(
             len(self.pairs.train),
             micro_batch=self.training.micro_batch_size,
             ranks=self.training.world_size,
             accumulated=self.training.gradient_accumulation_steps,
         )
-        steps = math.ceil(self.training.num_epochs * an_epoch)
+        steps = math.ceil(self.training.num_epochs * per_epoch)
         return min(steps, self.training.max_steps or steps)
 
     # --- training ----------------------------------------------------------------------------
 
     def note_formats(self, model: Any) -> None:
-        """Note what has 32 bits although the model was loaded in 16, before Axolotl and the masters change that."""
+        """Record which tensors of a 16-bit model are fp32, before Axolotl and the masters change dtypes."""
         if self.training.in_16_bits and not self.training.deepspeed:
-            self.kept = [name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32]
+            self.fp32_tensors = [name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32]
 
     def keep_masters(self, model: Any) -> None:
-        """Bring the trained weights to 32 bits, before anything wraps the model."""
+        """Convert the trained weights to fp32, before anything wraps the model."""
         keep_masters(self.training, model)
 
     def collator_class_and_arguments(self) -> tuple[type[PairCollator], dict[str, Any]]:
         return PairCollator, {}
 
     def training_arguments(self) -> dict[str, Any]:
-        """Keep the pairs' columns, which no model's forward knows; never wait for the GPU to look for NaN."""
+        """Keep the pairs' columns, which no model's forward takes; skip the NaN filter, which syncs with the GPU."""
         ours = {"remove_unused_columns": False, "label_names": [], "logging_nan_inf_filter": False}
-        # transformers allows bf16 without a GPU only where the CPU is asked for by name
+        # without a GPU transformers allows bf16 only if the CPU is requested explicitly
         return ours | ({"use_cpu": True} if self.cfg.bf16 and not torch.accelerator.is_available() else {})
 
     def trainer_class(self) -> type[Any]:
-        """The class of trainers for this iteration."""
-        from spin_plugin.training.precision import SameNoise
-        from spin_plugin.training.saving import RoundAtTheEnd
+        """Return the trainer class for this iteration."""
+        from spin_plugin.training.precision import SyncRoundingNoise
+        from spin_plugin.training.saving import RoundMastersAtEnd
         from spin_plugin.training.task import TrainingTask
         from spin_plugin.training.trainer import trainer_for
 
         callbacks: list[Any] = []
         if self.training.full_in_16_bits and self.training.dtype == "bfloat16":
-            callbacks.append(RoundAtTheEnd(self.kept))
-        if is_lean(self.training):
-            callbacks.append(SameNoise())
+            callbacks.append(RoundMastersAtEnd(self.fp32_tensors))
+        if needs_no_masters(self.training):
+            callbacks.append(SyncRoundingNoise())
         task = TrainingTask(
             self.spin, self.training, self.pairs, self.directory.metrics, self._check_agreement, tuple(callbacks)
         )
         return trainer_for(task)
 
     def check_trainer(self, trainer: Any) -> None:
-        """Look at what Axolotl has constructed."""
+        """Check the trainer that Axolotl has constructed."""
         if self.first:
             self._warn_of_warmup(trainer.args.get_warmup_steps(self.steps))
 
     def _check_agreement(self, policy: Callable[[list[dict[str, Any]]], list[Tensor]]) -> None:
-        """Compare what the policy says of the tokens of some responses, before its first step, with what vLLM said.
+        """Compare the policy's token log-probs of some responses, before its first step, with vLLM's.
 
-        All processes call it, and `policy` in it for the same pairs.
+        Every rank must call it: it calls `policy` with the same pairs on all of them.
         """
         number, shards = self.lowered.iteration, Shards(self.directory.synthetic)
-        pairs, drawn = comparable(shards.responses(), self.pairs.train, number)
+        pairs, vllm_logps = comparable(shards.responses(), self.pairs.train, number)
         logps = policy(pairs)
         precision = {(shards.manifest() or {}).get("engine", {}).get("dtype"), self.training.dtype}
         opponent = read_opponent(self.cfg)
         if self.first:
             require_agreement(
-                distance(drawn, logps),
+                distance(vllm_logps, logps),
                 number,
-                # on a GPU fp32 may be TF32, here or in vLLM
+                # on a GPU fp32 can mean TF32, here or in vLLM
                 exact={name.removeprefix("torch.") for name in precision if name} == {"float32"}
                 and not any(values.is_cuda for values in logps),
                 quantised=opponent.quantised or opponent.fp8,
             )
 
     def _warn_of_warmup(self, warmup: int) -> None:
-        """transformers' schedules begin at 0, so a short iteration may be over before anything was learned."""
+        """Warn if every step is warm-up: schedules start at 0, so the model would barely train."""
         if 0 < warmup >= self.steps:
             warn(
                 f"all {self.steps} steps of the iteration are warm-up, so the learning rate never "
@@ -211,7 +211,7 @@ class Iteration:
     # --- after training ----------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Check what was saved, then mark the iteration as finished: the marker is written last."""
+        """Check the saved model, then mark the iteration as finished in run.json, which is written last."""
         run, number = self.lowered.run, self.lowered.iteration
         if not self.first:
             self.ranks.signal_saved()
@@ -221,7 +221,7 @@ class Iteration:
         self._require_no_watchdog()
         files = check_model_dir(self.directory.path, adapter=self.training.adapter)
         if self.training.full_in_16_bits:
-            store_in_16_bits(self.directory.path, files, getattr(torch, self.training.dtype), self.kept)
+            store_in_16_bits(self.directory.path, files, getattr(torch, self.training.dtype), self.fp32_tensors)
         require_finite(files, run.weights)
         flush(self.directory.path.iterdir())
         if self.training.adapter and self.spin.adapter_chain == "merge":
@@ -235,7 +235,7 @@ class Iteration:
         state.finished.append({"iteration": number, "finished_at": finished_at, "pairs": stats, "metrics": metrics})
         run.link_newest(number)
         run.write_state(state)
-        self.held.close()
+        self.lock.close()
         left = self.lowered.spin.iterations - number - 1
         shown = [
             f"{key} {metrics[f'spin/{key}']:.4f}"
@@ -244,17 +244,17 @@ class Iteration:
         ]
         train = self.pairs.stats["train"]
         if shown and train.equal and not train.equal_dropped:
-            shown[-1] += f" of at most {1 - train.equal / train.pairs:.4f}, as equal responses cannot be told apart"
+            shown[-1] += f" (at most {1 - train.equal / train.pairs:.4f}: identical responses count as misses)"
         say(
-            f"iteration {number} finished, last epoch: {', '.join(shown)}; model in "
-            f"{self.directory.path}; {f'{left} to go: run the same command again' if left else 'that was the last one'}"
+            f"iteration {number} finished, last epoch: {', '.join(shown)}; model in {self.directory.path}; "
+            f"{f'{left} to go: rerun the same command' if left else 'that was the last one'}"
         )
 
     def _require_no_watchdog(self) -> None:
-        """Axolotl's watchdog ends a training that diverges as if it had come to its end."""
+        """Refuse training that Axolotl's loss watchdog stopped, which otherwise looks complete."""
         step = max((entry["step"] for entry in self.directory.logged()), default=0)
         if self.training.loss_watchdog and step < self.steps:
             raise SpinError(
-                f"loss_watchdog_threshold: training was ended at step {step} of {self.steps}; lower the learning_rate "
-                "in spin.schedule and take the iteration back with `axolotl spin reset`"
+                f"loss_watchdog_threshold: training stopped at step {step} of {self.steps}; lower the learning_rate "
+                "in spin.schedule and remove the iteration with `axolotl spin reset`"
             )

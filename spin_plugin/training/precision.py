@@ -1,11 +1,11 @@
-"""The precision of the trained weights: an optimizer's step must move them.
+"""The dtype of the trained weights, chosen so that small updates are not rounded away.
 
-A bf16 number of size 0.02 is stored in steps of 1.2e-4. AdamW at a learning rate of 5e-7 asks for moves of 5e-7, which
-rounding takes back: after 20 such steps 0.1% of the weights have changed, and the run has trained next to nothing. So
-the weights that are trained are kept in 32 bits (the masters) while the arithmetic stays in 16 bits: autocast in one
-process and under DDP, FSDP2's mixed precision, DeepSpeed's own masters. What an iteration stores is in 16 bits again.
+bf16 values near 0.02 are 1.2e-4 apart. AdamW at a learning rate of 5e-7 makes updates of 5e-7, which rounding
+discards: after 20 such steps 0.1% of the weights have changed. So trained weights are kept in fp32 (the masters)
+while compute stays in 16 bits: autocast in a single process and under DDP, FSDP2's mixed precision, DeepSpeed's own
+masters. The saved model is in 16 bits again.
 
-Optimizers that do not lose small updates (`LEAN`) may work on 16-bit weights, for less memory.
+Optimizers that do not lose small updates (`WITHOUT_MASTERS`) can train 16-bit weights, which saves memory.
 """
 
 import json
@@ -24,8 +24,8 @@ from spin_plugin.config.specs import TrainingSpec
 from spin_plugin.console import SpinError
 
 
-class SameNoise(TrainerCallback):
-    """The copies of a model under DDP draw the same noise of stochastic rounding, whatever else a rank has drawn."""
+class SyncRoundingNoise(TrainerCallback):
+    """Seeds every optimizer step, so that DDP replicas round stochastically with the same noise."""
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -35,16 +35,16 @@ class SameNoise(TrainerCallback):
 
 HALF = (torch.bfloat16, torch.float16)
 ROUNDS_STOCHASTICALLY = "bf16_stochastic_round"
-# Optimizers whose updates of 16-bit weights are right in the mean (torchao's stochastic rounding, an argument of
-# theirs) or in the sum (optimi's compensated summation, on by itself).
-LEAN: dict[str, str | None] = {
+# Optimizers whose updates of 16-bit weights are unbiased (torchao's stochastic rounding, if this argument is set) or
+# exact in the sum (optimi's compensated summation, always on).
+WITHOUT_MASTERS: dict[str, str | None] = {
     "adamw_torch_8bit": ROUNDS_STOCHASTICALLY,
     "adamw_torch_4bit": ROUNDS_STOCHASTICALLY,
     "ao_adamw_fp8": ROUNDS_STOCHASTICALLY,
     "optimi_adamw": None,
 }
 WAYS_OUT = (
-    "use `bf16: true` (32-bit masters), or for less memory also `optimizer: adamw_torch_8bit` with "
+    "use `bf16: true` (fp32 masters); to save memory, also `optimizer: adamw_torch_8bit` with "
     f"`optim_args: {{{ROUNDS_STOCHASTICALLY}: true}}`"
 )
 
@@ -53,36 +53,36 @@ WAYS_OUT = (
 
 
 def require_moving_weights(training: TrainingSpec) -> None:
-    """Refuse what would train 16-bit weights with an optimizer that rounds its updates away.
+    """Refuse to train 16-bit weights with an optimizer that rounds small updates away.
 
     Raises:
-        SpinError: names the key.
+        SpinError: starts with the key.
     """
     if not training.in_16_bits:
         return
     if training.adapter:
         if training.adapter_in_model_dtype:
             raise SpinError(
-                "peft_autocast_adapter_dtype: false keeps the adapter in 16 bits, where rounding takes small updates "
-                "back; remove the key"
+                "peft_autocast_adapter_dtype: false keeps the adapter in 16 bits, where small updates are rounded "
+                "away; remove the key"
             )
         return
     if training.deepspeed:
         if _deepspeed(training.deepspeed).get("bf16", {}).get("bf16_master_weights_and_grads"):
             raise SpinError(
-                "deepspeed: bf16_master_weights_and_grads keeps the master weights in 16 bits, where rounding takes "
-                "small updates back; remove it"
+                "deepspeed: bf16_master_weights_and_grads keeps the masters in 16 bits, where small updates are "
+                "rounded away; remove it"
             )
         return
     if training.dtype == "float16":
         raise SpinError(
             f"{training.fp16_key}: a full fine-tune in fp16 rounds small updates away; {WAYS_OUT}, or `bf16: false` "
-            "and `fp16: false` to train in 32 bits, or `adapter: lora`"
+            "and `fp16: false` to train in fp32, or `adapter: lora`"
         )
 
 
 def _deepspeed(config: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    """DeepSpeed's configuration, which Axolotl takes as a mapping or as a file."""
+    """Read DeepSpeed's configuration, which Axolotl takes as a mapping or as a file name."""
     if isinstance(config, Mapping):
         return config
     try:
@@ -90,35 +90,39 @@ def _deepspeed(config: str | Mapping[str, Any]) -> Mapping[str, Any]:
     except (OSError, ValueError) as error:
         raise SpinError(f"deepspeed: {config} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise SpinError(f"deepspeed: {config} does not hold a mapping")
+        raise SpinError(f"deepspeed: {config} must contain a JSON object")
     return content
 
 
-def is_lean(training: TrainingSpec) -> bool:
-    """Whether the optimizer may work on 16-bit weights, because it does not lose small updates."""
-    if training.optimizer not in LEAN:
+def needs_no_masters(training: TrainingSpec) -> bool:
+    """Whether the optimizer trains 16-bit weights without losing small updates."""
+    if training.optimizer not in WITHOUT_MASTERS:
         return False
-    argument = LEAN[training.optimizer]
+    argument = WITHOUT_MASTERS[training.optimizer]
     return argument is None or str(training.optim_args.get(argument)).lower() == "true"
 
 
 def keeps_masters(training: TrainingSpec) -> bool:
-    """Whether 32-bit weights are trained of a model that is loaded in 16 bits."""
-    return training.full_in_16_bits and not is_lean(training)
+    """Whether a full fine-tune loads the model in 16 bits and trains fp32 masters."""
+    return training.full_in_16_bits and not needs_no_masters(training)
 
 
 # --- the model -----------------------------------------------------------------------------------
 
 
 def keep_masters(training: TrainingSpec, model: nn.Module) -> None:
-    """Bring the trained weights to 32 bits, in place, before anything wraps the model.
+    """Convert the trained weights to fp32 in place, before anything wraps the model.
 
-    DeepSpeed keeps master weights itself, and LEAN optimizers need none. FSDP2 wants one format in all parameters that
-    it shards together, so it gets the frozen ones in 32 bits too, and an adapter as PEFT made it.
+    DeepSpeed keeps its own masters, and `WITHOUT_MASTERS` optimizers need none. FSDP2 requires one dtype in all
+    parameters that it shards together, so frozen weights become fp32 too, and an adapter keeps the dtype PEFT gave it.
     """
-    # transformers leaves these empty: FSDP2 sends them the first process's weights, and until then they take no memory
+    # transformers leaves these weights empty until FSDP2 broadcasts the first rank's; untouched, they take no memory
     empty = training.empty_on_other_ranks and int(os.environ.get("LOCAL_RANK", "0")) > 0
-    if training.deepspeed or (is_lean(training) and not training.adapter) or (training.fsdp and training.adapter):
+    if (
+        training.deepspeed
+        or (needs_no_masters(training) and not training.adapter)
+        or (training.fsdp and training.adapter)
+    ):
         return
     for parameter in model.parameters():
         if parameter.dtype in HALF and (parameter.requires_grad or training.fsdp):
@@ -127,7 +131,7 @@ def keep_masters(training: TrainingSpec, model: nn.Module) -> None:
 
 
 def keep_results_in_32_bits(accelerator: Any) -> None:
-    """FSDP2 under accelerate brings what a model gives to bf16: log-probabilities of 500 to steps of 2."""
+    """Stop FSDP2 under accelerate from casting model outputs to bf16, which rounds log-probs of 500 to steps of 2."""
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     policy = getattr(plugin, "mixed_precision_policy", None)
     if isinstance(policy, MixedPrecisionPolicy):
@@ -135,15 +139,15 @@ def keep_results_in_32_bits(accelerator: Any) -> None:
 
 
 def require_masters(training: TrainingSpec, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Check the weights that the optimizer will change: the last guard, however they came about.
+    """Check the dtype of the weights that the optimizer holds, however the model was loaded and wrapped.
 
     Args:
-        training: the run as it was read from the configuration.
-        groups: the optimizer's `param_groups`, DeepSpeed's partitions among them.
+        training: the training settings from the configuration.
+        groups: the optimizer's `param_groups`; under DeepSpeed they hold its partitions.
 
     Raises:
-        SpinError: it would round its updates away.
+        SpinError: the optimizer would round small updates away.
     """
     halves = sum(p.numel() for group in groups for p in group["params"] if p.dtype in HALF)
-    if halves and not is_lean(training):
+    if halves and not needs_no_masters(training):
         raise SpinError(f"{halves:,} weights would be trained in 16 bits, where small updates are lost; {WAYS_OUT}")

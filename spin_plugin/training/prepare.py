@@ -1,4 +1,4 @@
-"""One iteration up to training: tokenised data, the opponent's responses, pairs, all on disk."""
+"""One iteration up to training: tokenized data, the opponent's responses and the pairs, all on disk."""
 
 import hashlib
 import json
@@ -41,26 +41,26 @@ class PairsOnDisk:
     weights: str
     """Fingerprint of the opponent's weights."""
     revision: str | None = None
-    """Commit of a base model on the hub, which all processes load."""
+    """Commit of a base model on the hub; all ranks load this one."""
 
     def opponent_key(self, split: str) -> str:
-        """What the opponent's log-probabilities of a split depend on: its weights, and every token of the pairs."""
+        """Return what a split's opponent log-probs depend on: the opponent's weights and every token of the pairs."""
         pairs = self.opponent_files[split].with_name(f"{split}.arrow")
         with open(pairs, "rb") as content:
             return f"{self.weights}/{hashlib.file_digest(content, 'sha256').hexdigest()}"
 
 
 def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> PairsOnDisk:
-    """Everything before training; what is on disk already is kept.
+    """Do everything before training; reuse what is already on disk.
 
     Args:
         cfg: Axolotl's validated configuration.
         run: the run directory.
-        spin: the block as it stands in this iteration.
+        spin: the `spin:` block for this iteration.
         number: the iteration.
 
     Raises:
-        SpinError: the data cannot be used, or vLLM is missing or died.
+        SpinError: the data is unusable, or vLLM is missing or died.
     """
     directory = run.iteration(number)
     directory.path.mkdir(parents=True, exist_ok=True)
@@ -84,21 +84,21 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
     )
     sources = range(max(0, number - spin.history_iterations), number + 1)
     key = _pairs_key(run, sources, job, spin, data.sequence_len)
-    if reason := _why_anew(directory, key):
+    if reason := _why_rebuild(directory, key):
         _set_training_aside(directory, number, reason)
         write_dir_atomically(directory.pairs, partial(_write_pairs, run, spin, data.sequence_len, real, sources, key))
     found = open_pairs(directory)
     say(f"iteration {number}: {found.stats['train'].described()}")
     if not len(found.train):
         raise SpinError(
-            "no pair is left to train on (see the statistics above); where all responses equal the real ones the "
-            "opponent already reproduces the data, and where all are over sequence_len, raise it"
+            "no pairs left to train on (see the statistics above); if all responses are identical to the real ones, "
+            "the opponent already reproduces the data; if all exceed sequence_len, raise it"
         )
     return found
 
 
 def _base_revision(opponent: OpponentSpec, run: RunDir, number: int) -> str | None:
-    """The commit of a base model on the hub; None for a local one. An adapter stays on the one it was trained on."""
+    """Return the commit of a base model on the hub; None if local. An adapter keeps the commit it was trained on."""
     if opponent.directory:
         return None
     before = (Shards(run.iteration(number - 1).synthetic).manifest() or {}) if number else {}
@@ -106,7 +106,7 @@ def _base_revision(opponent: OpponentSpec, run: RunDir, number: int) -> str | No
 
 
 def open_pairs(directory: IterationDir) -> PairsOnDisk:
-    """The pairs of an iteration that was prepared."""
+    """Open the pairs of a prepared iteration."""
     tables = {split: open_table(directory.pairs / f"{split}.arrow") for split in SPLITS}
     manifest = Shards(directory.synthetic).manifest() or {}
     return PairsOnDisk(
@@ -123,7 +123,7 @@ def open_pairs(directory: IterationDir) -> PairsOnDisk:
 
 
 def _pairs_key(run: RunDir, sources: range, job: Job, spin: SpinArgs, sequence_len: int) -> dict[str, Any]:
-    """What the pairs depend on, by what it is called before the user."""
+    """Return what the pairs depend on, under the names that messages use."""
     manifests = [Shards(run.iteration(source).synthetic).manifest() or {} for source in sources]
     return {
         "the responses": [[manifest.get("weights"), manifest.get("requests_sha256")] for manifest in manifests],
@@ -133,38 +133,38 @@ def _pairs_key(run: RunDir, sources: range, job: Job, spin: SpinArgs, sequence_l
     }
 
 
-def _why_anew(directory: IterationDir, key: dict[str, Any]) -> str | None:
-    """Why pairs have to be built; None where those on disk are the ones."""
+def _why_rebuild(directory: IterationDir, key: dict[str, Any]) -> str | None:
+    """Return why the pairs must be built; None if those on disk are current."""
     try:
         stored = json.loads((directory.pairs / "key").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         stored = None
     if not isinstance(stored, dict):
-        return "the pairs that it was trained on are missing"
+        return "the pairs it was trained on are missing"
     differing = [name for name, value in key.items() if stored.get(name) != value]
     return f"this changed: {', '.join(differing)}" if differing else None
 
 
 def _set_training_aside(directory: IterationDir, number: int, reason: str) -> None:
-    """What was computed from other pairs: the last checkpoint, and the opponent's log-probabilities."""
+    """Set aside what was computed from other pairs: the last checkpoint and the opponent's log-probs."""
     checkpoint = directory.set_checkpoints_aside()
     if checkpoint is None and not any(directory.pairs.glob("opponent-*")):
         return
     kept = [checkpoint, set_aside(directory.pairs) if directory.pairs.is_dir() else None]
     warn(
-        f"iteration {number}: pairs are built and training begins anew, as {reason}; what there was is kept in "
-        f"{' and '.join(str(path) for path in kept if path)}: remove it if you do not need it"
+        f"iteration {number}: pairs are rebuilt and training starts from scratch because {reason}; the old files are "
+        f"kept in {' and '.join(str(path) for path in kept if path)} and can be deleted"
     )
 
 
 def _write_pairs(
     run: RunDir, spin: SpinArgs, sequence_len: int, real: Real, sources: range, key: dict[str, Any], directory: Path
 ) -> None:
-    """Join this iteration's responses, and those of earlier ones for training, with the real ones."""
+    """Join this iteration's responses, and for training those of earlier ones, with the real responses."""
     stats = {}
     for split in SPLITS:
         examples = real.train if split == "train" else real.eval
-        # The newest responses first; held-out prompts are judged on the newest alone.
+        # Newest first; evaluation uses only the newest.
         iterations = list(reversed(sources)) if split == "train" else [sources[-1]]
         stats[split] = build_pairs(
             examples if examples is not None else real.train,

@@ -1,4 +1,4 @@
-"""What an iteration stores: checkpoints that last, and weights rounded to 16 bits."""
+"""What an iteration saves: checkpoints, and weights rounded to 16 bits."""
 
 import json
 import os
@@ -22,9 +22,9 @@ from spin_plugin.run.checkpoint import check_safetensors
 
 
 def mend_times(checkpoints: list[Path]) -> None:
-    """Keep checkpoints, given in the order of their steps, in that order, and none in the future.
+    """Give checkpoints, sorted by step, ascending modification times that are not in the future.
 
-    transformers 5.16 removes the oldest ones by their times (`rotate_checkpoints(use_mtime=True)`).
+    transformers 5.16 removes the oldest by modification time (`rotate_checkpoints(use_mtime=True)`).
     """
     times = [path.stat().st_mtime for path in checkpoints]
     if times and (max(times) > time.time() or times != sorted(times)):
@@ -35,7 +35,7 @@ def mend_times(checkpoints: list[Path]) -> None:
 
 @contextmanager
 def naming_the_disk(directory: str) -> Iterator[None]:
-    """safetensors and torch report a full disk each in its own way; say it in ours."""
+    """Turn the write errors of safetensors and torch into a message with the directory and its free space."""
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
@@ -43,13 +43,13 @@ def naming_the_disk(directory: str) -> Iterator[None]:
             raise
         free = shutil.disk_usage(directory).free / 1e9
         raise SpinError(
-            f"{directory} could not be written ({free:.1f} GB are free): {str(error)[:200]}; make room, then run the "
-            "same command again: it goes on from the last complete checkpoint"
+            f"{directory}: could not be written ({free:.1f} GB free): {str(error)[:200]}; free some space, then rerun "
+            "the same command, which resumes from the last complete checkpoint"
         ) from None
 
 
-class RoundAtTheEnd(TrainerCallback):
-    """Brings masters to bf16 before Axolotl saves the model, so that in the mean nothing of their movement is lost."""
+class RoundMastersAtEnd(TrainerCallback):
+    """Rounds masters to bf16 before Axolotl saves the model, stochastically so that no movement is lost on average."""
 
     def __init__(self, kept: list[str]) -> None:
         self.kept = kept
@@ -60,18 +60,18 @@ class RoundAtTheEnd(TrainerCallback):
         round_masters(kwargs["model"], kept=self.kept, seed=args.seed, states=kwargs["optimizer"].state)
 
 
-# What activation checkpointing and torch.compile add to the names of parameters.
+# Prefixes that activation checkpointing, torch.compile and FSDP add to parameter names.
 WRAPPERS = re.compile(r"_checkpoint_wrapped_module\.|_orig_mod\.|_fsdp_wrapped_module\.")
 
 
-# --- what an iteration stores ----------------------------------------------------------------------
+# --- rounding --------------------------------------------------------------------------------------
 
 
 def rounded_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 numbers as bf16 numbers, each one of its two neighbours, and the number itself in the mean.
+    """Round fp32 values to bf16, each up or down at random so that its mean is exact.
 
-    What an iteration has moved by less than half a step of bf16 would otherwise be where it was before: of 50 steps at
-    5e-7 rounding to the nearest keeps 11%. The noise is that of any rounding to bf16.
+    Rounding to nearest would undo every movement below half a bf16 step: of 50 steps at 5e-7 it keeps 11%. The error
+    of each value stays below one bf16 step.
     """
     noise = torch.randint(1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     bits = values.float().contiguous().view(torch.int32)
@@ -83,14 +83,14 @@ def rounded_stochastically(values: Tensor, generator: torch.Generator) -> Tensor
 def round_masters(
     model: nn.Module, *, kept: Iterable[str], seed: int, states: Mapping[nn.Parameter, Mapping[str, Any]]
 ) -> None:
-    """Round the trained weights to bf16 numbers at the end of training, in place; every rank calls it.
+    """Round the trained weights to bf16 values in place at the end of training; every rank must call it.
 
     Args:
-        model: the model itself, whatever is wrapped around it. Its parameters may be DeepSpeed's, whose masters lie
-            with the optimizer, or FSDP2's shards.
-        kept: names of parameters that the architecture wants in 32 bits.
-        seed: of the rounding.
-        states: the optimizer's, which may hold what compensated summation has kept of a bf16 weight.
+        model: the unwrapped model. Its parameters can be DeepSpeed's, whose masters are in the optimizer, or FSDP2's
+            shards.
+        kept: names of parameters that the architecture keeps in fp32.
+        seed: seed of the rounding noise.
+        states: the optimizer's state, which can hold the residual that compensated summation keeps of a bf16 weight.
     """
     kept = set(kept)
     for number, (name, parameter) in enumerate(model.named_parameters()):
@@ -99,24 +99,24 @@ def round_masters(
         if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
             _round_deepspeed(parameter, seed + number)
             continue
-        weights, lost = _local(parameter), states.get(parameter, {}).get("kahan_comp")
-        if weights.dtype == torch.float32 or lost is not None:
-            master = weights.float() if lost is None else weights.float() + _local(lost).float()
-            generator = _generator(weights, seed + number + _place(parameter))
+        weights, residual = _local(parameter), states.get(parameter, {}).get("kahan_comp")
+        if weights.dtype == torch.float32 or residual is not None:
+            master = weights.float() if residual is None else weights.float() + _local(residual).float()
+            generator = _generator(weights, seed + number + _shard_seed(parameter))
             weights.copy_(rounded_stochastically(master, generator))
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What of a tensor lies on this rank."""
+    """Return the part of a tensor on this rank."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _place(parameter: nn.Parameter) -> int:
-    """Tells the shards of a parameter apart, whose noise has to differ; 0 where it is whole."""
+def _shard_seed(parameter: nn.Parameter) -> int:
+    """Return a seed offset that differs between a parameter's shards; 0 if it is not sharded."""
     if not isinstance(parameter, DTensor):
         return 0
-    place: Sequence[int] = parameter.device_mesh.get_coordinate() or []
-    shard = [at for at, placement in zip(place, parameter.placements, strict=True) if placement.is_shard()]
+    coordinate: Sequence[int] = parameter.device_mesh.get_coordinate() or []
+    shard = [at for at, placement in zip(coordinate, parameter.placements, strict=True) if placement.is_shard()]
     return 1_000_003 * sum(at * 1009**number for number, at in enumerate(shard))
 
 
@@ -135,13 +135,13 @@ def _generator(tensor: Tensor, seed: int) -> torch.Generator:
 
 
 def store_in_16_bits(directory: Path, files: Iterable[Path], dtype: torch.dtype, kept: Iterable[str]) -> None:
-    """Rewrite a model's safetensors, a file at a time and each in one step, with its 32-bit tensors in 16 bits.
+    """Convert the fp32 tensors in a model's safetensors files to 16 bits; replace one file at a time, atomically.
 
     Args:
         directory: the model's directory.
         files: its safetensors files.
-        dtype: bfloat16, or float16.
-        kept: names of tensors that the architecture wants in 32 bits.
+        dtype: bfloat16 or float16.
+        kept: names of tensors that the architecture keeps in fp32.
     """
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -154,7 +154,7 @@ def store_in_16_bits(directory: Path, files: Iterable[Path], dtype: torch.dtype,
         masters = [name for name, tensor in tensors.items() if tensor.dtype == torch.float32 and name not in kept]
         if not masters:
             continue
-        for name in masters:  # one after the other: a file may hold 50 GB
+        for name in masters:  # one at a time: a file can hold 50 GB
             tensors[name] = tensors[name].to(dtype)
         rounded = file.with_name(f".{file.name}.16")
         save_file(tensors, rounded, metadata)

@@ -1,4 +1,4 @@
-"""The start of an iteration: what Axolotl's validated configuration still gets refused for, and what is said first."""
+"""Start an iteration: last checks of the validated configuration, and the announcement."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,17 +13,17 @@ from spin_plugin.training.iteration import Iteration
 
 
 def start_iteration(cfg: Any, lowered: Lowered, other_plugins: Iterable[Any], *, for_training: bool) -> Iteration:
-    """Prepare the next unfinished iteration; where all are finished, say so and end the command.
+    """Prepare the next unfinished iteration; if all are finished, say so and exit.
 
     Args:
         cfg: Axolotl's validated configuration.
-        lowered: what it was lowered from.
-        other_plugins: Axolotl's, ours left out.
-        for_training: false for `axolotl preprocess`, which ends before training.
+        lowered: the user's configuration, from which `cfg` was lowered.
+        other_plugins: Axolotl's plugins except this one.
+        for_training: False for `axolotl preprocess`, which stops before training.
 
     Raises:
         SpinError: see `Iteration.prepare`.
-        SystemExit: there is nothing left to do.
+        SystemExit: all iterations are finished.
     """
     first = rank() == 0
     if lowered.all_finished:

@@ -1,4 +1,4 @@
-"""What an iteration hands its trainer, which Axolotl constructs."""
+"""What an iteration passes to its trainer, which Axolotl constructs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from spin_plugin.training.prepare import PairsOnDisk
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """What an iteration hands its trainer."""
+    """What an iteration passes to its trainer."""
 
     spin: SpinArgs
-    """The block as it stands in this iteration."""
+    """The `spin:` block for this iteration."""
     training: TrainingSpec
     pairs: PairsOnDisk
     metrics_file: Path
     check_agreement: Callable[[Callable[[list[dict[str, Any]]], list[Tensor]]], None]
-    """Compares the policy's log-probabilities of tokens, which it is given a function for, with vLLM's."""
+    """Compares token log-probs of the policy, computed by the given function, with vLLM's."""
     callbacks: tuple[TrainerCallback, ...] = ()

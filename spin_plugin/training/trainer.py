@@ -1,4 +1,4 @@
-"""SpinTrainer: forward, log-probabilities, loss, log. Everything else is Axolotl's trainer."""
+"""SpinTrainer: forward, log-probs, loss and logging. Everything else is Axolotl's trainer."""
 
 import json
 from collections.abc import Iterable
@@ -30,45 +30,45 @@ from spin_plugin.training.precision import keep_results_in_32_bits, require_mast
 from spin_plugin.training.saving import mend_times, naming_the_disk
 from spin_plugin.training.task import TrainingTask
 
-PREFIX = {"train": "spin/", "eval": "eval_spin/"}  # reporters turn the eval_ prefix into a group of its own
+PREFIX = {"train": "spin/", "eval": "eval_spin/"}  # reporters group metrics by the eval_ prefix
 
 
 def trainer_for(task: TrainingTask) -> type["SpinTrainer"]:
-    """The class of trainers that work on this task."""
+    """Return the trainer class for this task."""
     return type("SpinTrainer", (SpinTrainer,), {"task": task})
 
 
 class SpinTrainer(AxolotlTrainer):
-    """Trains the main player against stored log-probabilities of the opponent."""
+    """Trains the main player against stored log-probs of the opponent."""
 
     task: TrainingTask
-    """Axolotl constructs the trainer itself, and asks for a class: so the task comes with the class (`trainer_for`)."""
+    """A class attribute (see `trainer_for`), because Axolotl asks for a class and constructs the trainer itself."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # A single process with several GPUs in sight (vLLM needs them) would get torch's DataParallel, which tears a
-        # flat row apart.
+        # A single process that sees several GPUs (vLLM needs them) would get torch's DataParallel, which splits a
+        # shared-prefix row.
         kwargs["args"]._n_gpu = min(1, kwargs["args"].n_gpu)
         super().__init__(*args, **kwargs)
         keep_results_in_32_bits(self.accelerator)
-        # compute_loss divides by the pairs of the global batch itself; transformers must not divide
-        # again by the accumulation steps, which would weigh pairs by how micro-batches fell.
+        # compute_loss divides by the pairs of the global batch; if transformers also divided by the accumulation steps,
+        # a pair's weight would depend on its micro-batch.
         self.model_accepts_loss_kwargs = True
         dropout = max(silence_dropout(module) for module in self.model.modules())
         if dropout and self.is_world_process_zero():
-            say(f"dropout of {dropout:g} is switched off: before its first step the policy has to equal the opponent")
+            say(f"dropout of {dropout:g} is disabled: the policy must equal the opponent before its first step")
         install(self.model)  # before anything wraps the model
-        self.layout = Layout(shared_prefix=False, own_logits=False)  # until the model is wrapped for training
+        self.layout = Layout(shared_prefix=False, own_logits=False)  # replaced once the model is wrapped for training
         self.opponent: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor | None] = dict.fromkeys(PREFIX)
         self._pairs = dict.fromkeys(PREFIX, 0)
         self._eval_batches = 0
-        for callback in (_OpponentBeforeFirstStep(self), *self.task.callbacks):
+        for callback in (_ScoreBeforeFirstStep(self), *self.task.callbacks):
             self.add_callback(callback)
 
-    # --- log-probabilities -------------------------------------------------------------------
+    # --- log-probs ---------------------------------------------------------------------------
 
     def choose_layout(self, model: nn.Module) -> None:
-        """Settle the layout of the pairs before the first of them is scored."""
+        """Choose the layout of the pairs before the first of them is scored."""
 
         def pair(index: int) -> Pair:
             row = self.train_dataset[index]
@@ -86,18 +86,18 @@ class SpinTrainer(AxolotlTrainer):
             )
         if reason := self.layout.not_shared_because:
             if self.task.spin.shared_prefix == "on":
-                raise SpinError(f"spin.shared_prefix: on is not possible: {reason}; use auto")
+                raise SpinError(f"spin.shared_prefix: cannot be on: {reason}; use auto")
             if self.is_world_process_zero():
-                say(f"pairs are padded instead of sharing their prompt: {reason}")
+                say(f"pairs use the padded layout instead of shared prefixes: {reason}")
         for collator in (self.train_data_collator, self.eval_data_collator):
             collator.shared_prefix = self.layout.shared_prefix
 
     def _logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """[R] log-probabilities of a batch's responses."""
+        """[R] log-probs of a batch's responses."""
         return logps(model, batch, own_logits=self.layout.own_logits)
 
     def load_opponent(self, model: nn.Module) -> None:
-        """Fill `opponent` with what is stored; compute and store the rest with the model as it is now."""
+        """Load the stored opponent log-probs; compute and store missing ones with the model, still the opponent."""
         self.choose_layout(model)
         splits = {"train": self.train_dataset, "eval": self.eval_dataset}
         for split, pairs in splits.items():
@@ -105,16 +105,15 @@ class SpinTrainer(AxolotlTrainer):
                 store = OpponentStore(
                     self.task.pairs.opponent_files[split], 2 * len(pairs), self.task.pairs.opponent_key(split)
                 )
-                self.opponent[split] = self._stored(store)
+                self.opponent[split] = self._load_stored(store)
                 if self.opponent[split].isnan().any():
                     self._score(model, pairs, split, store)
-        if not self.state.global_step:  # after that the policy has moved on
+        if not self.state.global_step:  # later the policy is no longer the opponent
             self.task.check_agreement(partial(self._token_logps, model))
 
     @torch.no_grad()
     def _token_logps(self, model: nn.Module, pairs: list[dict[str, Any]]) -> list[Tensor]:
-        """Log-probabilities of the tokens of each pair's synthetic response; all ranks score all, for a model may be
-        shared."""
+        """Token log-probs of each pair's synthetic response; each rank scores all, because the model can be sharded."""
         found, training = [], model.training
         size = self.args.per_device_train_batch_size
         model.eval()
@@ -126,21 +125,21 @@ class SpinTrainer(AxolotlTrainer):
         model.train(training)
         return found
 
-    def _stored(self, store: OpponentStore) -> Tensor:
-        """What the first process reads, on every rank: they have to agree on what is left to compute."""
+    def _load_stored(self, store: OpponentStore) -> Tensor:
+        """Broadcast the values that the main process reads: all ranks must agree on what is left to compute."""
         first = self.accelerator.is_main_process
         values = store.load() if first else torch.empty(store.responses)
         values = broadcast(values.to(self.args.device))
         if self.state.global_step and values.isnan().any():
             raise SpinError(
-                f"{store.file} is missing, damaged or incomplete, and the policy has moved on from the opponent; "
-                f"delete the checkpoints in {self.args.output_dir} to train this iteration from its start"
+                f"{store.file}: missing, damaged or incomplete, and the policy is no longer the opponent; "
+                f"delete the checkpoints in {self.args.output_dir} to train this iteration from scratch"
             )
         return values
 
     @torch.no_grad()
     def _score(self, model: nn.Module, pairs: Dataset, split: str, store: OpponentStore) -> None:
-        """Compute and store the log-probabilities that are missing, each rank its share."""
+        """Compute and store the missing log-probs, each rank its share."""
         state, training = self.accelerator, model.training
 
         def score(indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,19 +154,19 @@ class SpinTrainer(AxolotlTrainer):
         rounds = scoring_batches(token_counts(pairs), tokens=tokens, world=state.num_processes)
         left = unscored(rounds, self.opponent[split])
         model.eval()
-        shown = self._shown(left, f"opponent's log-probabilities ({split})")
-        fill(self.opponent[split], store, shown, score, write=state.is_main_process)
+        tracked = self._with_progress(left, f"opponent's log-probs ({split})")
+        fill(self.opponent[split], store, tracked, score, write=state.is_main_process)
         model.train(training)
         if state.is_main_process:
-            say(f"opponent's log-probabilities of {len(pairs):,} {split} pairs stored")
+            say(f"opponent's log-probs of {len(pairs):,} {split} pairs stored")
         state.wait_for_everyone()
 
-    def _shown(self, rounds: list[Tensor], title: str) -> Iterable[Tensor]:
+    def _with_progress(self, rounds: list[Tensor], title: str) -> Iterable[Tensor]:
         shown = console.is_terminal and self.accelerator.is_main_process
         return track(rounds, title, total=len(rounds), console=console, transient=True, disable=not shown)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
-        """A random order whose steps are balanced by tokens, unless the configuration asks for another."""
+        """Random order with steps balanced by tokens, unless the configuration sets another order."""
         pairs = self.train_dataset if train_dataset is None else train_dataset
         if self.args.curriculum_sampling or self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(pairs)
@@ -181,7 +180,7 @@ class SpinTrainer(AxolotlTrainer):
     # --- loss --------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Pairs in the global batch: what the sum of the losses is divided by."""
+        """Return the number of pairs in the global batch, which divides the sum of their losses."""
         args, total = self.args, len(self.train_dataset)
         batch = {"micro_batch": args.per_device_train_batch_size, "ranks": args.world_size}
         accumulated = args.gradient_accumulation_steps
@@ -198,7 +197,7 @@ class SpinTrainer(AxolotlTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """The sum of the micro-batch's losses over the pairs of the global batch."""
+        """Return the summed loss divided by the pairs in the global batch; in evaluation, the mean loss."""
         split = "train" if model.training else "eval"
         policy = self._logps(model, inputs)
         opponent, sides = self.opponent[split][inputs["responses"]], inputs["sides"][:, : inputs["counted"]]
@@ -210,14 +209,14 @@ class SpinTrainer(AxolotlTrainer):
         if split == "eval" or num_items_in_batch is None:
             loss = terms.loss.sum() / max(1, len(terms.loss))
         else:
-            # Data parallelism averages gradients over the ranks; this makes it their sum.
+            # Data parallelism averages gradients over the ranks; this turns the average into a sum.
             loss = terms.loss.sum() * self.accelerator.num_processes / num_items_in_batch
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        """The loss alone: evaluation has no logits to gather."""
+        """Return only the loss: evaluation has no logits to gather."""
         inputs["counted"] = counted(
             len(self.eval_dataset),
             number=self._eval_batches,
@@ -246,7 +245,7 @@ class SpinTrainer(AxolotlTrainer):
     # --- logging -----------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean of every metric since the last log, over all ranks."""
+        """Add each metric's mean since the last log, over all ranks."""
         entry: dict[str, float | None] = {"step": self.state.global_step, "epoch": self.state.epoch}
         if "loss" in logs and self._pairs["train"]:
             metrics, entry["pairs"] = self._drain("train")
@@ -257,7 +256,7 @@ class SpinTrainer(AxolotlTrainer):
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Metrics of the held-out pairs; their loss is the mean over pairs, whatever the batches."""
+        """Add the metrics of the held-out pairs; the loss is their mean whatever the batch sizes."""
         self._eval_batches = 0
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics, _ = self._drain("eval")
@@ -265,7 +264,7 @@ class SpinTrainer(AxolotlTrainer):
         return output
 
     def _drain(self, split: str) -> tuple[dict[str, float], int]:
-        """Means since the last call, and of how many pairs, over all ranks."""
+        """Return each metric's mean since the last call and the number of pairs, over all ranks."""
         sums = self._sums[split]
         assert sums is not None
         packed = torch.cat([sums, sums.new_tensor([self._pairs[split]])])
@@ -277,12 +276,12 @@ class SpinTrainer(AxolotlTrainer):
 
 
 def token_counts(pairs: Dataset) -> Tensor:
-    """[N] tokens of every pair."""
+    """[N] tokens in each pair."""
     return torch.as_tensor(pairs.with_format("numpy")["length"][:])
 
 
-class _OpponentBeforeFirstStep(TrainerCallback):
-    """Scores the pairs once the model is wrapped for training and before anything changes it."""
+class _ScoreBeforeFirstStep(TrainerCallback):
+    """Scores the pairs after the model is wrapped for training and before its first step."""
 
     def __init__(self, trainer: SpinTrainer) -> None:
         self.trainer = trainer

@@ -1,4 +1,4 @@
-"""Adapters: merged or served as they are, the opponent is the same; and it is never the base model alone."""
+"""Adapters: the opponent is the same whether merged or served by vLLM, and never the bare base model."""
 
 import json
 import math
@@ -36,7 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def make_adapter(model: Path, path: Path, **kind: Any) -> Path:
-    """Save a random adapter that is far from the base model."""
+    """Save a random adapter with a large effect on the base model."""
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(model)
     kind = {"target_modules": ["q_proj", "v_proj", "down_proj"]} | kind
@@ -60,14 +60,14 @@ def merged(model: Path, adapter: Path, target: Path) -> Path:
 def test_merged_model_is_base_plus_adapter(tmp_path: Path, llama: Path, kind: str) -> None:
     adapter = make_adapter(llama, tmp_path / "adapter", **KINDS[kind])
     assert served_by_vllm(adapter) == (kind in ("lora", "rslora"))
-    whole = AutoModelForCausalLM.from_pretrained(merged(llama, adapter, tmp_path / "merged"))
+    full = AutoModelForCausalLM.from_pretrained(merged(llama, adapter, tmp_path / "merged"))
     base = AutoModelForCausalLM.from_pretrained(llama)
     tokens = torch.arange(40)[None]
     with torch.no_grad():
-        alone = base(tokens).logits
+        unadapted = base(tokens).logits
         adapted = PeftModel.from_pretrained(base, adapter)(tokens).logits
-        torch.testing.assert_close(whole(tokens).logits, adapted, rtol=1e-4, atol=1e-4)
-    assert (adapted - alone).abs().max() > 0.1
+        torch.testing.assert_close(full(tokens).logits, adapted, rtol=1e-4, atol=1e-4)
+    assert (adapted - unadapted).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def test_merged_model_is_base_plus_adapter(tmp_path: Path, llama: Path, kind: st
     ],
     ids=str,
 )
-def test_merge_that_loses_a_tensor_is_found(tmp_path: Path, kind: dict[str, Any]) -> None:
-    """A head that is the embedding has no tensor of its own to merge into."""
+def test_merge_that_loses_a_tensor_is_refused(tmp_path: Path, kind: dict[str, Any]) -> None:
+    """A tied head has no tensor of its own to merge into."""
     model = make_model(tmp_path / "tied", tie_word_embeddings=True)
     adapter = make_adapter(model, tmp_path / "adapter", **kind)
     with pytest.raises(SpinError, match="cannot be merged"):
@@ -91,44 +91,44 @@ def test_merge_that_loses_a_tensor_is_found(tmp_path: Path, kind: dict[str, Any]
 
 
 @pytest.mark.slow
-def test_greedy_responses_from_the_adapter_are_those_of_the_merged_model(
+def test_greedy_responses_are_equal_for_adapter_and_merged_model(
     tmp_path: Path, llama: Path, vllm_python: Path
 ) -> None:
     adapter = make_adapter(llama, tmp_path / "adapter")
-    whole = merged(llama, adapter, tmp_path / "merged")
+    full = merged(llama, adapter, tmp_path / "merged")
     requests = [Request(n, "train", n, [257, *(10 + int(digit) for digit in f"{n:03d}")], 24, n) for n in range(64)]
-    drawn = {}
-    for name, model, lora in (("adapter", llama, str(adapter)), ("merged", whole, None), ("base", llama, None)):
+    generated = {}
+    for name, model, lora in (("adapter", llama, str(adapter)), ("merged", full, None), ("base", llama, None)):
         engine = {"model": str(model), "skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 64}
         engine |= {"generation_config": "vllm", "kv_cache_memory_bytes": 64 << 20}
         sampling = {"temperature": 0.0, "top_p": 1.0, "stop_token_ids": [258]}
-        job, shards = Job(0, engine, lora, name, sampling, len(requests), name), Shards(tmp_path / f"drawn-{name}")
+        job, shards = Job(0, engine, lora, name, sampling, len(requests), name), Shards(tmp_path / f"generated-{name}")
         generate(job, shards, lambda: requests, lambda: vllm_python)
-        drawn[name] = [response["tokens"] for response in shards.responses()]
-    assert drawn["adapter"] == drawn["merged"]
-    assert drawn["adapter"] != drawn["base"], "a wrong opponent would be seen"
+        generated[name] = [response["tokens"] for response in shards.responses()]
+    assert generated["adapter"] == generated["merged"]
+    assert generated["adapter"] != generated["base"], "a wrong opponent would be detected"
 
 
 MERGE = LORA | {"spin": {"adapter_chain": "merge"}}
 GPT2 = LORA | {"lora_target_linear": None, "lora_target_modules": ["c_attn", "c_fc"], "lora_fan_in_fan_out": True}
-# Changes to the configuration, iterations, and whether vLLM serves the adapter as it is.
+# Changes to the configuration, iterations, and whether vLLM serves the adapter unmerged.
 CHAINS: dict[str, tuple[dict[str, Any], int, bool]] = {
     "full": ({}, 3, False),
     "continue": (LORA | {"lora_dropout": 0.1}, 3, True),
     "merge": (MERGE, 3, False),
-    # kinds that vLLM cannot serve: known beforehand, and found out when it refuses
+    # adapters that vLLM cannot serve: detected beforehand, or when vLLM refuses them
     "tied": (LORA | {"lora_modules_to_save": ["lm_head", "embed_tokens"]}, 2, False),
     "dora": (LORA | {"peft_use_dora": True, "lora_modules_to_save": ["lm_head"]}, 2, False),
     "gpt2": (GPT2, 2, False),
-    # quantised in training, not in vLLM
+    # quantized in training, not in vLLM
     "8bit": (LORA | {"load_in_8bit": True}, 2, True),
     "4bit-merge": (MERGE | {"adapter": "qlora", "load_in_4bit": True}, 2, False),
 }
 
 
 @pytest.fixture(scope="module")
-def chains(tmp_path_factory: pytest.TempPathFactory, chat_data: Path, play: Callable[..., None]) -> Path:
-    """A directory with the run of each chain."""
+def chains(tmp_path_factory: pytest.TempPathFactory, chat_data: Path, run_jobs: Callable[..., None]) -> Path:
+    """A directory with a run of each chain."""
     directory, jobs = tmp_path_factory.mktemp("chains"), []
     for name, (changes, iterations, _) in CHAINS.items():
         own = directory / name
@@ -138,14 +138,14 @@ def chains(tmp_path_factory: pytest.TempPathFactory, chat_data: Path, play: Call
         spin = config["spin"] | {"iterations": iterations} | changes.get("spin", {})
         changed = {key: value for key, value in (config | changes | {"spin": spin}).items() if value is not None}
         jobs += iterations * [(write_config(own, changed), 1)]
-    play(*jobs)
+    run_jobs(*jobs)
     return directory
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
-def test_the_policy_is_the_opponent_at_the_start_of_every_iteration(chains: Path, name: str) -> None:
-    """To the bit in all but 8 bits: LLM.int8 looks for outliers in the whole batch, so what else is in it matters."""
+def test_policy_equals_the_opponent_at_the_start_of_every_iteration(chains: Path, name: str) -> None:
+    """Nearly exact except in 8 bits, where LLM.int8's outliers depend on the rest of the batch."""
     exact = 1e-6 if name != "8bit" else 5e-3
     run, iterations = RunDir(chains / name / "run"), CHAINS[name][1]
     assert run.finished() == iterations
@@ -157,53 +157,54 @@ def test_the_policy_is_the_opponent_at_the_start_of_every_iteration(chains: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
-def test_the_opponent_is_the_model_of_the_iteration_before(chains: Path, tmp_path: Path, name: str) -> None:
-    """Its stored values are those of the whole model, and far from those of the model that the run started from."""
+def test_opponent_is_the_model_of_the_previous_iteration(chains: Path, tmp_path: Path, name: str) -> None:
+    """Its stored log-probs are those of the full model, and far from those of the run's initial model."""
     _, iterations, served = CHAINS[name]
     run, model = RunDir(chains / name / "run"), chains / name / "model"
     pairs = open_pairs(run.iteration(iterations - 1))
     job = json.loads((run.iteration(iterations - 1).synthetic / "job.json").read_text())
     assert (job["adapter"] is not None) == served
-    assert not list(run.iteration(iterations - 1).path.glob("opponent-*")), "it is there only while vLLM draws"
+    assert not list(run.iteration(iterations - 1).path.glob("opponent-*")), "it exists only during generation"
     stored = load_file(pairs.opponent_files["train"])["logps"][0].item()
     before, merges = run.iteration(iterations - 2), name.endswith("merge")
-    whole = before.path if name == "full" else before.merged
+    full = before.path if name == "full" else before.merged
     if not (merges or name == "full"):
-        whole = merged(model, before.path, tmp_path / "whole")
-    expected, wrong = (token_logps(each, pairs.train[0], "real").sum().item() for each in (whole, model))
+        full = merged(model, before.path, tmp_path / "full")
+    expected, wrong = (token_logps(each, pairs.train[0], "real").sum().item() for each in (full, model))
     quantised = name.startswith(("4bit", "8bit"))
     assert stored == pytest.approx(expected, abs=abs(wrong - expected) / 4 if quantised else 1e-3)
-    assert abs(stored - wrong) > 0.1, "a wrong opponent would be seen"
+    assert abs(stored - wrong) > 0.1, "a wrong opponent would be detected"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
-def test_vllm_drew_from_the_opponent(chains: Path, name: str) -> None:
-    """What vLLM says of its own responses is what the policy says of them, as every iteration tells; the run's first
-    model says otherwise."""
+def test_vllm_generates_from_the_opponent(chains: Path, name: str) -> None:
+    """vLLM and the policy agree on the responses' log-probs, as every iteration reports; the run's initial model does
+    not."""
     _, iterations, _ = CHAINS[name]
     last, quantised = iterations - 1, "bit" in name
     directory, model = RunDir(chains / name / "run").iteration(last), chains / name / "model"
-    told = re.findall(r"iteration (\d): vLLM and the policy are (\S+) nats", (chains / name / "rank-0.log").read_text())
-    assert [int(number) for number, _ in told] == list(range(iterations))
-    assert all(float(apart) < (EXACT if not quantised else 0.5) for _, apart in told)
+    log = (chains / name / "rank-0.log").read_text()
+    reported = re.findall(r"iteration (\d): vLLM and the policy are (\S+) nats", log)
+    assert [int(number) for number, _ in reported] == list(range(iterations))
+    assert all(float(apart) < (EXACT if not quantised else 0.5) for _, apart in reported)
     train = open_pairs(directory).train
-    pairs, drawn = comparable(Shards(directory.synthetic).responses(), train, last)
-    assert len(pairs) == list(train["iteration"]).count(last) > 20, "an empty response has become no pair"
-    wrong = distance(drawn[:8], [token_logps(model, pair, "synthetic") for pair in pairs[:8]])
+    pairs, generated = comparable(Shards(directory.synthetic).responses(), train, last)
+    assert len(pairs) == list(train["iteration"]).count(last) > 20, "empty responses make no pairs"
+    wrong = distance(generated[:8], [token_logps(model, pair, "synthetic") for pair in pairs[:8]])
     assert wrong is not None
     assert wrong.mean > 10 * EXACT
-    with pytest.raises(SpinError, match="drawn from another model"):
+    with pytest.raises(SpinError, match="generated by another model"):
         require_agreement(wrong, last, exact=True, quantised=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["continue", "merge"])
 def test_merge_lora_takes_the_last_iteration(
-    chains: Path, tmp_path: Path, play: Callable[..., None], name: str
+    chains: Path, tmp_path: Path, run_jobs: Callable[..., None], name: str
 ) -> None:
     run, last = RunDir(chains / name / "run"), CHAINS[name][1] - 1
-    play((chains / name / "config.yml", 1), command="merge_lora")
+    run_jobs((chains / name / "config.yml", 1), command="merge_lora")
     base = run.iteration(last - 1).merged if name == "merge" else chains / name / "model"
     expected = merged(base, run.iteration(last).path, tmp_path / "expected")
     found = load_file(run.root / "merged/model.safetensors")
@@ -212,9 +213,9 @@ def test_merge_lora_takes_the_last_iteration(
 
 
 def token_logps(model: Path, pair: dict[str, Any], side: str) -> torch.Tensor:
-    """Log-probabilities of a response's tokens by the model alone."""
+    """Return the log-probs of a response's tokens."""
     tokens = torch.tensor([pair["prompt"] + pair[side]])
-    asked = range(len(pair["prompt"]) - 1, tokens.shape[1] - 1)
+    positions = range(len(pair["prompt"]) - 1, tokens.shape[1] - 1)
     with torch.no_grad():
         logps = AutoModelForCausalLM.from_pretrained(model)(tokens).logits.log_softmax(-1)[0]
-    return torch.stack([logps[place, tokens[0, place + 1]] for place in asked])
+    return torch.stack([logps[place, tokens[0, place + 1]] for place in positions])

@@ -1,4 +1,4 @@
-"""Bad input: one clear line that names the key or file and the way out, exit code 1, nothing destroyed."""
+"""Bad input gives one line with the key or file and the fix, exits with 1, and destroys nothing."""
 
 import shutil
 import sys
@@ -20,7 +20,7 @@ Preprocess = Callable[[Path], str]
 
 @pytest.fixture
 def preprocess(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Preprocess]:
-    """`axolotl preprocess` in this process: the last line it printed when it gave up with exit code 1."""
+    """Run `axolotl preprocess` in this process and return its error line; asserts exit code 1."""
     from axolotl.cli.preprocess import do_cli
     from axolotl.integrations.base import PluginManager
     from axolotl.utils.tee import close_debug_log
@@ -77,7 +77,7 @@ def test_empty_dataset(tmp_path: Path, llama: Path, preprocess: Preprocess) -> N
     assert "empty.jsonl" in error
 
 
-def test_damaged_row_is_named_by_its_cause(tmp_path: Path, llama: Path, preprocess: Preprocess) -> None:
+def test_damaged_row_is_reported_with_its_cause(tmp_path: Path, llama: Path, preprocess: Preprocess) -> None:
     data = write_jsonl(tmp_path / "damaged.jsonl", chat_rows(8))
     lines = data.read_text().splitlines()
     data.write_text("\n".join([*lines[:5], lines[5][:20], *lines[6:]]))
@@ -124,7 +124,7 @@ def test_truncated_weights(tmp_path: Path, llama: Path, chat_data: Path, preproc
 
 
 @pytest.mark.parametrize("damage", ["NaN", "missing"])
-def test_weights_that_vllm_would_take_are_found_before_it_starts(
+def test_damaged_weights_that_vllm_would_load_are_refused_before_it_starts(
     tmp_path: Path, llama: Path, chat_data: Path, preprocess: Preprocess, vllm_python: Path, damage: str
 ) -> None:
     model = shutil.copytree(llama, tmp_path / "model")
@@ -158,9 +158,9 @@ def test_spin_block_without_rl(tmp_path: Path, llama: Path, chat_data: Path, pre
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [(b"\x00\xff\xfe\x93model", "is no text"), (b"rl: SPIN\noutput_dir: x\n", "lower case")]
+    ("content", "expected"), [(b"\x00\xff\xfe\x93model", "text file"), (b"rl: SPIN\noutput_dir: x\n", "lower case")]
 )
-def test_status_of_a_file_that_is_no_configuration(tmp_path: Path, content: bytes, told: str) -> None:
+def test_status_of_a_file_that_is_not_a_configuration(tmp_path: Path, content: bytes, expected: str) -> None:
     from click.testing import CliRunner
 
     from spin_plugin.cli import spin
@@ -169,8 +169,8 @@ def test_status_of_a_file_that_is_no_configuration(tmp_path: Path, content: byte
     done = CliRunner().invoke(spin, ["status", str(tmp_path / "file")])
     assert done.exit_code == 1
     (line,) = done.output.splitlines()
-    assert line.startswith(f"spin: error: {tmp_path / 'file'} is no ")
-    assert told in line
+    assert line.startswith(f"spin: error: {tmp_path / 'file'}: not a ")
+    assert expected in line
 
 
 def test_output_dir_of_another_config(tmp_path: Path, llama: Path, chat_data: Path, preprocess: Preprocess) -> None:
@@ -181,17 +181,17 @@ def test_output_dir_of_another_config(tmp_path: Path, llama: Path, chat_data: Pa
     first = spin_config(tmp_path, llama, chat_data)
     shard = run / "iteration-0/synthetic/shard-00000.jsonl"
     shard.parent.mkdir(parents=True)
-    shard.write_text("drawn\n")
+    shard.write_text("generated\n")
     RunDir(run).write_state(RunState(first))
     before = (run / "run.json").read_bytes()
     error = preprocess(config(tmp_path, llama, chat_data, learning_rate=5e-4))
     assert "learning_rate" in error
     assert "another output_dir" in error
     assert (run / "run.json").read_bytes() == before
-    assert shard.read_text() == "drawn\n"
+    assert shard.read_text() == "generated\n"
 
 
-def test_an_iteration_that_is_all_warmup(
+def test_iteration_with_only_warmup_steps_is_warned_about(
     tmp_path: Path, llama: Path, chat_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from axolotl.utils.dict import DictDefault
@@ -210,11 +210,11 @@ def test_an_iteration_that_is_all_warmup(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(discovers_plugins(), reason="Axolotl finds the plugin itself: test_other_runs.py")
-def test_plugin_missing_from_the_list(tmp_path: Path, llama: Path, chat_data: Path, serve: Jobs) -> None:
-    """Without the plugin nobody lowers `rl: spin`: Axolotl itself refuses the value."""
+@pytest.mark.skipif(discovers_plugins(), reason="Axolotl discovers the plugin: test_other_runs.py")
+def test_plugin_missing_from_the_list(tmp_path: Path, llama: Path, chat_data: Path, exit_codes: Jobs) -> None:
+    """Without the plugin, Axolotl itself refuses `rl: spin`."""
     refused = str(config(tmp_path, llama, chat_data, plugins=None))
-    assert refused in serve([{"config": refused, "processes": 1}])
+    assert refused in exit_codes([{"config": refused, "processes": 1}])
     assert not (tmp_path / "run").exists()
 
 
@@ -229,11 +229,11 @@ def test_vllm_refuses_to_start(
 
 
 @pytest.mark.slow
-def test_conversations_of_several_turns_need_no_room_for_all(
-    tmp_path: Path, llama: Path, play: Callable[..., None], vllm_python: Path
+def test_multi_turn_conversations_need_not_fit_entirely(
+    tmp_path: Path, llama: Path, run_jobs: Callable[..., None], vllm_python: Path
 ) -> None:
-    """Single prompts that are too long are left out and counted; the others are played."""
+    """Prompts that are too long are left out and counted; the others are used."""
     rows = [*chat_rows(4), *chat_rows(2, turns=8)]
     data = write_jsonl(tmp_path / "chat.jsonl", rows)
-    play((config(tmp_path, llama, data), 1), command="preprocess")
+    run_jobs((config(tmp_path, llama, data), 1), command="preprocess")
     assert "over sequence_len" in (tmp_path / "rank-0.log").read_text()

@@ -1,4 +1,4 @@
-"""Real vLLM engines that share a job: the same responses as from one, also when an engine dies in the middle."""
+"""Real vLLM engines that share a job give the same responses as one, even when an engine is killed midway."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Family
+from conftest import Children
 
 from spin_plugin.console import SpinError
 from spin_plugin.generation import dispatcher
@@ -19,24 +19,24 @@ from spin_plugin.generation.shards import Shards
 pytestmark = pytest.mark.slow
 
 TOTAL = 3 * SHARD + 9
-# No text of one prompt is a beginning of another's; lengths differ.
+# No prompt is a prefix of another; lengths differ.
 REQUESTS = [
     Request(n, "train", n, [257, *(int(digit) + 10 for digit in f"{n:04d}"), *[20] * (n % 7)], 12 + n % 20, seed=n)
     for n in range(TOTAL)
 ]
-Draw = Callable[..., Shards]
+Generate = Callable[..., Shards]
 Event = Callable[[], None]
 
 
 def answers(shards: Shards) -> list[dict[str, Any]]:
-    """The responses; their log-probabilities depend in the last bits on what else an engine works on."""
+    """Return the responses without log-probs, whose last bits depend on the rest of an engine's batch."""
     return [{key: value for key, value in answer.items() if key != "logps"} for answer in shards.responses()]
 
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Event], None]:
-    """Do something once when an engine is ready (`start`), or with the first answer (`advance`). The launcher waits
-    for it, so it cannot come too late."""
+    """Call `event` once when an engine is ready (`start`) or at the first answer (`advance`). The dispatcher waits for
+    it, so it cannot be late."""
 
     def install(moment: str, event: Event) -> None:
         class Watched(Progress):
@@ -56,10 +56,10 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Event], None]:
 
 
 @pytest.fixture(scope="module")
-def draw(llama: Path, vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Draw:
-    """Play the job in a fresh directory with so many engines. No option says how much memory to take."""
+def generate_with(llama: Path, vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Generate:
+    """Run the job in a new directory with `engines` engines, with vLLM's default memory settings."""
 
-    def play(engines: int, **arguments: Any) -> Shards:
+    def run(engines: int, **arguments: Any) -> Shards:
         engine = {"model": str(llama), "skip_tokenizer_init": True, "generation_config": "vllm", "dtype": "float32"}
         engine |= {"max_model_len": 64, "seed": 0, "max_num_seqs": 8, **arguments}
         sampling = {"temperature": 1.0, "top_p": 1.0, "stop_token_ids": [258]}
@@ -68,82 +68,82 @@ def draw(llama: Path, vllm_python: Path, tmp_path_factory: pytest.TempPathFactor
         generate(job, shards, lambda: REQUESTS, lambda: vllm_python, engines=engines)
         return shards
 
-    return play
+    return run
 
 
 @pytest.fixture(scope="module")
-def alone(draw: Draw) -> list[dict[str, Any]]:
-    """What one engine answers."""
-    responses = answers(draw(1))
+def alone(generate_with: Generate) -> list[dict[str, Any]]:
+    """The responses of one engine."""
+    responses = answers(generate_with(1))
     assert [response["example"] for response in responses] == list(range(TOTAL))
     return responses
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(family: Family) -> Iterator[None]:
+def no_process_is_left(children: Children) -> Iterator[None]:
     yield
-    assert not family()
+    assert not children()
 
 
 def test_two_engines_share_a_job(
-    draw: Draw, on: Callable[[str, Event], None], alone: list[dict[str, Any]], family: Family
+    generate_with: Generate, on: Callable[[str, Event], None], alone: list[dict[str, Any]], children: Children
 ) -> None:
-    """Each on cores of its own, and none listens on a port that other machines can reach."""
+    """Each has its own cores, and none listens on a port that other machines can reach."""
     seen: dict[str, Any] = {}
 
     def look() -> None:
-        workers = family()
+        workers = children()
         seen["cores"] = [set(worker.cpu_affinity()) for worker in workers]
         seen["ports"] = [c.laddr for worker in workers for c in worker.net_connections() if c.status == "LISTEN"]
 
     on("advance", look)
-    assert answers(draw(2)) == alone
+    assert answers(generate_with(2)) == alone
     first, second = seen["cores"]
     assert os.cpu_count() == 1 or not first & second
-    # torch.distributed's gloo opens a port for each group, also for a group of one
+    # gloo opens a port for each process group, even with one member
     assert {address.ip for address in seen["ports"]} <= {"127.0.0.1", "::1"}
 
 
-def test_one_of_two_engines_is_killed_in_the_middle(
-    draw: Draw,
+def test_one_of_two_engines_is_killed_midway(
+    generate_with: Generate,
     on: Callable[[str, Event], None],
     alone: list[dict[str, Any]],
-    family: Family,
+    children: Children,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    on("advance", lambda: os.killpg(family()[0].pid, signal.SIGKILL))
-    assert answers(draw(2)) == alone
+    on("advance", lambda: os.killpg(children()[0].pid, signal.SIGKILL))
+    assert answers(generate_with(2)) == alone
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert "killed by signal 9" in warning
 
 
-def kill_engine_process(family: Family) -> None:
-    (engine,) = [child for child in family() if "EngineCore" in " ".join(child.cmdline())]
+def kill_engine_process(children: Children) -> None:
+    (engine,) = [child for child in children() if "EngineCore" in " ".join(child.cmdline())]
     engine.kill()
 
 
 def test_engine_process_is_killed_once(
-    draw: Draw,
+    generate_with: Generate,
     on: Callable[[str, Event], None],
     alone: list[dict[str, Any]],
-    family: Family,
+    children: Children,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With the engine in a process of its own, as on GPUs, vLLM 0.32 itself would wait for ever. Killed in the middle
-    of its work, it is started again with less memory."""
+    """With the engine in its own process, as on GPUs, vLLM 0.32 itself would hang. Our worker is restarted with less
+    memory."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    on("advance", lambda: kill_engine_process(family))
-    assert answers(draw(1)) == alone
+    on("advance", lambda: kill_engine_process(children))
+    assert answers(generate_with(1)) == alone
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert "engine process died" in warning
     assert "once more with less memory" in warning
 
 
 def test_engine_process_is_killed_twice(
-    draw: Draw, on: Callable[[str, Event], None], family: Family, monkeypatch: pytest.MonkeyPatch
+    generate_with: Generate, on: Callable[[str, Event], None], children: Children, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    on("start", lambda: kill_engine_process(family))
+    on("start", lambda: kill_engine_process(children))
     with pytest.raises(SpinError, match="engine process died"):
-        draw(1)
+        generate_with(1)

@@ -1,6 +1,6 @@
-"""Every SFT example of Axolotl becomes a SPIN run by the three additions, or is refused in one line that says why.
+"""Every SFT example of Axolotl becomes a SPIN run by three additions, or is refused with a one-line reason.
 
-The examples are not in Axolotl's wheel but in its source distribution, which pip brings, once.
+Axolotl's wheel lacks the examples, so its source distribution is downloaded once.
 """
 
 import copy
@@ -18,17 +18,17 @@ import yaml
 from spin_plugin.console import console
 from spin_plugin.versions import discovers_plugins
 
-# What such a machine has; the validators ask for it.
+# Capabilities of a GPU machine, as the validators expect them.
 GPUS = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 8, "n_node": 1, "compute_capability": "sm_90"}
 
 
 def source() -> Path:
-    """Axolotl's source distribution, of the version that is installed."""
+    """Return the directory of the installed Axolotl version's source distribution."""
     directory = Path(sys.prefix) / "axolotl-source"
     name = f"axolotl-{axolotl.__version__}"
     if not (directory / name / "examples").is_dir():
-        wanted = ["--no-deps", "--no-binary", "axolotl", f"axolotl=={axolotl.__version__}"]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(directory), *wanted]
+        options = ["--no-deps", "--no-binary", "axolotl", f"axolotl=={axolotl.__version__}"]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(directory), *options]
         subprocess.run(command, check=True, timeout=600)
         with tarfile.open(directory / f"{name}.tar.gz") as archive:
             archive.extractall(directory, filter="data")
@@ -37,7 +37,7 @@ def source() -> Path:
 
 @pytest.fixture(scope="module")
 def examples() -> dict[str, dict[str, Any]]:
-    """The SFT examples (no `rl`), by their names."""
+    """The SFT examples (no `rl`) by name."""
     directory = source() / "examples"
     contents = {path: yaml.safe_load(path.read_text()) for path in sorted(directory.rglob("*.y*ml"))}
     return {
@@ -47,12 +47,12 @@ def examples() -> dict[str, dict[str, Any]]:
     }
 
 
-Judge = Callable[[dict[str, Any]], str | None]
+Validate = Callable[[dict[str, Any]], str | None]
 
 
 @pytest.fixture
-def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
-    """Axolotl's own way from a configuration to a valid one; returns what stood in it."""
+def validate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Validate]:
+    """Load plugins and validate a configuration like Axolotl; returns the reason for a refusal, or None."""
     from axolotl.cli.config import prepare_plugins
     from axolotl.integrations.base import PluginManager
     from axolotl.utils.config import validate_config
@@ -60,7 +60,7 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
 
     monkeypatch.chdir(source())  # examples name their DeepSpeed files from there
 
-    def validate(config: dict[str, Any]) -> str | None:
+    def run(config: dict[str, Any]) -> str | None:
         PluginManager._instance = None
         cfg = DictDefault(copy.deepcopy(config))
         refusal = None
@@ -74,30 +74,30 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
                 refusal = f"{type(error).__name__}: {error}"
         return refusal or printed.get() or None
 
-    yield validate
+    yield run
     PluginManager._instance = None
 
 
 def with_additions(config: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """The three additions, of which today's Axolotl needs two, and a directory of its own."""
+    """Add the three SPIN keys (newer Axolotl versions do not need `plugins`) and an output directory."""
     changes = {"rl": "spin", "spin": {"iterations": 1}, "output_dir": str(directory / "run")}
     if not discovers_plugins():
         changes["plugins"] = [*(config.get("plugins") or []), "spin_plugin.SpinPlugin"]
     return config | changes
 
 
-def test_every_example_is_taken_or_refused_in_one_line(
-    examples: dict[str, dict[str, Any]], judge: Judge, tmp_path: Path
+def test_every_example_is_accepted_or_refused_in_one_line(
+    examples: dict[str, dict[str, Any]], validate: Validate, tmp_path: Path
 ) -> None:
     assert len(examples) > 200
-    taken, refused = [], {}
+    accepted, refused = [], {}
     for name in sorted(examples):
-        refusal = judge(with_additions(examples[name], tmp_path))
+        refusal = validate(with_additions(examples[name], tmp_path))
         if refusal is None:
-            taken.append(name)
-        elif judge(examples[name]) is None:  # else Axolotl does not take it either
+            accepted.append(name)
+        elif validate(examples[name]) is None:  # otherwise Axolotl itself refuses the example
             refused[name] = refusal
-    assert len(taken) > 150
+    assert len(accepted) > 150
     for name, line in refused.items():
         assert line.startswith("spin: error: "), (name, line)
         assert line.count("\n") == 1, (name, line)
@@ -106,20 +106,20 @@ def test_every_example_is_taken_or_refused_in_one_line(
     assert not (tmp_path / "run").exists(), "nothing is written before the configuration is valid"
 
 
-def test_examples_that_have_what_spin_cannot_use_are_refused(
-    examples: dict[str, dict[str, Any]], judge: Judge, tmp_path: Path
+def test_examples_with_unsupported_features_are_refused(
+    examples: dict[str, dict[str, Any]], validate: Validate, tmp_path: Path
 ) -> None:
-    """Else the run would silently be something else than SPIN, or the opponent another model than the policy."""
+    """Otherwise the run would silently not be SPIN, or the opponent would differ from the policy."""
     for name, reason in {
         "eaft/eaft-example.yml": "use_eaft",
         "llama-2/loftq.yml": "loftq",
         "llama-2/relora.yml": "relora",
         "llama-3/3b-qat-fsdp2.yaml": "qat",
-        **({} if discovers_plugins() else {"mamba/config.yml": "MambaLMHeadModel"}),  # 0.21's is an ordinary model
+        **({} if discovers_plugins() else {"mamba/config.yml": "MambaLMHeadModel"}),  # in 0.21 it is an ordinary model
         "qwen2/reward-model.yaml": "reward_model",
         "qwen2/prm.yaml": "process_reward_model",
         "streaming/sft.yaml": "streaming",
         "archived/tiny-llama/pretrain.yml": "pretraining_dataset",
         "distributed-parallel/llama-3_1-8b-hsdp-tp.yaml": "tensor_parallel_size",
     }.items():
-        assert reason in (judge(with_additions(examples[name], tmp_path)) or ""), name
+        assert reason in (validate(with_additions(examples[name], tmp_path)) or ""), name

@@ -1,4 +1,4 @@
-"""The program for the first minutes on a GPU: it runs on a CPU with torch and transformers alone, and can say WRONG."""
+"""first_light.py runs on a CPU with only torch and transformers, and detects faults."""
 
 import importlib
 import json
@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, Finished
 
 GPU = ROOT / "scripts/gpu"
-# Python as it is where these are not installed.
+# Makes Python behave as if these packages were not installed.
 WITHOUT = """
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
@@ -33,13 +33,13 @@ def light(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def alone(tmp_path: Path) -> dict[str, str]:
-    """An environment with torch and transformers alone."""
+    """Environment variables that hide everything but torch and transformers."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)
     return {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
-def test_everything_is_right_with_torch_and_transformers_alone(
+def test_all_checks_pass_with_only_torch_and_transformers(
     command: Callable[..., Finished], alone: dict[str, str], tmp_path: Path
 ) -> None:
     missing = command(sys.executable, "-c", "import accelerate", directory=tmp_path, environment=alone)
@@ -61,14 +61,14 @@ def test_everything_is_right_with_torch_and_transformers_alone(
 def attention_verdict(light: Any, layer: Any, tokens: int) -> str:
     case, run = f"{layer}", lambda: light.core.attention_row(layer, tokens, light.Setting("cpu", quick=True))
     light.CHECKS["one"] = lambda _setting: iter([(case, run)])
-    (row,) = light.decide("one", light.Setting("cpu", quick=True))
+    (row,) = light.run_check("one", light.Setting("cpu", quick=True))
     return row.verdict
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("fault", ["window", "neighbour", "scaling"])
 def test_broken_attention_is_wrong(light: Any, monkeypatch: pytest.MonkeyPatch, dtype: str, fault: str) -> None:
-    """A window of one key more, a synthetic response that sees a token of the real one, a scale a little off."""
+    """A window one key too large, a synthetic response that sees a real token, a slightly wrong scale."""
     attend, layer = light.core.attend, light.core.Layer(dtype, 64)
     assert attention_verdict(light, layer, 84) == "ok"
 
@@ -76,7 +76,7 @@ def test_broken_attention_is_wrong(light: Any, monkeypatch: pytest.MonkeyPatch, 
         if fault == "window" and sliding_window:
             sliding_window += 1
         if fault == "neighbour":
-            wrong = spans.spans + torch.tensor([0, 1, -1, 0])  # the prompt ends a token late
+            wrong = spans.spans + torch.tensor([0, 1, -1, 0])  # the prompt ends one token late
             spans = light.core.SharedPrefix(wrong, spans.tokens)
         scaling = 0.14 if fault == "scaling" else None
         return attend(*states, spans=spans, sliding_window=sliding_window, softcap=softcap, scaling=scaling)
@@ -85,27 +85,27 @@ def test_broken_attention_is_wrong(light: Any, monkeypatch: pytest.MonkeyPatch, 
     assert attention_verdict(light, layer, 84) == "WRONG"
 
 
-def test_case_that_raises_is_wrong_and_the_next_one_has_its_turn(light: Any) -> None:
+def test_case_that_raises_is_wrong_and_the_next_one_runs(light: Any) -> None:
     def raises() -> Any:
         raise RuntimeError("no kernel\nand much more")
 
     light.CHECKS["two"] = lambda _setting: iter([("first", raises), ("second", lambda: light.Found(True, {}))])
-    first, second = light.decide("two", light.Setting("cpu", quick=True))
+    first, second = light.run_check("two", light.Setting("cpu", quick=True))
     assert (first.verdict, first.numbers) == ("WRONG", {"error": "RuntimeError: no kernel"})
     assert second.verdict == "ok"
 
 
-def test_check_whose_process_dies_is_wrong(light: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by a segmentation fault: what came before it stays in the table."""
-    fork = light.multiprocessing.get_context("fork")  # which need not import everything
+def test_check_whose_process_crashes_is_wrong(light: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like a segmentation fault; earlier rows stay in the table."""
+    fork = light.multiprocessing.get_context("fork")  # avoids reimporting everything
     monkeypatch.setattr(light.multiprocessing, "get_context", lambda _method: fork)
-    monkeypatch.setattr(light, "send_rows", send_one_and_die)
+    monkeypatch.setattr(light, "send_rows", send_one_and_exit)
     first, last = light.rows_of("head", light.Setting("cpu", quick=True))
     assert (first, last.verdict) == ("a row", "WRONG")
-    assert last.numbers == {"error": "its process ended with exit code 9"}
+    assert last.numbers == {"error": "its process exited with code 9"}
 
 
-def send_one_and_die(_check: str, _setting: Any, sender: Any) -> None:
+def send_one_and_exit(_check: str, _setting: Any, sender: Any) -> None:
     sender.send("a row")
     os._exit(9)
 
@@ -128,7 +128,7 @@ def test_side_that_does_not_fit_works_in_smaller_micro_batches(light: Any) -> No
             raise torch.OutOfMemoryError
         return {"micro_batch": micro_batch}
 
-    assert light.speed.bench.with_what_fits(measure, 32) == {"micro_batch": 8}
+    assert light.speed.bench.halve_until_it_fits(measure, 32) == {"micro_batch": 8}
     assert tried == [32, 16, 8]
 
 
@@ -136,12 +136,12 @@ def test_side_that_does_not_fit_works_in_smaller_micro_batches(light: Any) -> No
     ("name", "tera"),
     [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA T4", None)],
 )
-def test_peak_of_a_gpu_by_its_name(light: Any, name: str, tera: int | None) -> None:
+def test_peak_flops_by_gpu_name(light: Any, name: str, tera: int | None) -> None:
     found = light.speed.bench.peak_flops(name)
     assert found == (tera and tera * 1e12)
 
 
-def test_without_a_gpu_it_says_so(
+def test_missing_gpu_is_reported(
     light: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -149,4 +149,4 @@ def test_without_a_gpu_it_says_so(
     with pytest.raises(SystemExit) as ended:
         light.main()
     assert ended.value.code == 2
-    assert "torch sees no GPU; `--device cpu --quick` tries the program without one" in capsys.readouterr().err
+    assert "torch sees no GPU; use `--device cpu --quick` to test the program without one" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""gpu_check.sh: its configurations are valid, it says what it needs and leaves out, and judges what a run left."""
+"""gpu_check.sh: valid configurations, requirements, what is left out, and the verdicts on finished runs."""
 
 import importlib
 import math
@@ -19,16 +19,16 @@ from spin_plugin.opponent.agreement import Distance, require_agreement
 
 
 @pytest.fixture
-def play(monkeypatch: pytest.MonkeyPatch) -> Any:
+def check(monkeypatch: pytest.MonkeyPatch) -> Any:
     for directory in (ROOT / "scripts", ROOT / "scripts/gpu"):
         monkeypatch.syspath_prepend(directory)
-    return importlib.import_module("play")
+    return importlib.import_module("check")
 
 
 def test_every_configuration_is_valid(
-    play: Any, registered: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    check: Any, registered: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With every model but the large one, whose directory is all that is looked at before it is made."""
+    """The large model is replaced by the tiny one."""
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
     from axolotl.utils.schemas.config import AxolotlInputConfig
@@ -45,8 +45,8 @@ def test_every_configuration_is_valid(
         validate_config(cfg, capabilities=GPU, env_capabilities={"torch_version": "2.13.0"})
 
 
-def test_what_a_way_changes_reaches_its_configuration(play: Any, tmp_path: Path) -> None:
-    configs = {way: play.config_of(tmp_path, way) for way in play.WAYS}
+def test_changes_of_a_way_reach_its_configuration(check: Any, tmp_path: Path) -> None:
+    configs = {way: check.config_of(tmp_path, way) for way in check.WAYS}
     assert configs["beta-5"]["spin"]["beta"] == 5.0
     assert configs["one"]["spin"]["generation"] == {"max_tokens": 12}
     assert configs["tensor"]["vllm"] == {"tensor_parallel_size": 2}
@@ -56,63 +56,63 @@ def test_what_a_way_changes_reaches_its_configuration(play: Any, tmp_path: Path)
     assert configs["soft-capped"]["base_model"] == str(tmp_path / "soft-capped")
     real = configs["real-size"]
     assert (real["sequence_len"], real["micro_batch_size"], real["gradient_checkpointing"]) == (1024, 8, True)
-    assert real["spin"]["generation"] == {}  # as long as the real ones
-    # left to the plugin, which leaves them off
+    assert real["spin"]["generation"] == {}  # max_tokens is left to the default
+    # unset, so that the plugin turns the kernels off
     assert [configs[way].get("lora_mlp_kernel") for way in ("lora", "lora-kernels")] == [None, True]
 
 
-def test_conversations_of_the_real_size_fit(play: Any) -> None:
+def test_long_conversations_fit_the_sequence_length(check: Any) -> None:
     rows = importlib.import_module("gpu_configs").long_rows(64)
     sizes = [sum(len(message["content"]) for message in row["messages"]) for row in rows]
     assert 700 < min(sizes) <= max(sizes) < 1024 - 40  # what chatml adds
 
 
-def test_without_a_gpu_it_says_in_one_line_what_it_needs(command: Callable[..., Finished], tmp_path: Path) -> None:
-    """An nvidia-smi that shows none, as without a driver, is found first."""
+def test_without_a_gpu_one_line_states_the_requirements(command: Callable[..., Finished], tmp_path: Path) -> None:
+    """nvidia-smi is replaced by one that fails, as without a driver."""
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = command(ROOT / "scripts/gpu_check.sh", directory=ROOT, environment={"PATH": path})
     assert done.code == 1
     assert done.output == (
-        "gpu_check: this needs a machine with an NVIDIA GPU (two or more for all of it), and nvidia-smi shows none\n"
+        "gpu_check: nvidia-smi shows no GPU; run this on a machine with an NVIDIA GPU (all checks need two)\n"
     )
 
 
-def test_one_gpu_plays_what_it_can_and_says_what_is_left_out(play: Any) -> None:
-    assert not play.left_out(2)
-    left_out = play.left_out(1)
+def test_one_gpu_leaves_out_ways_with_several_processes(check: Any) -> None:
+    assert not check.left_out(2)
+    left_out = check.left_out(1)
     assert {"ddp", "fsdp2", "zero3", "two-engines", "tensor", "ray"} <= set(left_out)
-    assert all(way.processes == 1 for name, way in play.WAYS.items() if name not in left_out)
-    assert {"one", "qlora", "grouped", "soft-capped", "real-size"} <= set(play.WAYS) - set(left_out)
+    assert all(way.processes == 1 for name, way in check.WAYS.items() if name not in left_out)
+    assert {"one", "qlora", "grouped", "soft-capped", "real-size"} <= set(check.WAYS) - set(left_out)
 
 
-def test_nothing_but_left_out_is_said_where_nothing_can_be_played(play: Any, tmp_path: Path) -> None:
-    options = play.argparse.Namespace(gpus=1, only=["ddp", "ray"], directory=tmp_path)
-    heading, (line, right) = play.table(options)
+def test_table_lists_only_what_is_left_out_if_nothing_can_run(check: Any, tmp_path: Path) -> None:
+    options = check.argparse.Namespace(gpus=1, only=["ddp", "ray"], directory=tmp_path)
+    heading, (line, right) = check.table(options)
     assert heading[1]
     assert right
-    assert line == "left out, as this machine has 1 GPU(s): ddp (2 GPUs), ray (2 GPUs)"
+    assert line == "left out because this machine has 1 GPU(s): ddp (2 GPUs), ray (2 GPUs)"
 
 
 @pytest.mark.parametrize(("beta", "pairs"), [(0.1, 32), (0.1, 8), (5.0, 32), (5.0, 8)])
-def test_tolerance_is_what_rounding_does_to_the_loss(play: Any, beta: float, pairs: int) -> None:
-    """Against many draws of the noise: nearly all are allowed, and the bound is not far above the largest of them."""
+def test_tolerance_matches_the_rounding_error_of_the_loss(check: Any, beta: float, pairs: int) -> None:
+    """Over many samples of the noise: nearly all are within the tolerance, which is not far above the largest."""
     generator = torch.Generator().manual_seed(0)
-    margins = beta * play.MARGIN_NOISE * torch.randn(4000, pairs, generator=generator)
+    margins = beta * check.MARGIN_NOISE * torch.randn(4000, pairs, generator=generator)
     off = (softplus(-margins).mean(1) - math.log(2)).abs()
-    allowed = play.first_loss_tolerance(beta, pairs)
+    allowed = check.first_loss_tolerance(beta, pairs)
     assert (off <= allowed).float().mean() > 0.99
     assert allowed < 2 * off.quantile(0.99)
 
 
-def test_distance_is_read_from_the_runs_own_lines(play: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_distance_is_read_from_the_log_of_the_run(check: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for iteration, mean in enumerate((3e-7, 0.02)):
         found = Distance(mean=mean, largest=0.3, kl=1e-4, tokens=900, responses=60)
         require_agreement(found, iteration, exact=False, quantised=False)
-    assert play.apart_in(f"something\n{capsys.readouterr().out}") == 0.02
-    assert play.apart_in("no word of it") is None
-    assert math.isnan(play.apart_in("vLLM and the policy are nan nats a token apart"))
+    assert check.apart_in(f"something\n{capsys.readouterr().out}") == 0.02
+    assert check.apart_in("no word of it") is None
+    assert math.isnan(check.apart_in("vLLM and the policy are nan nats a token apart"))
 
 
 AGREED = "spin: iteration 1: vLLM and the policy are 0.002 nats a token apart in the responses\n"
@@ -133,14 +133,14 @@ AGREED = "spin: iteration 1: vLLM and the policy are 0.002 nats a token apart in
         (1, "Traceback", [0.6931], 0.1, "see one.log"),
     ],
 )
-def test_judgement(play: Any, code: int, log: str, losses: list[float], beta: float, wrong: str | None) -> None:
-    row = play.judged("one", code, log, losses, beta)
+def test_verdict(check: Any, code: int, log: str, losses: list[float], beta: float, wrong: str | None) -> None:
+    row = check.evaluate("one", code, log, losses, beta)
     assert row.wrong == wrong
     assert re.search(r"\bWRONG\b" if wrong else r"\bok\b", str(row))
 
 
 @pytest.mark.parametrize(("rate", "right"), [(0.96, True), (0.94, False)])
-def test_generation_slower_than_bare_is_wrong(play: Any, rate: float, right: bool) -> None:
-    line, fine = play.judged_speed({"vs_bare": rate, "unseeded_vs_bare": 1.02})
+def test_generation_slower_than_bare_vllm_is_wrong(check: Any, rate: float, right: bool) -> None:
+    line, fine = check.evaluate_speed({"vs_bare": rate, "unseeded_vs_bare": 1.02})
     assert fine is right
     assert line.endswith(f": ours / bare {rate:.3f}, bare without seeds / bare 1.020")

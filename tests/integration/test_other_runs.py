@@ -1,4 +1,4 @@
-"""In a run that is not SPIN the plugin, which Axolotl loads in every run, changes, prints and loads nothing."""
+"""In runs other than SPIN, the plugin, which Axolotl always loads, changes, prints and imports nothing."""
 
 import json
 import subprocess
@@ -25,12 +25,12 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=OTHERS)
 def other(request: pytest.FixtureRequest, tmp_path: Path, llama: Path, chat_data: Path) -> dict[str, Any]:
-    """A configuration of another method."""
+    """A configuration for another method."""
     changes = dict.fromkeys(("rl", "spin", "plugins", "vllm")) | OTHERS[request.param]
     return spin_config(tmp_path, llama, chat_data, **changes)
 
 
-def test_every_hook_does_what_axolotls_own_does(other: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_hook_behaves_like_the_base_class(other: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     before = json.loads(json.dumps(other))
     cfg, ours, plain = DictDefault(other), SpinPlugin(), BasePlugin()
     hooks = [name for name in vars(SpinPlugin) if not name.startswith("_")]
@@ -57,16 +57,16 @@ import json, sys
 from axolotl.cli.config import load_cfg
 cfg = load_cfg(sys.argv[1])
 with open(sys.argv[2], "w") as file:
-    rooms = sorted(name for name in sys.modules if name.startswith("spin_plugin"))
+    modules = sorted(name for name in sys.modules if name.startswith("spin_plugin"))
     heavy = sorted({"vllm", "ray", "matplotlib"} & set(sys.modules))
-    json.dump({"cfg": json.loads(json.dumps(dict(cfg), default=str)), "rooms": rooms, "heavy": heavy}, file)
+    json.dump({"cfg": json.loads(json.dumps(dict(cfg), default=str)), "modules": modules, "heavy": heavy}, file)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_configuration_is_read_as_without_us(method: str, tmp_path: Path, llama: Path, chat_data: Path) -> None:
-    """By Axolotl itself, which finds us or not."""
+def test_configuration_is_read_as_without_the_plugin(method: str, tmp_path: Path, llama: Path, chat_data: Path) -> None:
+    """Read by Axolotl, with and without the plugin's entry point."""
     changes = dict.fromkeys(("rl", "spin", "plugins", "vllm")) | OTHERS[method]
     config = write_config(tmp_path, spin_config(tmp_path, llama, chat_data, **changes))
     found = {}
@@ -77,13 +77,13 @@ def test_configuration_is_read_as_without_us(method: str, tmp_path: Path, llama:
         assert "spin: " not in done.stdout + done.stderr
         found[name] = json.loads(result.read_text())
     assert found["with"]["cfg"] == found["without"]["cfg"]
-    assert found["without"]["rooms"] == []
-    assert not any(name.startswith("spin_plugin.training") for name in found["with"]["rooms"])
-    assert ("spin_plugin.plugin" in found["with"]["rooms"]) is discovers_plugins()
+    assert found["without"]["modules"] == []
+    assert not any(name.startswith("spin_plugin.training") for name in found["with"]["modules"])
+    assert ("spin_plugin.plugin" in found["with"]["modules"]) is discovers_plugins()
     assert found["with"]["heavy"] == found["without"]["heavy"]
 
 
-def test_iteration_is_not_finished_by_a_training_that_failed() -> None:
+def test_failed_training_does_not_finish_the_iteration() -> None:
     """Since 0.20 Axolotl calls the last hook in a `finally`."""
     finished = []
     plugin = SpinPlugin()
@@ -99,7 +99,7 @@ def test_iteration_is_not_finished_by_a_training_that_failed() -> None:
     assert finished
 
 
-def test_axolotl_out_of_the_range_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unsupported_axolotl_version_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import spin_plugin.versions
 
     for version in ("0.18.0", "0.22.0", "0.22.0.dev1", "1.0"):
@@ -111,17 +111,17 @@ def test_axolotl_out_of_the_range_is_refused(monkeypatch: pytest.MonkeyPatch, tm
         require_supported_axolotl()
 
 
-def test_range_is_that_of_the_package() -> None:
+def test_supported_versions_match_pyproject() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (wanted,) = [line for line in project["dependencies"] if line.startswith("axolotl")]
-    assert wanted.removeprefix("axolotl").split(",") == [">=0.19", "<0.22"]
+    (requirement,) = [line for line in project["dependencies"] if line.startswith("axolotl")]
+    assert requirement.removeprefix("axolotl").split(",") == [">=0.19", "<0.22"]
     assert {str(part) for part in SUPPORTED} == {">=0.19", "<0.22"}
 
 
-def test_set_up_has_the_axolotl_that_belongs_to_this_python() -> None:
-    """A Python that fails to start must not lead to an older Axolotl without a word."""
+def test_setup_installed_the_axolotl_for_this_python() -> None:
+    """A Python that fails to start must not silently lead to an older Axolotl."""
     from importlib.metadata import version
 
     assert version("axolotl").startswith("0.21." if sys.version_info >= (3, 12) else "0.19.")

@@ -1,4 +1,4 @@
-"""What `pip install` brings: the wheel holds every module and file, and works without a checkout."""
+"""The wheel contains every module and file, and works without a checkout."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from conftest import ROOT
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools leaves a directory behind, and would take what it finds there the next time."""
+    """Built from a copy, because setuptools leaves a build directory whose contents it would reuse."""
     directory, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source")
     shutil.copytree(ROOT / "spin_plugin", source / "spin_plugin")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -24,15 +24,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(directory.glob("spin_plugin-*.whl"))
 
 
-def test_wheel_holds_all_of_the_package(wheel: Path) -> None:
+def test_wheel_contains_the_entire_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if name.startswith("spin_plugin/")}
     files = {path for path in (ROOT / "spin_plugin").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert held == {str(path.relative_to(ROOT)) for path in files}
 
 
-def test_installed_wheel_writes_a_configuration_and_knows_its_run(wheel: Path, tmp_path: Path) -> None:
-    """In a directory of its own, before the checkout's on the path; what it needs comes from this environment."""
+def test_installed_wheel_writes_a_configuration_and_shows_its_status(wheel: Path, tmp_path: Path) -> None:
+    """Installed into its own directory, ahead of the checkout on the path; dependencies come from this environment."""
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True, timeout=600)

@@ -1,4 +1,4 @@
-"""The main job as the README gives it: self-play raises the tiny model, measured on held-out prompts."""
+"""The README's quickstart: self-play improves the tiny model on held-out prompts."""
 
 import json
 import math
@@ -17,14 +17,14 @@ NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", "outputs", "*.egg-info", "
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy in which nothing was run yet, beside vLLM's environment; Axolotl's is the one of this test."""
+    """A fresh copy of the checkout with vLLM's environment linked; Axolotl's is this test's environment."""
     checkout = tmp_path / "spin-plugin"
     shutil.copytree(ROOT, checkout, ignore=NOT_COPIED)
     (checkout / ".venv-vllm").symlink_to(ROOT / ".venv-vllm")
     return checkout
 
 
-def test_quickstart_ends_in_a_better_model_and_a_second_run_changes_nothing(
+def test_quickstart_improves_the_model_and_a_rerun_changes_nothing(
     checkout: Path, command: Callable[..., Finished]
 ) -> None:
     here = {"VENV": sys.prefix}

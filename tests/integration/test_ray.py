@@ -1,4 +1,4 @@
-"""A real Ray on this machine answers a job with two actors, one of which is killed in the middle."""
+"""A local Ray runs a job with two actors, one of which is killed midway."""
 
 import time
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Family
+from conftest import Children
 
 from spin_plugin.generation import dispatcher
 from spin_plugin.generation.dispatcher import generate
@@ -23,7 +23,7 @@ REQUESTS = [
 
 
 def is_gone(process: psutil.Process) -> bool:
-    """Ended, or a zombie that an init process without reaping leaves behind."""
+    """Whether it has exited, or is a zombie that init did not reap."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -31,16 +31,16 @@ def is_gone(process: psutil.Process) -> bool:
 
 
 def test_one_of_two_actors_is_killed(
-    llama: Path, vllm_python: Path, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+    llama: Path, vllm_python: Path, tmp_path: Path, children: Children, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the first answers: its other files are not complete then."""
+    """It is killed at the first answers, when its other shards are incomplete."""
     started: list[psutil.Process] = []
 
     class Watched(Progress):
         def advance(self, tokens: int) -> None:
             super().advance(tokens)
             if not started:
-                started.extend(family())
+                started.extend(children())
                 first, _ = (child for child in started if "MapWorker" in " ".join(child.cmdline()))
                 first.kill()
 
@@ -53,7 +53,7 @@ def test_one_of_two_actors_is_killed(
     generate(job, shards, lambda: REQUESTS, lambda: vllm_python, engines=2, ray=True)
     assert started
     assert [response["example"] for response in shards.responses()] == list(range(TOTAL))
-    deadline = time.monotonic() + 60  # Ray's processes end when they notice that the first of them is gone
+    deadline = time.monotonic() + 60  # Ray's processes exit once they notice that their head process has exited
     while not all(map(is_gone, started)):
         assert time.monotonic() < deadline
         time.sleep(0.1)

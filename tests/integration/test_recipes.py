@@ -1,9 +1,9 @@
-"""Every YAML of yaml_examples/: found by glob, lowered and validated by Axolotl, and played with a tiny model.
+"""Every YAML of yaml_examples/ is lowered and validated by Axolotl, and run with a tiny model.
 
-The tiny recipe is played by test_quickstart.py, all others here with their own keys, on a random model of the same
-architecture that lies where the recipe names its model, and on data with UltraChat's files and columns; those for
-several GPUs on two processes, ZeRO-3 and FSDP2 as the recipe says. What a CPU cannot is in `ON_CPU`; what lies below
-the `axolotl` command is in several_processes.py.
+test_quickstart.py runs the tiny recipe. All others run here with their own keys, on a random model of the same
+architecture at the recipe's model path, and on data with UltraChat's files and columns. Multi-GPU recipes run on two
+processes with their ZeRO-3 or FSDP2 settings. `ON_CPU` replaces settings that need a GPU; several_processes.py replaces
+the `axolotl` command.
 """
 
 import json
@@ -49,17 +49,17 @@ def test_there_are_recipes() -> None:
 
 
 @pytest.mark.parametrize("name", [*SPIN, *PAIRS])
-def test_recipe_says_what_it_is_for(name: str) -> None:
-    """Which machine, how much memory, and the command."""
+def test_recipe_header_is_complete(name: str) -> None:
+    """It states the machine, its memory, and the command."""
     opening = (EXAMPLES / name).read_text().partition("base_model:")[0]
     assert all(line.startswith("#") for line in opening.splitlines())
-    assert re.search(r"Machine: .*\d GB", opening)
+    assert re.search(r"Hardware: .*\d GB", opening)
     if name != "spin-tiny.yml":
         assert f"train yaml_examples/{name}" in opening
 
 
 def validated(config: dict[str, Any]) -> Any:
-    """A configuration as Axolotl loads its plugins and validates it on a machine with eight GPUs."""
+    """Load plugins and validate a configuration like Axolotl on a machine with eight GPUs."""
     from axolotl.cli.config import prepare_plugins
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
@@ -71,10 +71,10 @@ def validated(config: dict[str, Any]) -> Any:
 
 @pytest.fixture
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory in which recipes find the files that they name, and no plugin loaded yet."""
+    """A working directory with the files that recipes reference, and no plugin loaded."""
     (tmp_path / "yaml_examples").symlink_to(EXAMPLES)
     (tmp_path / "outputs/tiny/data").mkdir(parents=True)
-    write_jsonl(tmp_path / "outputs/tiny/data/sft.jsonl", chat_rows(2))  # quickstart.sh makes it
+    write_jsonl(tmp_path / "outputs/tiny/data/sft.jsonl", chat_rows(2))  # normally created by quickstart.sh
     monkeypatch.chdir(tmp_path)
     PluginManager._instance = None
     yield tmp_path
@@ -96,9 +96,9 @@ def test_sft_recipe_is_valid(name: str, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_init_makes_the_spin_recipe_out_of_the_sft_recipe(name: str, directory: Path) -> None:
-    """Down to the choices of the game; SPIN does without packing, so there it may stay."""
-    made = initialised(name, directory)
+def test_init_turns_the_sft_recipe_into_the_spin_recipe(name: str, directory: Path) -> None:
+    """Except for SPIN's own options, and `sample_packing`, which SPIN ignores."""
+    made = initialized(name, directory)
     expected = recipe(PAIRS[name])
     assert float(made["learning_rate"]) == float(expected["learning_rate"])
     own = {"plugins", "spin", "sample_packing", "learning_rate"}
@@ -109,8 +109,8 @@ def test_init_makes_the_spin_recipe_out_of_the_sft_recipe(name: str, directory: 
     assert validated(made).spin_iteration == 0
 
 
-def initialised(name: str, directory: Path) -> dict[str, Any]:
-    """What `axolotl spin init` makes of an SFT recipe."""
+def initialized(name: str, directory: Path) -> dict[str, Any]:
+    """Return the output of `axolotl spin init` for an SFT recipe."""
     target = directory / "made.yml"
     done = CliRunner().invoke(init, [str(EXAMPLES / name), "--output", str(target)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -127,7 +127,7 @@ def test_tiny_recipe_is_the_sft_recipe_plus_the_three_additions() -> None:
 
 
 def ultrachat(directory: Path) -> Path:
-    """A dataset with the splits, files and columns of UltraChat-200k: 200 conversations of two turns to train on."""
+    """Write a dataset with UltraChat-200k's splits, files and columns; 200 two-turn conversations for training."""
     conversations = [
         {"prompt": row["messages"][0]["content"], "prompt_id": f"{number:064x}", "messages": row["messages"]}
         for number, row in enumerate(chat_rows(202, turns=2))
@@ -139,7 +139,7 @@ def ultrachat(directory: Path) -> Path:
 
 
 def place_models(config: dict[str, Any], directory: Path, architecture: str = "llama") -> None:
-    """Put a tiny model, and an adapter, where a configuration names them; paths are relative to `directory`."""
+    """Save a tiny model, and an adapter, at the configuration's paths below `directory`."""
     # bitsandbytes 0.50 packs 4-bit weights on a CPU in blocks of 64
     model = make_model(directory / config["base_model"], architecture, intermediate_size=128)
     if adapter := config.get("lora_model_dir"):
@@ -154,21 +154,21 @@ def place_models(config: dict[str, Any], directory: Path, architecture: str = "l
 
 
 @dataclass(frozen=True)
-class Play:
-    """How a recipe is played."""
+class Setup:
+    """How to run a recipe."""
 
     architecture: str
     processes: int = 1
     iterations: int = 1
 
 
-PLAYED = {
-    "spin-zephyr.yml": Play("mistral", processes=2, iterations=2),
-    "spin-lora-24gb.yml": Play("qwen2", iterations=2),
-    "spin-qlora-16gb.yml": Play("qwen2"),
-    "spin-full-80gb.yml": Play("qwen2"),
-    "spin-fsdp2-8x80gb.yml": Play("qwen3", processes=2),
-    "sft-lora-24gb.yml": Play("qwen2"),  # what `axolotl spin init` makes of it
+SETUPS = {
+    "spin-zephyr.yml": Setup("mistral", processes=2, iterations=2),
+    "spin-lora-24gb.yml": Setup("qwen2", iterations=2),
+    "spin-qlora-16gb.yml": Setup("qwen2"),
+    "spin-full-80gb.yml": Setup("qwen2"),
+    "spin-fsdp2-8x80gb.yml": Setup("qwen3", processes=2),
+    "sft-lora-24gb.yml": Setup("qwen2"),  # as converted by `axolotl spin init`
 }
 ON_CPU = {
     "bf16": False,
@@ -181,7 +181,7 @@ ON_CPU = {
 
 
 def scaled_down(config: dict[str, Any], data: Path) -> dict[str, Any]:
-    """A recipe with UltraChat's likeness, fewer prompts and short lengths, and no GPU-only formats."""
+    """Return a recipe with the UltraChat-like data, fewer prompts, short lengths, and no GPU-only formats."""
     config = config | ON_CPU
     config.pop("revision_of_model", None)
     config["datasets"][0]["path"] = str(data)
@@ -197,31 +197,31 @@ def scaled_down(config: dict[str, Any], data: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory, play: Callable[..., None]) -> Path:
-    """A directory with the run of each recipe in a directory of its name."""
+def runs(tmp_path_factory: pytest.TempPathFactory, run_jobs: Callable[..., None]) -> Path:
+    """A directory with one subdirectory per recipe, which contains its run."""
     directory, jobs = tmp_path_factory.mktemp("recipes"), []
     data = ultrachat(directory / "ultrachat")
-    for name, how in PLAYED.items():
+    for name, setup in SETUPS.items():
         own = directory / name
         own.mkdir()
-        config = scaled_down(recipe(name) if name in SPIN else initialised(name, own), data)
-        place_models(config, own, how.architecture)
-        jobs += how.iterations * [(write_config(own, config), how.processes)]
-    play(*jobs)
+        config = scaled_down(recipe(name) if name in SPIN else initialized(name, own), data)
+        place_models(config, own, setup.architecture)
+        jobs += setup.iterations * [(write_config(own, config), setup.processes)]
+    run_jobs(*jobs)
     return directory
 
 
-def run_of(name: str, played: Path) -> RunDir:
-    config = yaml.safe_load((played / name / "config.yml").read_text())
-    return RunDir(played / name / config["output_dir"])
+def run_of(name: str, runs: Path) -> RunDir:
+    config = yaml.safe_load((runs / name / "config.yml").read_text())
+    return RunDir(runs / name / config["output_dir"])
 
 
-def test_every_recipe_is_played() -> None:
-    assert {*SPIN} - {*PLAYED} == {"spin-tiny.yml"}
+def test_every_recipe_is_run() -> None:
+    assert {*SPIN} - {*SETUPS} == {"spin-tiny.yml"}
 
 
-def test_ultrachat_goes_through_the_dataset_block_of_the_paper_s_run(directory: Path) -> None:
-    """Only the dataset's path differs; of each conversation in the split the first turn is left."""
+def test_ultrachat_is_read_by_the_paper_recipe_s_dataset_block(directory: Path) -> None:
+    """Only the dataset's path differs; the split's conversations are reduced to their first turns."""
     from axolotl.utils.config import normalize_config
 
     from spin_plugin.data.real import prepare_real
@@ -242,11 +242,11 @@ def test_ultrachat_goes_through_the_dataset_block_of_the_paper_s_run(directory: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PLAYED)
-def test_recipe_plays(played: Path, name: str) -> None:
-    """With its own keys; the first loss of each iteration is ln 2: the policy is the opponent."""
-    config = yaml.safe_load((played / name / "config.yml").read_text())
-    run, iterations = run_of(name, played), PLAYED[name].iterations
+@pytest.mark.parametrize("name", SETUPS)
+def test_recipe_runs(runs: Path, name: str) -> None:
+    """With its own keys; the first loss of each iteration is ln 2 because the policy equals the opponent."""
+    config = yaml.safe_load((runs / name / "config.yml").read_text())
+    run, iterations = run_of(name, runs), SETUPS[name].iterations
     assert run.finished() == iterations
     for number in range(iterations):
         first = run.iteration(number).logged()[0]
@@ -261,11 +261,11 @@ def test_recipe_plays(played: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_turns_of_the_recipes(played: Path) -> None:
-    """The paper's first turns alone have no answer before them, all turns do."""
+def test_turns_of_the_recipes(runs: Path) -> None:
+    """The paper's recipe has first turns only, without earlier answers in the prompt; the other has all turns."""
     end = byte_tokenizer().convert_tokens_to_ids("<|im_end|>")
     answers = {
-        name: {list(pair["prompt"]).count(end) for pair in open_pairs(run_of(name, played).iteration(0)).train}
+        name: {list(pair["prompt"]).count(end) for pair in open_pairs(run_of(name, runs).iteration(0)).train}
         for name in ("spin-zephyr.yml", "spin-lora-24gb.yml")
     }
     assert answers == {"spin-zephyr.yml": {1}, "spin-lora-24gb.yml": {1, 3}}

@@ -1,4 +1,4 @@
-"""An iteration that is killed goes on where it stopped and ends as an undisturbed one."""
+"""A killed iteration resumes where it stopped and ends like an undisturbed one."""
 
 import json
 import os
@@ -20,7 +20,7 @@ Command = Callable[..., Finished]
 
 
 def kill_when(directory: Path, reached: Callable[[], bool]) -> None:
-    """Start `axolotl train`, kill everything it started once `reached` says so."""
+    """Start `axolotl train` and kill its process group as soon as `reached()` is true."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with open(directory / "killed.log", "w") as log:
         process = subprocess.Popen(
@@ -43,7 +43,7 @@ def shards(directory: Path) -> list[Path]:
 
 
 def test_killed_in_generation_and_in_training(tmp_path: Path, llama: Path, chat_data: Path, command: Command) -> None:
-    """Killed while responses are drawn, then after the first checkpoint; compared with a run left alone."""
+    """Killed while generating, then after the first checkpoint; compared with an undisturbed run."""
     spin = {"iterations": 1, "generation": {"num_generations": 25, "max_tokens": 100}}
     spin["generation"]["vllm_kwargs"] = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
     changes = {"save_steps": 10, "micro_batch_size": 16, "sequence_len": 160, "dropout": None}
@@ -71,4 +71,4 @@ def test_killed_in_generation_and_in_training(tmp_path: Path, llama: Path, chat_
     steps = [json.loads(line)["step"] for line in (second / "metrics.jsonl").read_text().splitlines()]
     assert steps == [json.loads(line)["step"] for line in (first / "metrics.jsonl").read_text().splitlines()]
     weights, again = (load_file(directory / "model.safetensors") for directory in (first, second))
-    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items()), "not the same to the bit"
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items()), "weights are not bit-identical"

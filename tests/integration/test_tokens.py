@@ -1,4 +1,4 @@
-"""The ids vLLM was given plus those it returned are, id for id, what the trainer's batch holds."""
+"""The trainer's batch contains exactly the token ids that vLLM received and returned."""
 
 import json
 import stat
@@ -17,7 +17,7 @@ from spin_plugin.training.prepare import open_pairs
 
 pytestmark = pytest.mark.slow
 
-# An interpreter that keeps a copy of what vLLM is asked and answers, and is otherwise vLLM's own.
+# A wrapper of vLLM's interpreter that records its prompts and responses.
 RECORDER = """#!{python}
 import json, os, sys
 if len(sys.argv) < 3 or not sys.argv[1].endswith("vllm_worker.py"):
@@ -25,14 +25,14 @@ if len(sys.argv) < 3 or not sys.argv[1].endswith("vllm_worker.py"):
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 import vllm_worker
 from pathlib import Path
-def recorded(job, orders):
-    with open({record!r}, "w", buffering=1) as out:  # the launcher ends a worker that has answered everything
+def recorded(job, request_files):
+    with open({record!r}, "w", buffering=1) as out:  # the dispatcher kills a worker that has finished
         prompts = {{}}
         for file in Path(job["requests"]).glob("*.jsonl"):
             for line in open(file):
                 request = json.loads(line)
                 prompts[request["number"]] = request["prompt"]
-        for answer in vllm_worker.answers(job, orders):
+        for answer in vllm_worker.serve(job, request_files):
             if "number" in answer:
                 out.write(json.dumps([prompts[answer["number"]], answer["tokens"]]) + "\\n")
             yield answer
@@ -42,7 +42,7 @@ vllm_worker.main(recorded)
 
 ALPACA = [{"instruction": f"count to {n}", "input": "", "output": f"1 to {n}, {n} times"} for n in range(12)]
 CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str, str]] = {
-    # name: rows, changes of the configuration, eos of the tokenizer, the token that ends a real response
+    # name: rows, changes to the configuration, the tokenizer's EOS, the end token of real responses
     "chatml of three turns": (chat_rows(8, turns=3), {}, "</s>", "<|im_end|>"),
     "llama3": (chat_rows(12), {"chat_template": "llama3", "eot_tokens": ["<|eot_id|>"]}, "</s>", "<|eot_id|>"),
     "gemma": (chat_rows(12), {"chat_template": "gemma", "eot_tokens": ["<end_of_turn>"]}, "</s>", "<end_of_turn>"),
@@ -51,8 +51,8 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_batch_holds_what_vllm_saw_and_said(
-    case: str, tmp_path: Path, play: Callable[..., None], vllm_python: Path
+def test_batch_contains_the_token_ids_of_vllm(
+    case: str, tmp_path: Path, run_jobs: Callable[..., None], vllm_python: Path
 ) -> None:
     rows, changes, eos, end = CASES[case]
     model = make_model(tmp_path / "model", eos=eos)
@@ -65,22 +65,22 @@ def test_batch_holds_what_vllm_saw_and_said(
     recorder.chmod(recorder.stat().st_mode | stat.S_IXUSR)
 
     environment = {"SPIN_VLLM_PYTHON": str(recorder)}
-    play((write_config(tmp_path, config), 1), command="preprocess", environment=environment)
+    run_jobs((write_config(tmp_path, config), 1), command="preprocess", environment=environment)
 
-    seen = {tuple(prompt) + tuple(answer) for prompt, answer in map(json.loads, record.read_text().splitlines())}
+    recorded = {tuple(prompt) + tuple(answer) for prompt, answer in map(json.loads, record.read_text().splitlines())}
     pairs = open_pairs(RunDir(tmp_path / "run").iteration(0)).train
     batch = PairCollator(byte_tokenizer(eos))([pairs[index] for index in range(len(pairs))])
     half = len(pairs)
     for row in range(half, 2 * half):
-        held = batch["input_ids"][row][batch["attention_mask"][row].bool()]
-        assert tuple(held.tolist()) in seen
+        tokens = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+        assert tuple(tokens.tolist()) in recorded
     assert_real_side_is_the_rendered_data(batch, half, rows, model, end)
 
 
 def assert_real_side_is_the_rendered_data(
     batch: dict[str, torch.Tensor], half: int, rows: list[dict[str, Any]], model: Path, end: str
 ) -> None:
-    """Every real row ends in the end token, and its response is a text of the data."""
+    """Assert that every real row ends with the end token and contains a response of the data."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     answers = {row["output"] for row in rows if "output" in row}
     answers |= {m["content"] for row in rows for m in row.get("messages", []) if m["role"] == "assistant"}

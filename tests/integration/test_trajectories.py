@@ -1,10 +1,9 @@
-"""One trajectory however many processes train, and however they share the model.
+"""Training follows the same trajectory for any number of processes and any way to shard the model.
 
-One process, two with DDP, two with FSDP2, two with ZeRO-2 and ZeRO-3, with and without LoRA, compiled, as a worker of
-Ray: the same pairs, hence the same losses, margins and final weights up to rounding. Plugin, trainer, collator,
-opponent store and the function that `axolotl train` calls are the real ones; what lies below the command is in
-several_processes.py: `axolotl train` and its launchers start the ranks there, here a fork does, and three places in
-Axolotl and accelerate are told of the CPU.
+One process; two with DDP, FSDP2, ZeRO-2 and ZeRO-3; with and without LoRA; compiled; as a Ray worker: the same pairs
+give the same losses, margins and final weights up to rounding. Plugin, trainer, collator, opponent store and the
+function that `axolotl train` calls are real. Only the launch differs: several_processes.py forks the ranks and patches
+Axolotl and accelerate to use CPUs.
 """
 
 import json
@@ -34,7 +33,7 @@ TOGETHER = {
 }
 OTHERWISE = {
     "full-checkpointing": {"gradient_checkpointing": True},
-    # what dynamo makes of the forward; to compile that for this CPU takes a minute and gave the same losses
+    # tests dynamo's graph capture; compiling for the CPU takes a minute and gave the same losses
     "full-compile": {"torch_compile": True, "torch_compile_backend": "eager"},
     "full-lengths": {"group_by_length": True},
     "full-ray": {"use_ray": True},
@@ -43,22 +42,22 @@ SAME = [name for name in (*TOGETHER, *OTHERWISE) if name != "full-lengths"]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, play: Callable[..., None]) -> Path:
-    """A directory with the run of each variant: one generation, then every training."""
+def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, run_jobs: Callable[..., None]) -> Path:
+    """A directory with a run of each variant, all from one generation."""
     directory = tmp_path_factory.mktemp("processes")
-    # 19 to train on: an epoch's last step is short, and two ranks are given a pair a second time, which must not count
+    # 19 for training: an epoch's last step is incomplete, and one rank gets a repeated pair, which must not count
     data = write_jsonl(directory / "chat.jsonl", chat_rows(22))
     config = spin_config(directory, llama, data, val_set_size=3, eval_strategy="epoch", num_epochs=2)
     config["spin"] |= {"beta": 1.0}
-    play((write_config(directory, config), 1), command="preprocess")
-    (directory / "run/run.json").unlink()  # the variants' configurations differ in how the model is shared
+    run_jobs((write_config(directory, config), 1), command="preprocess")
+    (directory / "run/run.json").unlink()  # the variants' configurations differ
     jobs = []
     for processes, variants in ((1, ALONE | OTHERWISE), (2, TOGETHER)):
         for name, changes in variants.items():
             shutil.copytree(directory / "run", directory / name / "run")
             own = config | changes | {"output_dir": str(directory / name / "run"), "micro_batch_size": 4 // processes}
             jobs.append((write_config(directory / name, own), processes))
-    play(*jobs)
+    run_jobs(*jobs)
     return directory
 
 
@@ -72,7 +71,7 @@ def run_of(trained: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", [*ALONE, *TOGETHER, *OTHERWISE])
-def test_the_game_starts_at_ln_2_and_margin_0(trained: Path, name: str) -> None:
+def test_training_starts_at_loss_ln_2_and_margin_0(trained: Path, name: str) -> None:
     run = run_of(trained, name)
     assert curve(run, "spin/loss")[0] == pytest.approx(math.log(2), abs=1e-6)
     assert curve(run, "spin/reward_margin")[0] == pytest.approx(0, abs=1e-5)
@@ -80,7 +79,7 @@ def test_the_game_starts_at_ln_2_and_margin_0(trained: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_every_way_follows_the_trajectory_of_one_process(trained: Path, llama: Path, name: str) -> None:
+def test_every_variant_follows_the_trajectory_of_one_process(trained: Path, llama: Path, name: str) -> None:
     alone, together = run_of(trained, name.partition("-")[0]), run_of(trained, name)
     for metric in ("loss", "spin/loss", "spin/reward_margin", "eval_spin/loss", "eval_spin/reward_margin"):
         assert len(curve(alone, metric)) >= 2
@@ -90,8 +89,8 @@ def test_every_way_follows_the_trajectory_of_one_process(trained: Path, llama: P
     weights = "adapter_model" if name.startswith("lora") else "model"
     first, second = (load_file(run / f"iteration-0/{weights}.safetensors") for run in (alone, together))
     assert first.keys() == second.keys()
-    # of a full model the update, which is much smaller than the weights
+    # for a full model, compare updates, which are much smaller than the weights
     start = load_file(llama / "model.safetensors") if weights == "model" else {}
-    moved = {key: tensor - start.get(key, 0) for key, tensor in first.items()}
-    apart = sum((second[key] - first[key]).square().sum() for key in moved)
-    assert (apart / sum(tensor.square().sum() for tensor in moved.values())).sqrt() < 1e-2
+    updates = {key: tensor - start.get(key, 0) for key, tensor in first.items()}
+    apart = sum((second[key] - first[key]).square().sum() for key in updates)
+    assert (apart / sum(tensor.square().sum() for tensor in updates.values())).sqrt() < 1e-2

@@ -1,4 +1,4 @@
-"""What stands in README and docs is true: what is generated is up to date, and every name in it exists."""
+"""README and docs are consistent with the code: generated files are current, and referenced paths exist."""
 
 import re
 import subprocess
@@ -13,12 +13,12 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 
 
 @pytest.mark.parametrize("script", ["scripts/make_reference.py", "scripts/tiny/plot.py"])
-def test_what_is_generated_is_up_to_date(script: str) -> None:
+def test_generated_file_is_up_to_date(script: str) -> None:
     check = [sys.executable, script, "--check"]
     assert subprocess.run(check, cwd=ROOT, check=False).returncode == 0, f"run `python {script}`"
 
 
-def test_every_path_the_documents_name_exists() -> None:
+def test_every_path_in_the_documents_exists() -> None:
     assert len(DOCUMENTS) > 6
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
@@ -26,8 +26,8 @@ def test_every_path_the_documents_name_exists() -> None:
             assert (ROOT / path).exists(), f"{document.name}: {path}"
 
 
-def test_every_link_within_the_documents_leads_somewhere() -> None:
-    """A file that exists and, behind `#`, one of its headings."""
+def test_every_relative_link_in_the_documents_resolves() -> None:
+    """To an existing file and, after `#`, one of its headings."""
     followed = 0
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
@@ -43,13 +43,13 @@ def test_every_link_within_the_documents_leads_somewhere() -> None:
     assert followed > 20
 
 
-def test_file_map_is_complete() -> None:
+def test_file_map_of_contributing_is_complete() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     modules = [*(ROOT / "spin_plugin").rglob("*.py"), *(ROOT / "scripts").glob("*.sh"), *ROOT.glob("yaml_examples/*")]
     missing = [path.name for path in modules if path.name != "__init__.py" and path.name not in text]
     assert not missing
 
 
-def test_the_readme_shows_the_starter_as_it_is() -> None:
+def test_readme_shows_the_starter_configuration_unchanged() -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert blocks == [STARTER.read_text(encoding="utf-8")]

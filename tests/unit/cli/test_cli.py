@@ -21,7 +21,7 @@ from spin_plugin.cli.init import edit, spin_changes
 from spin_plugin.config.lower import lower
 from spin_plugin.versions import discovers_plugins
 
-train_module = sys.modules["spin_plugin.cli.train"]  # the package has the command under this name
+train_module = sys.modules["spin_plugin.cli.train"]  # `spin_plugin.cli.train` itself is the command
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -30,7 +30,7 @@ def invoke(*arguments: str | Path) -> Result:
 
 # --- train -------------------------------------------------------------------------------------
 
-# Stands for `axolotl train`, which the slow tests run: notes how it was called, and finishes an iteration if told to.
+# Replaces `axolotl train`, which only the slow tests run: logs its arguments, then acts according to `behaviour`.
 STAND_IN = """#!{python}
 import json, os, subprocess, sys
 sys.path[:0] = {paths!r}
@@ -41,7 +41,7 @@ directory = Path({directory!r})
 with open(directory / "calls", "a") as calls:
     calls.write(json.dumps(sys.argv[1:]) + "\\n")
 behaviour = (directory / "behaviour").read_text()
-if behaviour == "wait":  # as accelerate's launcher, which hands no signal on
+if behaviour == "wait":  # like accelerate's launcher, which does not forward signals
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     (directory / "pids").write_text(json.dumps([os.getpid(), child.pid]))
     sys.exit(child.wait())
@@ -56,7 +56,7 @@ if behaviour == "finish":
 
 @pytest.fixture
 def config(tmp_path: Path, llama: Path, chat_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of three iterations whose `axolotl train` is a stand-in that finishes one at a call."""
+    """A run of three iterations; each call of its `axolotl train`, a stand-in, finishes one."""
     stand_in = tmp_path / "axolotl"
     stand_in.write_text(STAND_IN.format(python=sys.executable, paths=[str(ROOT)], directory=str(tmp_path)))
     stand_in.chmod(0o755)
@@ -70,7 +70,7 @@ def calls(config: Path) -> list[list[str]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def test_all_iterations_are_trained_one_command_each(config: Path) -> None:
+def test_each_iteration_is_trained_by_its_own_command(config: Path) -> None:
     assert invoke("train", config).exit_code == 0
     assert calls(config) == [["train", str(config), "--", "--quiet"]] * 3
     done = invoke("train", config)
@@ -79,7 +79,7 @@ def test_all_iterations_are_trained_one_command_each(config: Path) -> None:
     assert len(calls(config)) == 3
 
 
-def test_so_many_iterations_as_asked_for(config: Path) -> None:
+def test_iterations_option_limits_the_number_of_iterations(config: Path) -> None:
     assert invoke("train", config, "--iterations", "2").exit_code == 0
     assert len(calls(config)) == 2
     assert invoke("train", config, "--iterations", "7").exit_code == 0
@@ -90,18 +90,18 @@ def test_so_many_iterations_as_asked_for(config: Path) -> None:
 @pytest.mark.parametrize(
     "arguments", [["--num_processes", "8"], ["--launcher", "torchrun", "--", "--nproc_per_node=8"], ["--use-ray"]]
 )
-def test_arguments_of_the_launcher_are_handed_on(config: Path, arguments: list[str]) -> None:
+def test_launcher_arguments_are_passed_on(config: Path, arguments: list[str]) -> None:
     assert invoke("train", config, "--iterations", "1", "--", *arguments).exit_code == 0
     assert calls(config) == [["train", str(config), *arguments]]
 
 
-def test_first_failure_ends_it_with_its_exit_code(config: Path) -> None:
+def test_first_failure_stops_with_its_exit_code(config: Path) -> None:
     config.with_name("behaviour").write_text("fail")
     assert invoke("train", config).exit_code == 3
     assert len(calls(config)) == 1
 
 
-def test_iteration_that_was_not_finished_is_an_error_though_the_exit_code_is_0(config: Path) -> None:
+def test_unfinished_iteration_is_an_error_despite_exit_code_0(config: Path) -> None:
     config.with_name("behaviour").write_text("nothing")
     done = invoke("train", config)
     assert done.exit_code == 1
@@ -109,8 +109,8 @@ def test_iteration_that_was_not_finished_is_an_error_though_the_exit_code_is_0(c
     assert len(calls(config)) == 1
 
 
-def test_sigterm_ends_the_training(config: Path) -> None:
-    """Docker and Slurm send it to the first process only, the launcher hands it to nobody."""
+def test_sigterm_stops_training(config: Path) -> None:
+    """Docker and Slurm signal only the first process, and the launcher does not forward it."""
     config.with_name("behaviour").write_text("wait")
     program = (
         "import sys; from spin_plugin.cli import spin; module = sys.modules['spin_plugin.cli.train'];"
@@ -150,7 +150,7 @@ def written(directory: Path, sft: dict[str, Any], text: str | None = None) -> tu
     return done, yaml.safe_load(target.read_text()) if target.exists() else {}
 
 
-def test_full_fine_tune_starts_from_the_sfts_result(tmp_path: Path, sft: dict[str, Any]) -> None:
+def test_full_fine_tune_starts_from_the_sft_model(tmp_path: Path, sft: dict[str, Any]) -> None:
     done, config = written(tmp_path, sft | {"warmup_steps": 100, "hub_model_id": "me/sft", "revision_of_model": "abc"})
     assert done.exit_code == 0, done.output
     assert (config["base_model"], config["output_dir"]) == ("./outputs/sft", "./outputs/sft-spin")
@@ -160,10 +160,10 @@ def test_full_fine_tune_starts_from_the_sfts_result(tmp_path: Path, sft: dict[st
     assert (config["rl"], config["spin"]) == ("spin", {"iterations": 3})
     assert ("plugins" in config) is not discovers_plugins()
     assert config["datasets"] == sft["datasets"]
-    assert "there is no model in outputs/sft yet" in done.output
+    assert "outputs/sft: contains no model yet" in done.output
 
 
-def test_adapter_goes_on_from_the_sfts_adapter(tmp_path: Path, sft: dict[str, Any]) -> None:
+def test_adapter_run_starts_from_the_sft_adapter(tmp_path: Path, sft: dict[str, Any]) -> None:
     lora = {"adapter": "lora", "lora_r": 8, "learning_rate": 2e-4, "revision_of_model": "abc", "warmup_ratio": 0.03}
     _, config = written(tmp_path, sft | lora)
     assert (config["base_model"], config["lora_model_dir"]) == ("org/base", "./outputs/sft")
@@ -173,7 +173,7 @@ def test_adapter_goes_on_from_the_sfts_adapter(tmp_path: Path, sft: dict[str, An
 
 
 @pytest.mark.parametrize(("rate", "adapter", "expected"), [(1e-3, None, 5e-6), (1e-2, "lora", 1e-4)])
-def test_learning_rate_is_never_one_that_is_warned_of(
+def test_learning_rate_never_exceeds_the_warning_threshold(
     tmp_path: Path, sft: dict[str, Any], rate: float, adapter: str | None, expected: float
 ) -> None:
     changes = spin_changes(sft | {"learning_rate": rate, "adapter": adapter}, tmp_path)
@@ -183,7 +183,7 @@ def test_learning_rate_is_never_one_that_is_warned_of(
 COMMENTED = """# our SFT
 base_model: org/base  # the base
 learning_rate: 2e-5 # tuned
-warmup_steps: 10 # goes
+warmup_steps: 10 # removed
 datasets:
   # the good ones
   - path: {data}
@@ -193,7 +193,7 @@ output_dir: outputs/sft
 """
 
 
-def test_comments_and_order_stay(tmp_path: Path, sft: dict[str, Any]) -> None:
+def test_comments_and_order_are_kept(tmp_path: Path, sft: dict[str, Any]) -> None:
     text = COMMENTED.format(data=sft["datasets"][0]["path"])
     done, _ = written(tmp_path, {}, text)
     assert done.exit_code == 0, done.output
@@ -203,7 +203,7 @@ def test_comments_and_order_stay(tmp_path: Path, sft: dict[str, Any]) -> None:
     assert "warmup_steps" not in changed
 
 
-def test_edit_of_values_that_span_lines() -> None:
+def test_edit_values_that_span_lines() -> None:
     text = "a:\n  - 1\n  - 2\nb: {c: 1}\n\n# about d\nd: |\n  x\n  y\ne: 5"
     changes = {"a": 3, "b": None, "d": [1], "f": {"g": 1}, "h": None}
     assert yaml.safe_load(edit(text, changes)) == {"a": 3, "d": [1], "e": 5, "f": {"g": 1}}
@@ -219,55 +219,55 @@ def test_edit_of_values_that_span_lines() -> None:
         "x: &x {warmup_steps: 3}\n<<: *x\nbase_model: b\noutput_dir: o\nlearning_rate: 1e-5\ndatasets: [{path: d}]\n",
     ],
 )
-def test_yaml_that_cannot_be_edited_is_refused_and_nothing_is_written(tmp_path: Path, text: str) -> None:
+def test_yaml_that_cannot_be_edited_is_rejected_and_nothing_is_written(tmp_path: Path, text: str) -> None:
     done, config = written(tmp_path, {}, text)
     assert done.exit_code == 1
     assert "cannot be edited" in done.output
     assert not config
 
 
-def test_place_that_does_not_exist_is_named(tmp_path: Path, sft: dict[str, Any]) -> None:
+def test_missing_output_directory_is_reported(tmp_path: Path, sft: dict[str, Any]) -> None:
     config = tmp_path / "sft.yml"
     config.write_text(yaml.safe_dump(sft))
     for command in (["init", config], ["config-schema"]):
         done = invoke(*command, "--output", tmp_path / "nowhere/spin.yml")
         assert done.exit_code == 1
-        assert "there is no directory" in done.output
+        assert "nowhere does not exist" in done.output
 
 
-def test_what_was_written_is_a_spin_configuration(tmp_path: Path, sft: dict[str, Any]) -> None:
+def test_written_file_is_a_spin_configuration(tmp_path: Path, sft: dict[str, Any]) -> None:
     _, config = written(tmp_path, sft | {"output_dir": str(tmp_path / "sft")})
     assert lower(config).spin.iterations == 3
 
 
-def test_existing_file_is_left_alone(tmp_path: Path, sft: dict[str, Any]) -> None:
+def test_existing_file_is_not_overwritten(tmp_path: Path, sft: dict[str, Any]) -> None:
     (tmp_path / "sft-spin.yml").write_text("mine")
     done, _ = written(tmp_path, sft)
     assert done.exit_code == 1
-    assert "sft-spin.yml exists" in done.output
+    assert "sft-spin.yml: already exists" in done.output
     assert (tmp_path / "sft-spin.yml").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"output_dir": None}, "output_dir is missing"),
-        ({"rl": "dpo"}, "`rl: dpo` is no SFT configuration"),
-        ({"learning_rate": "fast"}, "learning_rate: fast is no number"),
+        ({"rl": "dpo"}, "`rl: dpo` is not SFT"),
+        ({"learning_rate": "fast"}, "learning_rate: fast is not a number"),
         ({"reward_model": True}, "reward_model: cannot be used"),
         ({"datasets": [{"path": "nowhere.jsonl", "type": "alpaca"}]}, "nowhere.jsonl does not exist"),
     ],
 )
-def test_what_is_no_sft_or_cannot_be_spin_is_refused_at_once(
-    tmp_path: Path, sft: dict[str, Any], change: dict[str, Any], told: str
+def test_unsuitable_sft_configuration_is_rejected(
+    tmp_path: Path, sft: dict[str, Any], change: dict[str, Any], message: str
 ) -> None:
     done, config = written(tmp_path, sft | change)
     assert done.exit_code == 1
-    assert told in done.output
+    assert message in done.output
     assert not config
 
 
-def test_starter_is_a_complete_configuration(
+def test_template_is_a_complete_configuration(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, chat_data: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -282,17 +282,17 @@ def test_starter_is_a_complete_configuration(
 # --- setup -------------------------------------------------------------------------------------
 
 
-def test_environment_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+def test_foreign_environment_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "env").mkdir()
     (tmp_path / "env/precious").touch()
     done = invoke("setup", "--path", tmp_path / "env")
     assert done.exit_code == 1
-    assert "was not made by this command" in done.output
+    assert "was not created by this command" in done.output
     assert (tmp_path / "env/precious").exists()
 
 
-def test_environment_that_is_complete_is_left_alone(vllm_python: Path) -> None:
-    """The one beside the checkout, made with Ray: complete with Ray and without."""
+def test_complete_environment_is_not_recreated(vllm_python: Path) -> None:
+    """The checkout's environment includes Ray, so it is complete with and without `--ray`."""
     directory = vllm_python.parents[1]
     before = (directory / "made-from").stat().st_mtime_ns
     for options in ([], ["--ray"]):
@@ -305,7 +305,7 @@ def test_environment_that_is_complete_is_left_alone(vllm_python: Path) -> None:
 # --- config-schema -----------------------------------------------------------------------------
 
 
-def test_schema_has_axolotls_keys_and_ours(tmp_path: Path) -> None:
+def test_schema_has_the_keys_of_axolotl_and_spin(tmp_path: Path) -> None:
     assert invoke("config-schema", "--output", tmp_path / "schema.json").exit_code == 0
     schema = json.loads((tmp_path / "schema.json").read_text())
     assert {"base_model", "datasets", "vllm", "rl", "spin"} <= schema["properties"].keys()

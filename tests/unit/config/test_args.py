@@ -1,4 +1,4 @@
-"""The `spin:` block: bounds, names of wrong keys, the schedule, and that nothing but a SpinError leaves it."""
+"""The `spin:` and `vllm:` blocks: bounds, unknown keys, the schedule, and that parsing only raises SpinError."""
 
 import re
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from spin_plugin.console import SpinError
 
 
 def error_of(block: object, known: tuple[str, ...] = ()) -> str:
-    """The one-line message by which a block is refused."""
+    """Return the one-line message with which a `spin:` block is rejected."""
     with pytest.raises(SpinError) as caught:
         parse_spin_block(block, known)
     message = str(caught.value)
@@ -33,7 +33,7 @@ def error_of(block: object, known: tuple[str, ...] = ()) -> str:
 
 
 def nested(path: str, value: object) -> dict[str, Any]:
-    """`{"a": {"b": value}}` for "a.b"."""
+    """Return `{"a": {"b": value}}` for the path "a.b"."""
     *parents, last = path.split(".")
     block: dict[str, Any] = {last: value}
     for parent in reversed(parents):
@@ -73,7 +73,7 @@ def value_at(args: SpinArgs, path: str) -> Any:
         ("generation.backend", "vllm"), ("generation.vllm_kwargs", []), ("generation.vllm_kwargs", "max_num_seqs"),
     ],
 )  # fmt: skip
-def test_value_out_of_bounds_is_named_with_its_key(path: str, value: object) -> None:
+def test_invalid_value_is_reported_with_its_key(path: str, value: object) -> None:
     assert error_of(nested(path, value)).startswith(f"spin.{path}")
 
 
@@ -90,25 +90,25 @@ def test_value_out_of_bounds_is_named_with_its_key(path: str, value: object) -> 
         ("generation.vllm_python", "/x/python"),
     ],
 )  # fmt: skip
-def test_value_at_its_bound_is_taken(path: str, value: object) -> None:
+def test_value_at_its_bound_is_accepted(path: str, value: object) -> None:
     assert value_at(parse_spin_block(nested(path, value)), path) == value
 
 
-def test_several_wrong_values_are_named_in_one_line() -> None:
+def test_several_invalid_values_are_reported_on_one_line() -> None:
     message = error_of({"beta": -1, "iterations": 0, "turns": "x"})
     assert all(name in message for name in ("spin.beta", "spin.iterations", "spin.turns"))
 
 
-def test_long_value_is_shortened() -> None:
+def test_long_value_is_shortened_in_the_message() -> None:
     assert len(error_of({"schedule": "x" * 10_000})) < 200
 
 
 @pytest.mark.parametrize("block", [None, True, 3, "iterations: 3", [], [{"iterations": 3}]])
-def test_block_that_is_no_mapping(block: object) -> None:
+def test_block_must_be_a_mapping(block: object) -> None:
     assert error_of(block).startswith("spin: must be a mapping")
 
 
-def test_empty_block_is_the_paper() -> None:
+def test_defaults_are_the_papers() -> None:
     args = parse_spin_block({})
     assert (args.iterations, args.beta, args.loss_type, args.history_iterations) == (4, 0.1, "logistic", 1)
     assert (args.generation.temperature, args.generation.top_p) == (1.0, 1.0)
@@ -129,53 +129,53 @@ def test_empty_block_is_the_paper() -> None:
         ("generation.vllm_kwarg", "vllm_kwargs"),
     ],
 )
-def test_unknown_key_names_the_nearest_one(path: str, nearest: str) -> None:
-    assert error_of(nested(path, 1)) == f"spin.{path}: there is no such key; did you mean `{nearest}`?"
+def test_unknown_key_suggests_the_nearest_known_one(path: str, nearest: str) -> None:
+    assert error_of(nested(path, 1)) == f"spin.{path}: unknown key; did you mean `{nearest}`?"
 
 
 @pytest.mark.parametrize(
     ("path", "place"),
     [
-        ("max_tokens", "`spin.generation`: write `generation: {max_tokens: …}`"),
-        ("temperature", "`spin.generation`: write `generation: {temperature: …}`"),
-        ("generation.beta", "`spin` itself: write it beside `generation`"),
+        ("max_tokens", "in `spin.generation`: write `generation: {max_tokens: …}`"),
+        ("temperature", "in `spin.generation`: write `generation: {temperature: …}`"),
+        ("generation.beta", "directly in `spin:`, beside `generation`"),
     ],
 )
-def test_key_of_the_other_block_is_told_where_it_belongs(path: str, place: str) -> None:
-    assert error_of(nested(path, 1)) == f"spin.{path}: there is no such key; it belongs to {place}"
+def test_misplaced_key_is_reported_with_its_place(path: str, place: str) -> None:
+    assert error_of(nested(path, 1)) == f"spin.{path}: unknown key; it belongs {place}"
 
 
-def test_key_of_generation_in_the_schedule_is_told_where_it_belongs() -> None:
+def test_misplaced_generation_key_in_the_schedule_is_reported_with_its_place() -> None:
     error = error_of({"iterations": 1, "schedule": [{"max_tokens": 3}]}, ("max_steps",))
     assert error.startswith("spin.schedule[0].max_tokens: ")
     assert error.endswith("write `generation: {max_tokens: …}`")
 
 
 @pytest.mark.parametrize(("path", "fields"), [("zzz", SpinArgs), ("generation.zzz", GenerationArgs)])
-def test_unknown_key_without_a_near_one_lists_them_all(path: str, fields: type[Block]) -> None:
+def test_unknown_key_without_a_similar_one_lists_all_keys(path: str, fields: type[Block]) -> None:
     message = error_of(nested(path, 1))
-    assert message.startswith(f"spin.{path}: there is no such key; known keys: ")
+    assert message.startswith(f"spin.{path}: unknown key; known keys: ")
     assert message.rpartition(": ")[2].split(", ") == sorted(fields.model_fields)
 
 
-def test_key_that_is_no_string() -> None:
+def test_key_that_is_not_a_string() -> None:
     assert error_of({1: 2}).startswith("spin.1: ")
 
 
 @pytest.mark.parametrize("key", sorted(SET_BY_THE_PLUGIN))
-def test_vllm_argument_that_the_plugin_sets_is_refused(key: str) -> None:
-    assert f"vllm_kwargs.{key} is set by the plugin" in error_of({"generation": {"vllm_kwargs": {key: 1}}})
+def test_vllm_argument_set_by_the_plugin_is_rejected(key: str) -> None:
+    assert f"vllm_kwargs.{key}: set by the plugin" in error_of({"generation": {"vllm_kwargs": {key: 1}}})
 
 
-def test_token_in_the_configuration_is_refused() -> None:
-    """Axolotl prints the configuration."""
+def test_token_in_the_configuration_is_rejected() -> None:
+    """Axolotl logs the configuration."""
     message = error_of({"generation": {"vllm_kwargs": {"hf_token": "hf_secret"}}})
     assert "HF_TOKEN" in message
     assert "secret" not in message
 
 
 @pytest.mark.parametrize("key", sorted(IN_VLLM_BLOCK))
-def test_vllm_argument_that_axolotl_has_a_word_for_is_sent_there(key: str) -> None:
+def test_vllm_argument_with_a_key_in_the_vllm_block_is_rejected(key: str) -> None:
     assert f"`vllm: {{{key}: …}}`" in error_of({"generation": {"vllm_kwargs": {key: 1}}})
     assert f"`vllm: {{{key}: …}}` beside `spin`" in error_of({"generation": {key: 1}})
     assert key in VllmArgs.model_fields
@@ -198,19 +198,19 @@ def vllm_error_of(block: object) -> str:
         ("max_model_len", 1), ("enforce_eager", "perhaps"), ("enable_prefix_caching", 7),
     ],
 )  # fmt: skip
-def test_wrong_value_of_the_vllm_block_is_named(key: str, value: object) -> None:
+def test_invalid_value_in_the_vllm_block_is_reported(key: str, value: object) -> None:
     assert vllm_error_of({key: value}).startswith(f"vllm.{key}: ")
 
 
-def test_unknown_key_of_the_vllm_block_is_named_and_the_place_for_it() -> None:
-    assert "vllm.tensor_parallel_sise: there is no such key; did you mean `tensor_parallel_size`?" in vllm_error_of(
+def test_unknown_key_in_the_vllm_block_is_reported_with_its_place() -> None:
+    assert "vllm.tensor_parallel_sise: unknown key; did you mean `tensor_parallel_size`?" in vllm_error_of(
         {"tensor_parallel_sise": 2}
     )
     assert "spin.generation.vllm_kwargs" in vllm_error_of({"max_num_seqs": 8})
     assert "must be a mapping" in vllm_error_of([1])
 
 
-def test_vllm_block_of_a_grpo_configuration_is_taken_without_its_server() -> None:
+def test_server_keys_of_a_grpo_configuration_are_ignored() -> None:
     block = {"host": "0.0.0.0", "port": 8000, "tensor_parallel_size": 2, "gpu_memory_utilization": 0.85,
              "dtype": "auto", "serve_module": "axolotl.scripts.vllm_serve_lora", "max_model_len": None}  # fmt: skip
     args, unused = parse_vllm_block(block)
@@ -220,19 +220,19 @@ def test_vllm_block_of_a_grpo_configuration_is_taken_without_its_server() -> Non
     assert unused == ("host", "port", "serve_module")
 
 
-def test_every_key_of_axolotls_block_is_used_or_known_to_be_for_a_server() -> None:
+def test_every_key_of_axolotls_vllm_block_is_either_used_or_a_server_key() -> None:
     from axolotl.utils.schemas.vllm import VllmConfig
 
     assert VllmConfig.model_fields.keys() == VllmArgs.model_fields.keys() | VLLM_SERVER_KEYS
     assert VllmArgs.model_fields.keys() == IN_VLLM_BLOCK
 
 
-def test_ray_address_without_ray_is_refused() -> None:
-    assert "ray_address is for `backend: ray`" in error_of({"generation": {"ray_address": "auto"}})
+def test_ray_address_without_ray_is_rejected() -> None:
+    assert "ray_address requires `backend: ray`" in error_of({"generation": {"ray_address": "auto"}})
     assert parse_spin_block({"generation": {"backend": "ray", "ray_address": "auto"}}).generation.backend == "ray"
 
 
-def test_further_vllm_arguments_are_handed_on() -> None:
+def test_other_vllm_arguments_are_passed_unchanged() -> None:
     args = parse_spin_block({"generation": {"vllm_kwargs": {"max_num_seqs": 8, "swap_space": 1}}})
     assert args.generation.vllm_kwargs == {"max_num_seqs": 8, "swap_space": 1}
 
@@ -243,21 +243,21 @@ AXOLOTL_KEYS = ("learning_rate", "num_epochs", "base_model", "micro_batch_size")
 
 
 @pytest.mark.parametrize("entries", [1, 3])
-def test_schedule_has_one_entry_an_iteration(entries: int) -> None:
+def test_schedule_must_have_one_entry_per_iteration(entries: int) -> None:
     assert f"schedule has {entries} entries for 2 iterations" in error_of(
         {"iterations": 2, "schedule": [{"beta": 1}] * entries}
     )
 
 
 @pytest.mark.parametrize("key", sorted(RUN_WIDE_KEYS))
-def test_schedule_cannot_change_a_key_of_the_whole_run(key: str) -> None:
+def test_schedule_cannot_change_a_run_wide_key(key: str) -> None:
     assert f"schedule[1].{key} cannot change between iterations" in error_of(
         {"iterations": 2, "schedule": [{}, {key: 1}]}
     )
 
 
 def test_schedule_cannot_change_turns() -> None:
-    """Prompts are cut once for the whole run, so another `turns` later on would be ignored without a word."""
+    """Prompts are extracted once per run, so a later change of `turns` would silently be ignored."""
     assert "schedule[1].turns cannot change between iterations" in error_of(
         {"iterations": 2, "schedule": [{}, {"turns": "last"}]}
     )
@@ -283,22 +283,22 @@ def test_nested_generation_keys_of_the_schedule_are_merged() -> None:
     assert (second.max_tokens, second.top_p, second.num_generations) == (8, 0.9, 2)
 
 
-def test_without_a_schedule_every_iteration_is_the_same() -> None:
+def test_without_a_schedule_all_iterations_are_the_same() -> None:
     args = parse_spin_block({"iterations": 3})
     assert args.at(2) is args
     assert args.axolotl_overrides(2) == {}
 
 
-def test_axolotl_keys_of_the_schedule_stand_apart() -> None:
+def test_axolotl_keys_of_the_schedule_are_separated() -> None:
     schedule = [{"learning_rate": 5e-7, "beta": 1.0}, {"learning_rate": 1e-7, "generation": {"top_p": 0.5}}]
     args = parse_spin_block({"iterations": 2, "schedule": schedule}, AXOLOTL_KEYS)
     assert args.axolotl_overrides(0) == {"learning_rate": 5e-7}
     assert args.axolotl_overrides(1) == {"learning_rate": 1e-7}
 
 
-def test_unknown_key_in_the_schedule_names_the_nearest_one() -> None:
+def test_unknown_key_in_the_schedule_suggests_the_nearest_known_one() -> None:
     message = error_of({"iterations": 1, "schedule": [{"learning_rat": 1e-7}]}, AXOLOTL_KEYS)
-    assert message == "spin.schedule[0].learning_rat: there is no such key; did you mean `learning_rate`?"
+    assert message == "spin.schedule[0].learning_rat: unknown key; did you mean `learning_rate`?"
     assert "did you mean `beta`" in error_of({"iterations": 1, "schedule": [{"betta": 1}]}, AXOLOTL_KEYS)
 
 
@@ -306,13 +306,13 @@ def test_unknown_key_in_the_schedule_names_the_nearest_one() -> None:
     ("entry", "named"),
     [({"beta": -1}, "schedule[1].beta"), ({"generation": {"top_p": 3}}, "schedule[1].generation.top_p")],
 )
-def test_wrong_value_in_the_schedule_is_named_where_it_stands(entry: dict[str, Any], named: str) -> None:
+def test_invalid_value_in_the_schedule_is_reported_with_its_path(entry: dict[str, Any], named: str) -> None:
     assert error_of({"iterations": 2, "schedule": [{}, entry]}).startswith(f"spin.{named}: ")
 
 
-def test_unknown_generation_key_in_the_schedule_is_named_where_it_stands() -> None:
+def test_unknown_generation_key_in_the_schedule_is_reported_with_its_path() -> None:
     message = error_of({"iterations": 1, "schedule": [{"generation": {"temprature": 1}}]})
-    assert message == "spin.schedule[0].generation.temprature: there is no such key; did you mean `temperature`?"
+    assert message == "spin.schedule[0].generation.temprature: unknown key; did you mean `temperature`?"
 
 
 # --- the classes themselves --------------------------------------------------------------------
@@ -325,20 +325,20 @@ def fields() -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize(("name", "field"), list(fields()), ids=lambda value: value if isinstance(value, str) else "")
-def test_every_option_has_a_meaning_and_a_default(name: str, field: Any) -> None:
+def test_every_option_has_a_description_and_a_default(name: str, field: Any) -> None:
     assert field.description, f"{name} has no docstring"
     assert field.description.rstrip().endswith(".")
     assert not field.is_required()
 
 
 def test_no_option_shares_its_name_with_an_axolotl_key() -> None:
-    """An entry of `schedule` may name both kinds, so a shared name would mean two things."""
+    """`schedule` accepts both kinds of keys, so a shared name would be ambiguous."""
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
     assert not SpinArgs.model_fields.keys() & (AxolotlInputConfig.model_fields.keys() - {"spin"})
 
 
-# --- anything at all ---------------------------------------------------------------------------
+# --- random blocks -----------------------------------------------------------------------------
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 200), st.floats(), st.sampled_from(["logistic", "all", "drop", "x", ""])
@@ -364,7 +364,7 @@ BLOCKS = st.one_of(
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(block=BLOCKS, known=st.sampled_from([(), AXOLOTL_KEYS]))
-def test_any_block_is_parsed_or_refused_in_one_line(block: object, known: tuple[str, ...]) -> None:
+def test_any_block_is_parsed_or_rejected_with_one_line(block: object, known: tuple[str, ...]) -> None:
     try:
         args = parse_spin_block(block, known)
     except SpinError as error:

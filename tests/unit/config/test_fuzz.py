@@ -1,6 +1,6 @@
-"""Any `spin:` block and any dataset entry is lowered or refused in one line; any row becomes examples or is counted.
+"""Random configurations are lowered or rejected with one line; random rows become examples or are counted.
 
-No other error, and no file is touched. Together with test_args.py these are 2,000 random blocks.
+No other error occurs, and no file is written. Together with test_args.py this covers 2,000 random blocks.
 """
 
 import re
@@ -51,7 +51,7 @@ def directory(tmp_path: Path) -> Path:
 
 @settings(ANY, max_examples=1000)
 @given(block=BLOCKS, datasets=st.one_of(DATASETS, LEAVES, st.just([{"path": "org/data"}])), others=OTHER_KEYS)
-def test_any_configuration_is_lowered_or_refused_in_one_line(
+def test_any_configuration_is_lowered_or_rejected_with_one_line(
     directory: Path, block: object, datasets: object, others: dict[str, object]
 ) -> None:
     cfg = {"rl": "spin", "base_model": "org/model", "output_dir": str(directory / "run"), "datasets": datasets} | others
@@ -79,7 +79,7 @@ ROWS = st.lists(
 def test_any_rows_become_examples_or_are_counted(
     directory: Path, rows: list[tuple[list[int], list[bool]]], turns: str, length: int
 ) -> None:
-    """Whatever is tokenised and however it is masked: nothing trained on is lost without being counted."""
+    """With any tokens and any mask, every span that SFT would train on becomes an example or is counted."""
     labels = [[token if trained else -100 for token, trained in zip(*row, strict=True)] for row in rows]
     kinds = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
     table = Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "labels": labels}, features=kinds)

@@ -1,4 +1,4 @@
-"""`rl: spin` becomes a supervised run, or one line that says why it cannot."""
+"""`rl: spin` is lowered to a supervised run, or rejected with one line that names the reason."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from tiny import spin_config
 from spin_plugin import SpinPlugin
 from spin_plugin.config.announce import announce
 from spin_plugin.config.identity import differing_keys
-from spin_plugin.config.lower import LORA_KERNELS, PLUGIN, Lowered, concerns_spin, lower, restore
+from spin_plugin.config.lower import LORA_KERNELS, PLUGIN, Lowered, asks_for_spin, lower, restore
 from spin_plugin.config.refuse import NO_PROMPT_TYPES, REFUSED, refuse_other_trainers
 from spin_plugin.config.specs import read_opponent, read_training
 from spin_plugin.console import SpinError
@@ -30,12 +30,12 @@ Config = Callable[..., MutableMapping[str, Any]]
 
 @pytest.fixture(params=[dict, DictDefault], ids=["dict", "DictDefault"])
 def config(request: pytest.FixtureRequest, tmp_path: Path, llama: Path, chat_data: Path) -> Config:
-    """A working configuration with changes, as plain YAML gives it and as Axolotl hands it over."""
+    """Factory of valid configurations with changes, as a dict (parsed YAML) and as Axolotl's DictDefault."""
     return lambda **changes: request.param(spin_config(tmp_path, llama, chat_data, **changes))
 
 
 def error_of(cfg: MutableMapping[str, Any], known: tuple[str, ...] = ()) -> str:
-    """The one line by which a configuration is refused."""
+    """Return the one-line message with which a configuration is rejected."""
     with pytest.raises(SpinError) as caught:
         lower(cfg, known)
     message = str(caught.value)
@@ -45,7 +45,7 @@ def error_of(cfg: MutableMapping[str, Any], known: tuple[str, ...] = ()) -> str:
 
 
 def finish(cfg: Mapping[str, Any], model: Path, iterations: int = 1, *, adapter: bool = False) -> RunDir:
-    """A run directory with finished iterations, each with a real model (or adapter)."""
+    """Create a run directory with finished iterations, each with a real model or adapter."""
     run = RunDir(Path(cfg["output_dir"]))
     for number in range(iterations):
         directory = run.iteration(number).path
@@ -62,7 +62,7 @@ def finish(cfg: Mapping[str, Any], model: Path, iterations: int = 1, *, adapter:
     return run
 
 
-# --- what stays --------------------------------------------------------------------------------
+# --- the lowered configuration -----------------------------------------------------------------
 
 
 def test_lowered_configuration_is_supervised(config: Config, tmp_path: Path, llama: Path) -> None:
@@ -82,7 +82,7 @@ def test_lowered_configuration_is_supervised(config: Config, tmp_path: Path, lla
     assert not (tmp_path / "run").exists(), "lowering writes nothing"
 
 
-def test_configuration_of_the_user_is_kept_as_it_was(config: Config) -> None:
+def test_users_configuration_is_kept_unchanged_without_secrets(config: Config) -> None:
     cfg = config(hf_token="hf_secret", sample_packing=True)
     plain = json.loads(json.dumps(cfg))
     lowered = lower(cfg)
@@ -91,7 +91,7 @@ def test_configuration_of_the_user_is_kept_as_it_was(config: Config) -> None:
     assert type(lowered.config) is type(lowered.config["spin"]["generation"]) is dict
 
 
-def test_block_is_complete_and_typed_afterwards(config: Config) -> None:
+def test_spin_block_is_complete_afterwards(config: Config) -> None:
     cfg = config(spin={"iterations": 3, "loss_type": "hinge"})
     lower(cfg)
     assert cfg["spin"]["iterations"] == 3
@@ -101,37 +101,37 @@ def test_block_is_complete_and_typed_afterwards(config: Config) -> None:
     assert "schedule" not in cfg["spin"]
 
 
-@pytest.mark.parametrize(("asked", "given"), [(None, False), (False, False), (True, True)])
-def test_model_of_the_end_is_the_next_opponent_unless_the_best_is_asked_for(
-    config: Config, asked: bool | None, given: bool
+@pytest.mark.parametrize(("requested", "expected"), [(None, False), (False, False), (True, True)])
+def test_last_model_is_the_next_opponent_unless_the_best_is_requested(
+    config: Config, requested: bool | None, expected: bool
 ) -> None:
-    cfg = config(load_best_model_at_end=asked)
+    cfg = config(load_best_model_at_end=requested)
     lower(cfg)
-    assert cfg["load_best_model_at_end"] is given
+    assert cfg["load_best_model_at_end"] is expected
 
 
-def test_resuming_needs_no_key(config: Config) -> None:
+def test_resume_key_is_removed(config: Config) -> None:
     cfg = config(resume_from_checkpoint="somewhere")
     lower(cfg)
     assert "resume_from_checkpoint" not in cfg
 
 
-# --- what is refused ---------------------------------------------------------------------------
+# --- rejected configurations -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_key_that_spin_cannot_use_is_named_with_the_reason(config: Config, key: str) -> None:
+def test_unsupported_key_is_reported_with_the_reason(config: Config, key: str) -> None:
     assert error_of(config(**{key: "something"})) == f"{key}: cannot be used with `rl: spin`: {REFUSED[key]}"
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_plugin_with_a_trainer_of_its_own_is_refused_wherever_it_stands(
+def test_plugin_with_its_own_trainer_is_rejected_in_any_position(
     config: Config, order: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before anything is drawn."""
+    """Before anything is generated."""
     monkeypatch.setattr(PluginManager, "_instance", None)
     manager = PluginManager.get_instance()
-    manager.plugins.clear()  # since 0.21 ours is there already
+    manager.plugins.clear()  # since 0.21 the installed plugin is already registered
     names = [PLUGIN, "axolotl.integrations.kd.KDPlugin"]
     for name in names[::order]:
         manager.register(name)
@@ -139,41 +139,41 @@ def test_plugin_with_a_trainer_of_its_own_is_refused_wherever_it_stands(
     ours.register(config())
     with pytest.raises(SystemExit):
         ours.load_datasets(DictDefault(kd_trainer=True))
-    assert "plugins: KDPlugin brings a trainer or batches of its own" in capsys.readouterr().out
-    with pytest.raises(SpinError):  # axolotl 0.19 takes its answer for batches also where it is switched off
+    assert "plugins: KDPlugin has its own trainer or collator" in capsys.readouterr().out
+    with pytest.raises(SpinError):  # Axolotl 0.19 uses the plugin's collator even if the plugin is disabled
         refuse_other_trainers(DictDefault(), [other])
     refuse_other_trainers(DictDefault(), [BasePlugin()])
 
 
-def test_mamba_is_refused(config: Config) -> None:
+def test_mamba_is_rejected(config: Config) -> None:
     assert "vLLM cannot load it" in error_of(config(model_type="MambaLMHeadModel"))
-    with pytest.raises(SpinError, match="cannot hold pairs"):
+    with pytest.raises(SpinError, match="cannot batch pairs"):
         refuse_other_trainers(DictDefault(model_config_type="mamba"), [])
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_key_that_is_switched_off_is_taken(config: Config, key: str) -> None:
+def test_unsupported_key_may_be_false(config: Config, key: str) -> None:
     lower(config(**{key: False}))
 
 
 @pytest.mark.parametrize("key", ["context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size"])
-def test_sequence_parallelism_is_refused(config: Config, key: str) -> None:
+def test_parallelism_within_a_sequence_or_layer_is_rejected(config: Config, key: str) -> None:
     assert key in error_of(config(**{key: 2}))
     lower(config(**{key: 1}))
 
 
 @pytest.mark.parametrize("adapter", ["llama-adapter", "ia3", "dora"])
-def test_adapter_that_vllm_cannot_serve_is_refused(config: Config, adapter: str) -> None:
+def test_adapter_that_vllm_cannot_serve_is_rejected(config: Config, adapter: str) -> None:
     assert error_of(config(adapter=adapter)).startswith(f"adapter: {adapter} cannot be used")
 
 
 @pytest.mark.parametrize("adapter", ["lora", "qlora", ""])
-def test_adapter_that_vllm_can_serve_is_taken(config: Config, adapter: str) -> None:
+def test_adapter_that_vllm_can_serve_is_accepted(config: Config, adapter: str) -> None:
     lower(config(adapter=adapter))
 
 
-def test_fused_lora_kernels_are_for_those_who_name_them(config: Config) -> None:
-    """Without an `rl` Axolotl would switch them on by itself."""
+def test_fused_lora_kernels_are_off_unless_set(config: Config) -> None:
+    """Axolotl enables them automatically if `rl` is unset."""
     cfg = config(adapter="lora", lora_qkv_kernel=True)
     lower(cfg)
     assert {kernel: cfg[kernel] for kernel in LORA_KERNELS} == dict.fromkeys(LORA_KERNELS, False) | {
@@ -184,11 +184,11 @@ def test_fused_lora_kernels_are_for_those_who_name_them(config: Config) -> None:
     assert not full.keys() & set(LORA_KERNELS)
 
 
-def test_pure_16_bits_are_refused(config: Config) -> None:
+def test_pure_16_bit_training_is_rejected(config: Config) -> None:
     assert error_of(config(bf16="full")).startswith("bf16: full ")
 
 
-def test_what_cannot_be_merged_is_refused_beforehand(config: Config, tmp_path: Path) -> None:
+def test_adapter_that_cannot_be_merged_is_rejected_before_training(config: Config, tmp_path: Path) -> None:
     lora = {"adapter": "lora", "gptq": True}
     lower(config(**lora))
     assert "adapter_chain: merge" in error_of(config(**lora, spin={"adapter_chain": "merge"}))
@@ -196,26 +196,26 @@ def test_what_cannot_be_merged_is_refused_beforehand(config: Config, tmp_path: P
     embedding = {"adapter": "lora", "lora_target_modules": ["q_proj", "embed_tokens"]}
     lower(config(**embedding))
     assert "cannot be combined with peft_use_dora" in error_of(config(**embedding, peft_use_dora=True))
-    with pytest.raises(SpinError, match="nothing can be merged"):
+    with pytest.raises(SpinError, match="can be merged into a GPTQ model"):
         merge(read_opponent(DictDefault(lora)), tmp_path, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("kind", [*NO_PROMPT_TYPES, "completion:field", "bradley_terry.chat_template"])
-def test_dataset_without_prompts_is_refused(config: Config, chat_data: Path, kind: str) -> None:
+def test_dataset_without_prompts_is_rejected(config: Config, chat_data: Path, kind: str) -> None:
     good, bad = {"path": str(chat_data), "type": "alpaca"}, {"path": str(chat_data), "type": kind}
     assert error_of(config(datasets=[good, bad])).startswith(f"datasets[1].type: {kind} ")
     assert error_of(config(test_datasets=[bad])).startswith(f"test_datasets.type: {kind} ")
 
 
 @pytest.mark.parametrize("kind", ["chat_template", "alpaca", "input_output", {"field_instruction": "q"}, None])
-def test_dataset_with_prompts_is_taken(config: Config, chat_data: Path, kind: Any) -> None:
+def test_dataset_with_prompts_is_accepted(config: Config, chat_data: Path, kind: Any) -> None:
     lower(config(datasets=[{"path": str(chat_data), "ds_type": "json", "type": kind}]))
 
 
 @pytest.mark.parametrize(
     "path", ["nowhere.jsonl", "./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "data/nowhere.parquet"]
 )
-def test_dataset_that_does_not_exist_is_named(config: Config, path: str) -> None:
+def test_missing_local_dataset_is_reported(config: Config, path: str) -> None:
     assert error_of(config(datasets=[{"path": path}])) == f"datasets[0].path: {path} does not exist"
 
 
@@ -225,7 +225,7 @@ def test_remote_dataset_is_not_looked_for_on_disk(config: Config, path: str) -> 
 
 
 @pytest.mark.parametrize("datasets", [None, [], ["org/name"], [3], {"path": "org/name"}, "org/name", 3])
-def test_datasets_that_are_missing_or_no_list_of_mappings(config: Config, datasets: Any) -> None:
+def test_datasets_must_be_a_list_of_mappings(config: Config, datasets: Any) -> None:
     assert error_of(config(datasets=datasets)).startswith("datasets")
 
 
@@ -239,12 +239,12 @@ def test_block_without_rl(config: Config) -> None:
 
 
 @pytest.mark.parametrize("rl", ["dpo", "kto", "grpo", "spinning"])
-def test_another_rl_with_the_block(config: Config, rl: str) -> None:
+def test_other_rl_with_the_block(config: Config, rl: str) -> None:
     assert error_of(config(rl=rl)).startswith(f"`rl: {rl}` cannot be combined")
 
 
 @pytest.mark.parametrize("rl", ["SPIN", "Spin", " spin"])
-def test_rl_in_capitals_is_told_how_it_is_written(config: Config, rl: str) -> None:
+def test_rl_must_be_lower_case(config: Config, rl: str) -> None:
     assert error_of(config(rl=rl)) == f"`rl: {rl}`: write `rl: spin`, in lower case"
 
 
@@ -253,16 +253,16 @@ def test_plugin_without_a_block(config: Config) -> None:
 
 
 @pytest.mark.parametrize("block", [3, "iterations: 3", []])
-def test_block_that_is_no_mapping(config: Config, block: Any) -> None:
+def test_block_must_be_a_mapping(config: Config, block: Any) -> None:
     assert error_of(config(spin=block)).startswith("spin: must be a mapping")
 
 
-def test_wrong_block_is_refused_in_the_words_of_its_types(config: Config) -> None:
-    message = "spin.betta: there is no such key; did you mean `beta`?"
+def test_invalid_block_is_rejected_with_the_parsers_message(config: Config) -> None:
+    message = "spin.betta: unknown key; did you mean `beta`?"
     assert error_of(config(spin={"iterations": 1, "betta": 1})) == message
 
 
-def test_damaged_base_model_is_named(config: Config, llama: Path, tmp_path: Path) -> None:
+def test_damaged_base_model_is_reported(config: Config, llama: Path, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(llama, tmp_path / "damaged"))
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
@@ -276,7 +276,7 @@ def scheduled(*entries: dict[str, Any]) -> dict[str, Any]:
     return {"iterations": len(entries), "schedule": list(entries)}
 
 
-def test_schedule_reaches_the_configuration_of_its_iteration(config: Config, llama: Path) -> None:
+def test_schedule_is_applied_to_its_iteration(config: Config, llama: Path) -> None:
     block = scheduled({"learning_rate": 5e-7}, {"learning_rate": 1e-7, "beta": 5.0, "num_epochs": 3})
     first, second = config(spin=block), config(spin=block)
     lower(first)
@@ -286,26 +286,26 @@ def test_schedule_reaches_the_configuration_of_its_iteration(config: Config, lla
     assert (second["learning_rate"], second["num_epochs"], second["spin"]["beta"]) == (1e-7, 3, 5.0)
 
 
-def test_misspelt_axolotl_key_in_the_schedule_is_named(config: Config) -> None:
+def test_misspelled_axolotl_key_in_the_schedule_is_reported(config: Config) -> None:
     message = error_of(config(spin=scheduled({}, {"learning_rte": 1e-7})), ("learning_rate", "num_epochs"))
-    assert message == "spin.schedule[1].learning_rte: there is no such key; did you mean `learning_rate`?"
+    assert message == "spin.schedule[1].learning_rte: unknown key; did you mean `learning_rate`?"
 
 
-def test_schedule_cannot_switch_packing_on(config: Config) -> None:
+def test_schedule_cannot_enable_packing(config: Config) -> None:
     cfg = config(spin=scheduled({"sample_packing": True, "train_on_inputs": True}))
     lower(cfg)
     assert (cfg["sample_packing"], cfg["train_on_inputs"]) == (False, False)
 
 
 @pytest.mark.parametrize("key", ["reinit_weights", "trainer_cls", "reward_model"])
-def test_schedule_cannot_bring_in_what_is_refused(config: Config, key: str) -> None:
+def test_schedule_cannot_set_an_unsupported_key(config: Config, key: str) -> None:
     assert key in error_of(config(spin=scheduled({key: True})))
 
 
 # --- later iterations --------------------------------------------------------------------------
 
 
-def test_model_of_the_iteration_before_is_base_and_opponent(config: Config, llama: Path, tmp_path: Path) -> None:
+def test_previous_iterations_model_is_base_and_opponent(config: Config, llama: Path, tmp_path: Path) -> None:
     cfg = config(revision_of_model="abc", tokenizer_config="org/other")
     cfg["base_model_config"] = cfg["base_model"]
     finish(cfg, llama)
@@ -323,7 +323,9 @@ def test_first_iteration_keeps_the_pinned_revision(config: Config) -> None:
     assert (cfg["base_model"], cfg["revision_of_model"]) == ("org/model", "abc")
 
 
-def test_adapter_of_the_iteration_before_goes_on_the_same_base(config: Config, llama: Path, tmp_path: Path) -> None:
+def test_previous_iterations_adapter_is_used_with_the_same_base_model(
+    config: Config, llama: Path, tmp_path: Path
+) -> None:
     cfg = config(adapter="lora", base_model=str(llama), lora_r=4)
     finish(cfg, llama, adapter=True)
     lower(cfg)
@@ -340,7 +342,7 @@ def test_adapter_of_the_iteration_before_goes_on_the_same_base(config: Config, l
         (2, {"inference": True}, "iteration-0/merged", "iteration-1"),
     ],
 )
-def test_merged_adapter_is_the_base_of_a_fresh_one(
+def test_merged_model_is_the_base_of_a_new_adapter(
     config: Config, llama: Path, tmp_path: Path, finished: int, command: dict[str, bool], base: str, adapter: str
 ) -> None:
     cfg = config(adapter="lora", base_model=str(llama), spin={"iterations": 2, "adapter_chain": "merge"}, **command)
@@ -352,7 +354,7 @@ def test_merged_adapter_is_the_base_of_a_fresh_one(
     assert cfg.get("lora_model_dir") == (str(run.root / adapter) if adapter else None)
 
 
-def test_adapter_that_the_run_started_from_is_merged_only_once(config: Config, llama: Path, tmp_path: Path) -> None:
+def test_initial_adapter_is_merged_only_once(config: Config, llama: Path, tmp_path: Path) -> None:
     start = tmp_path / "start"
     start.mkdir()
     (start / "adapter_config.json").write_text(json.dumps({"r": 4}))
@@ -367,9 +369,9 @@ def test_adapter_that_the_run_started_from_is_merged_only_once(config: Config, l
     assert "lora_model_dir" not in cfg
 
 
-def test_adapter_to_start_from_that_is_not_there_is_named(config: Config) -> None:
+def test_missing_initial_adapter_is_reported(config: Config) -> None:
     error = error_of(config(adapter="lora", lora_model_dir="org/adapter"))
-    assert error == "lora_model_dir: org/adapter is no directory here; download the adapter first"
+    assert error == "lora_model_dir: org/adapter is not a local directory; download the adapter first"
 
 
 def test_first_iteration_with_an_adapter_starts_a_new_one(config: Config) -> None:
@@ -379,7 +381,7 @@ def test_first_iteration_with_an_adapter_starts_a_new_one(config: Config) -> Non
 
 
 @pytest.mark.parametrize("adapter", [None, "lora"])
-def test_damaged_model_of_the_iteration_before_is_named(config: Config, llama: Path, adapter: str | None) -> None:
+def test_damaged_model_of_the_previous_iteration_is_reported(config: Config, llama: Path, adapter: str | None) -> None:
     cfg = config(adapter=adapter)
     run = finish(cfg, llama, adapter=bool(adapter))
     weights = next(run.iteration(0).path.glob("*model.safetensors"))
@@ -388,7 +390,7 @@ def test_damaged_model_of_the_iteration_before_is_named(config: Config, llama: P
 
 
 def test_all_iterations_finished(config: Config, llama: Path, tmp_path: Path) -> None:
-    """Commands that read the configuration, such as `evaluate`, then get the last model."""
+    """Other commands that read the configuration, such as `evaluate`, then load the last model."""
     cfg = config(spin=scheduled({"learning_rate": 1.0}, {"learning_rate": 2.0}))
     finish(cfg, llama, 2)
     lowered = lower(cfg)
@@ -397,19 +399,19 @@ def test_all_iterations_finished(config: Config, llama: Path, tmp_path: Path) ->
     assert cfg["learning_rate"] == 2.0
 
 
-def test_fewer_iterations_than_are_finished(config: Config, llama: Path) -> None:
+def test_fewer_iterations_than_finished(config: Config, llama: Path) -> None:
     cfg = config(spin={"iterations": 1})
     finish(cfg, llama, 2)
     assert lower(cfg).all_finished
 
 
-def test_damaged_run_json_is_refused(config: Config, tmp_path: Path) -> None:
+def test_damaged_run_json_is_rejected(config: Config, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{")
     assert "run.json is damaged" in error_of(config())
 
 
-def test_inference_takes_rl_away_and_is_welcome(config: Config, llama: Path, tmp_path: Path) -> None:
+def test_inference_which_removes_rl_is_accepted(config: Config, llama: Path, tmp_path: Path) -> None:
     cfg = config()
     cfg.update(inference=True, rl=None)
     finish(cfg, llama)
@@ -418,12 +420,12 @@ def test_inference_takes_rl_away_and_is_welcome(config: Config, llama: Path, tmp
     assert cfg["base_model"] == str(tmp_path / "run" / "iteration-0")
 
 
-# --- another process ---------------------------------------------------------------------------
+# --- restoring in another process, and announcements -------------------------------------------
 
 
 @pytest.mark.parametrize("finished", [0, 1])
-def test_restored_configuration_says_the_same(config: Config, llama: Path, finished: int) -> None:
-    """A Ray worker gets the lowered configuration as a plain dict."""
+def test_restored_configuration_is_the_same(config: Config, llama: Path, finished: int) -> None:
+    """A Ray worker receives the lowered configuration as a plain dict."""
     cfg = config(spin=scheduled({"beta": 0.3}, {"beta": 5.0}))
     finish(cfg, llama, finished)
     lowered = lower(cfg)
@@ -435,7 +437,7 @@ def test_restored_configuration_says_the_same(config: Config, llama: Path, finis
 
 @pytest.mark.parametrize("finished", [0, 1])
 def test_restored_configuration_belongs_to_the_same_run(config: Config, llama: Path, finished: int) -> None:
-    """A worker that claims the directory must find the run that its own driver describes."""
+    """A worker that claims the directory must recognize its driver's run."""
     cfg = config(spin=scheduled({"beta": 0.3}, {"beta": 5.0}))
     finish(cfg, llama, finished)
     lowered = lower(cfg)
@@ -454,7 +456,7 @@ def test_announcement_names_iteration_and_opponent(
     expected = opponent.format(base_model=lowered.config["base_model"])
     first, *others = capsys.readouterr().out.splitlines()
     assert first == f"spin: iteration {finished} of 0…1, opponent: {expected}"
-    assert len(others) == (finished == 0), "the first one also says what the later ones cost"
+    assert len(others) == (finished == 0), "the first iteration also announces the cost of later ones"
 
 
 def announced(cfg: MutableMapping[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
@@ -466,7 +468,7 @@ def announced(cfg: MutableMapping[str, Any], capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("iterations", "history", "expected"), [(4, 1, "up to 2 times"), (4, 2, "up to 3 times"), (2, 5, "up to 2 times")]
 )
-def test_cost_of_mixed_responses_is_said(
+def test_cost_of_mixing_in_responses_is_announced(
     config: Config, capsys: pytest.CaptureFixture[str], iterations: int, history: int, expected: str
 ) -> None:
     spin = {"iterations": iterations, "history_iterations": history}
@@ -474,7 +476,7 @@ def test_cost_of_mixed_responses_is_said(
 
 
 @pytest.mark.parametrize("spin", [{"iterations": 1}, {"iterations": 4, "history_iterations": 0}])
-def test_nothing_is_said_of_a_cost_that_is_not_there(
+def test_no_cost_is_announced_without_mixing(
     config: Config, capsys: pytest.CaptureFixture[str], spin: dict[str, Any]
 ) -> None:
     assert "times" not in announced(config(spin=spin), capsys)
@@ -487,14 +489,14 @@ def test_nothing_is_said_of_a_cost_that_is_not_there(
         ({"learning_rate": 1e-4, "adapter": "lora"}, False), ({"learning_rate": 2e-4, "adapter": "lora"}, True),
     ],
 )  # fmt: skip
-def test_learning_rate_of_an_sft_is_warned_of(
+def test_learning_rate_typical_of_sft_logs_a_warning(
     config: Config, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], high: bool
 ) -> None:
-    said = announced(config(**changes), capsys)
-    assert ("spin: warning: learning_rate" in said) is high
+    output = announced(config(**changes), capsys)
+    assert ("spin: warning: learning_rate" in output) is high
 
 
-def test_learning_rate_is_warned_of_again_where_the_schedule_raises_it(
+def test_learning_rate_set_in_the_schedule_logs_a_warning_again(
     config: Config, llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finish(config(), llama, 1)
@@ -503,10 +505,10 @@ def test_learning_rate_is_warned_of_again_where_the_schedule_raises_it(
         assert ("warning" in announced(cfg, capsys)) is warned
 
 
-# --- words that Axolotl has --------------------------------------------------------------------
+# --- Axolotl's own keys ------------------------------------------------------------------------
 
 
-def test_rl_beta_is_taken_as_beta(config: Config) -> None:
+def test_rl_beta_is_an_alias_of_beta(config: Config) -> None:
     for spin in ({"iterations": 1}, {"iterations": 1, "beta": 0.3}):
         cfg = config(spin=spin, rl_beta=0.3)
         lowered = lower(cfg)
@@ -514,14 +516,14 @@ def test_rl_beta_is_taken_as_beta(config: Config) -> None:
         assert cfg.get("rl_beta") is None
 
 
-def test_two_values_of_beta_are_refused(config: Config) -> None:
+def test_conflicting_values_of_beta_are_rejected(config: Config) -> None:
     assert "rl_beta: 0.2 and spin.beta: 0.3 differ" in error_of(config(spin={"beta": 0.3}, rl_beta=0.2))
     assert error_of(config(rl_beta="3e-1", spin={"beta": 0.2})) != ""
-    lower(config(rl_beta="3e-1", spin={"beta": 0.3}))  # `3e-1` is a text in YAML
+    lower(config(rl_beta="3e-1", spin={"beta": 0.3}))  # YAML parses `3e-1` as a string
 
 
 @pytest.mark.parametrize(
-    ("entry", "told"),
+    ("entry", "message"),
     [
         ({"rl_beta": 0.2}, "schedule[1].rl_beta: write `beta`"),
         ({"vllm": {"tensor_parallel_size": 2}}, "schedule[1].vllm cannot change"),
@@ -529,15 +531,17 @@ def test_two_values_of_beta_are_refused(config: Config) -> None:
         ({"bf16": "full"}, "bf16: full"),
     ],
 )
-def test_what_the_schedule_brings_in_later_is_refused_at_the_start(
-    config: Config, entry: dict[str, Any], told: str
+def test_unsupported_key_in_a_later_schedule_entry_is_rejected_at_the_start(
+    config: Config, entry: dict[str, Any], message: str
 ) -> None:
-    assert told in error_of(config(spin={"iterations": 2, "schedule": [{}, entry]}))
+    assert message in error_of(config(spin={"iterations": 2, "schedule": [{}, entry]}))
 
 
-def test_vllm_block_is_kept_without_its_server_and_said(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_server_keys_of_the_vllm_block_are_announced_as_ignored(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
     cfg = config(vllm={"host": "0.0.0.0", "port": 8000, "tensor_parallel_size": 2})
-    assert "not used: vllm.host, vllm.port: " in announced(cfg, capsys)
+    assert "ignored: vllm.host, vllm.port: " in announced(cfg, capsys)
     assert cfg["spin_vllm"] == {"tensor_parallel_size": 2}
     assert cfg["vllm"]["host"] == "0.0.0.0", "`axolotl vllm-serve` reads it"
     assert "vllm.tensor_parallel_sise" in error_of(config(vllm={"tensor_parallel_sise": 2}))
@@ -547,7 +551,7 @@ def test_vllm_block_is_kept_without_its_server_and_said(config: Config, capsys: 
 
 
 @pytest.mark.parametrize(
-    ("changes", "concerned"),
+    ("changes", "expected"),
     [
         ({}, True),
         ({"plugins": None}, True),
@@ -561,14 +565,12 @@ def test_vllm_block_is_kept_without_its_server_and_said(config: Config, capsys: 
         ({"rl": None, "spin": None, "plugins": None}, False),
     ],
 )
-def test_run_concerns_us_where_anything_in_it_asks_for_spin(
-    config: Config, changes: dict[str, Any], concerned: bool
-) -> None:
-    """A misspelt or half-written SPIN configuration must not train something else."""
-    assert concerns_spin(config(**changes)) is concerned
+def test_any_reference_to_spin_makes_a_spin_run(config: Config, changes: dict[str, Any], expected: bool) -> None:
+    """A misspelled or incomplete SPIN configuration must not train something else."""
+    assert asks_for_spin(config(**changes)) is expected
 
 
-def test_configuration_that_axolotl_refuses_is_handed_back_as_it_was(config: Config) -> None:
+def test_configuration_that_axolotl_rejects_is_restored(config: Config) -> None:
     cfg = config(rl_beta=0.3, spin={"iterations": 2}, hf_token="hf_secret")
     before = json.loads(json.dumps(cfg))
     plugin = SpinPlugin()
@@ -580,9 +582,9 @@ def test_configuration_that_axolotl_refuses_is_handed_back_as_it_was(config: Con
     assert "hf_secret" not in repr(lower(cfg))
 
 
-def test_resolved_configuration_of_an_iteration_is_no_start(config: Config) -> None:
+def test_resolved_configuration_of_an_iteration_cannot_start_a_run(config: Config) -> None:
     cfg = config()
     lower(cfg)
     del cfg["spin_config"]
-    with pytest.raises(SpinError, match="train with the one that you wrote"):
+    with pytest.raises(SpinError, match="train with the original"):
         restore(cfg)

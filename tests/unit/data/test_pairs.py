@@ -1,4 +1,4 @@
-"""From tokenised SFT rows to examples, from synthetic responses to pairs, on real Arrow files."""
+"""Tokenized SFT rows to examples, and synthetic responses to pairs, on real Arrow files."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def test_trained_spans_by_hand(labels: list[int], spans: list[tuple[int, int]]) 
 
 
 @given(st.lists(st.sampled_from([IGNORED, 0, 5])))
-def test_trained_spans_cover_exactly_what_is_trained(labels: list[int]) -> None:
+def test_trained_spans_cover_exactly_the_trained_tokens(labels: list[int]) -> None:
     spans = trained_spans(labels)
     covered = [position for start, end in spans for position in range(start, end)]
     assert covered == [position for position, label in enumerate(labels) if label != IGNORED]
@@ -63,14 +63,14 @@ def test_trained_spans_cover_exactly_what_is_trained(labels: list[int]) -> None:
 
 
 def row(*segments: tuple[bool, Sequence[int]]) -> tuple[list[int], list[int]]:
-    """input_ids and labels of (trained?, tokens) segments."""
+    """Return input_ids and labels of (trained?, tokens) segments."""
     ids = [token for _, tokens in segments for token in tokens]
     labels = [token if trained else IGNORED for trained, tokens in segments for token in tokens]
     return ids, labels
 
 
 def sft(*rows: tuple[list[int], list[int]]) -> Dataset:
-    """Rows as Axolotl's tokenising leaves them, with a column that is none of our business."""
+    """Return rows as tokenized by Axolotl, with a column that SPIN ignores."""
     return Dataset.from_dict(
         {
             "input_ids": [ids for ids, _ in rows],
@@ -82,7 +82,7 @@ def sft(*rows: tuple[list[int], list[int]]) -> Dataset:
 
 TWO_TURNS = row(
     (False, [10, 11]), (True, [20, END]), (False, [3, 12]), (True, [21, 22, END]), (False, [3])
-)  # user, assistant, user, assistant, a line break that is not trained on
+)  # user, assistant, user, assistant, a line break that SFT does not train on
 
 
 @pytest.mark.parametrize(
@@ -102,11 +102,11 @@ def test_prompt_is_everything_before_the_turn(
     assert counts == ExampleCounts(rows=1, examples=len(expected), ends=Counter({END: len(expected)}))
 
 
-def test_rows_that_give_no_example_are_counted(tmp_path: Path) -> None:
-    """sequence_len 6. Of the two turns of the last row only the first one fits."""
+def test_rows_without_an_example_are_counted(tmp_path: Path) -> None:
+    """With sequence_len 6, only the first of the two turns of the last row fits."""
     rows = sft(
-        row((False, [10, 11, 12])),  # nothing is trained on
-        row((True, [20, 21, END])),  # nothing stands before it
+        row((False, [10, 11, 12])),  # no trained response
+        row((True, [20, 21, END])),  # no prompt
         row((False, [10, 11, 12]), (True, [20, 21, 22, END])),  # 7 tokens
         row((False, [10, 11, 12]), (True, [20, 21, END])),  # 6 tokens: just fits
         row((False, [10]), (True, [20, END]), (False, [11, 12, 13]), (True, [21, END])),
@@ -115,7 +115,7 @@ def test_rows_that_give_no_example_are_counted(tmp_path: Path) -> None:
     assert counts == ExampleCounts(rows=5, examples=2, no_response=1, no_prompt=1, too_long=2, ends=Counter({END: 2}))
     assert open_table(tmp_path / "x.arrow")["prompt"][:] == [[10, 11, 12], [10]]
     described = counts.described()
-    assert described.startswith("2 prompts from 5 rows; left out: ")
+    assert described.startswith("2 prompts from 5 rows; skipped ")
     for part in ("1 without a trained response", "1 without a prompt", "2 over sequence_len"):
         assert part in described
 
@@ -127,18 +127,18 @@ def test_first_turn_without_a_prompt_does_not_hide_the_later_ones(tmp_path: Path
     assert open_table(tmp_path / "x.arrow")[0] == {"prompt": [20, END, 11], "real": [21, END]}
 
 
-def test_nothing_left_out_is_not_mentioned() -> None:
+def test_skipped_rows_are_not_mentioned_if_there_are_none() -> None:
     assert ExampleCounts(rows=1200, examples=1200).described() == "1,200 prompts from 1,200 rows"
 
 
-def test_no_rows_give_an_empty_table(tmp_path: Path) -> None:
+def test_no_rows_yield_an_empty_table(tmp_path: Path) -> None:
     rows = sft(TWO_TURNS).select([])
     assert write_examples(rows, tmp_path / "x.arrow", turns="all", sequence_len=9) == ExampleCounts()
     assert len(open_table(tmp_path / "x.arrow")) == 0
 
 
 def test_selected_and_shuffled_rows_are_read_in_their_order(tmp_path: Path) -> None:
-    """Axolotl splits and shuffles through an indices mapping; the rows of the file lie in another order."""
+    """Axolotl splits and shuffles with an indices mapping, so the rows of the file are in another order."""
     rows = sft(*(row((False, [10 + n]), (True, [50 + n, END])) for n in range(6))).select([4, 0, 3])
     write_examples(rows, tmp_path / "x.arrow", turns="all", sequence_len=9)
     assert open_table(tmp_path / "x.arrow")["prompt"][:] == [[14], [10], [13]]
@@ -146,7 +146,7 @@ def test_selected_and_shuffled_rows_are_read_in_their_order(tmp_path: Path) -> N
 
 # --- end tokens --------------------------------------------------------------------------------
 
-FULL_STOP = 46
+PERIOD = 46
 
 
 def ends_of(reals: list[list[int]], special: Sequence[int] = ()) -> list[int]:
@@ -158,8 +158,8 @@ def test_token_that_only_ends_responses_is_an_end_token() -> None:
     assert ends_of([[20, 21, END], [22, END], [20, END]]) == [END]
 
 
-def test_special_token_is_an_end_token_though_it_stands_inside_too() -> None:
-    """A trained span may hold several turns."""
+def test_special_token_inside_responses_is_still_an_end_token() -> None:
+    """A trained span can contain several turns."""
     reals = [[20, END, 21, END], [22, END]]
     assert ends_of(reals, special=[END, 5]) == [END]
     with pytest.raises(SpinError):
@@ -167,17 +167,17 @@ def test_special_token_is_an_end_token_though_it_stands_inside_too() -> None:
 
 
 def test_two_datasets_with_different_ends() -> None:
-    """The commoner one first."""
+    """The more frequent one comes first."""
     assert ends_of([[20, END]] * 30 + [[21, 7]] * 50) == [7, END]
 
 
-def test_full_stop_that_occurs_inside_is_no_end_token() -> None:
-    reals = [[20, FULL_STOP, 21, END]] * 95 + [[20, FULL_STOP]] * 5
+def test_period_inside_responses_is_not_an_end_token() -> None:
+    reals = [[20, PERIOD, 21, END]] * 95 + [[20, PERIOD]] * 5
     assert ends_of(reals) == [END]
 
 
-def test_end_tokens_must_cover_nine_in_ten() -> None:
-    reals = [[20, FULL_STOP, 21, END]] * 89 + [[20, FULL_STOP]] * 11
+def test_end_tokens_must_cover_90_percent() -> None:
+    reals = [[20, PERIOD, 21, END]] * 89 + [[20, PERIOD]] * 11
     with pytest.raises(SpinError, match=r"datasets: only 89 of 100 real responses end in an end token") as caught:
         ends_of(reals)
     assert "\n" not in str(caught.value)
@@ -189,21 +189,21 @@ def test_responses_without_a_common_end_are_refused() -> None:
         ends_of([[*words[n:], *words[: n + 1]] for n in range(40)])
 
 
-def test_last_words_that_differ_from_row_to_row_are_no_end_tokens() -> None:
-    """Ten short answers without an end token: no last word occurs inside another, yet none of them is an end."""
+def test_last_tokens_that_differ_between_rows_are_not_end_tokens() -> None:
+    """In ten short responses without an end token, no last token occurs inside a response."""
     with pytest.raises(SpinError, match="datasets: "):
         ends_of([[50, 100 + n] for n in range(10)])
 
 
-def test_a_single_truncated_row_gives_no_end_token() -> None:
-    """Generation would stop at an ordinary word from then on."""
+def test_last_token_of_a_truncated_row_is_not_an_end_token() -> None:
+    """Otherwise generation would stop at an ordinary word."""
     assert ends_of([[50, 51, END]] * 30 + [[50, 99]]) == [END]
 
 
 # --- prompts -----------------------------------------------------------------------------------
 
 
-def test_chosen_prompts_are_sorted_unique_and_repeatable() -> None:
+def test_chosen_prompts_are_sorted_unique_and_reproducible() -> None:
     chosen = choose_prompts(1000, 100, seed=42, draw=0)
     assert len(chosen) == 100
     assert (np.diff(chosen) > 0).all()
@@ -220,14 +220,14 @@ def test_seed_and_draw_choose_other_prompts(seed: int, draw: int) -> None:
 
 
 @pytest.mark.parametrize("wanted", [None, 10, 11, 10_000])
-def test_all_prompts_are_played_where_that_many_are_wanted(wanted: int | None) -> None:
+def test_all_prompts_are_chosen_if_num_prompts_is_large_or_unset(wanted: int | None) -> None:
     assert choose_prompts(10, wanted, seed=1, draw=3).tolist() == list(range(10))
 
 
 # --- pairs -------------------------------------------------------------------------------------
 
 
-def drawn(example: int, tokens: list[int], *, iteration: int = 0, truncated: bool = False) -> Synthetic:
+def generated(example: int, tokens: list[int], *, iteration: int = 0, truncated: bool = False) -> Synthetic:
     return Synthetic(example, iteration, tokens, truncated)
 
 
@@ -254,10 +254,15 @@ def paired(
 
 
 def test_responses_are_joined_with_their_prompts_by_id(examples: Dataset, tmp_path: Path) -> None:
-    """Not by position; an example may come back, several times in a row or later."""
+    """Positions do not matter, and an example can occur several times."""
     stats, pairs = paired(
         examples,
-        [drawn(2, [30, END]), drawn(0, [31, END]), drawn(0, [32, 33, END]), drawn(2, [34, END], iteration=1)],
+        [
+            generated(2, [30, END]),
+            generated(0, [31, END]),
+            generated(0, [32, 33, END]),
+            generated(2, [34, END], iteration=1),
+        ],
         tmp_path,
     )
     assert pairs.to_list() == [
@@ -274,8 +279,8 @@ def test_responses_are_joined_with_their_prompts_by_id(examples: Dataset, tmp_pa
 
 
 def test_mixed_responses_keep_their_order(examples: Dataset, tmp_path: Path) -> None:
-    newest = [drawn(n, [40 + n, END], iteration=3) for n in range(3)]
-    older = [drawn(n, [50 + n, END], iteration=2) for n in range(3)]
+    newest = [generated(n, [40 + n, END], iteration=3) for n in range(3)]
+    older = [generated(n, [50 + n, END], iteration=2) for n in range(3)]
     _, pairs = paired(examples, newest + older, tmp_path)
     assert pairs["iteration"][:] == [3, 3, 3, 2, 2, 2]
     assert pairs["synthetic"][:] == [response.tokens for response in newest + older]
@@ -283,62 +288,65 @@ def test_mixed_responses_keep_their_order(examples: Dataset, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("tokens", [[], [END], [7]])
 def test_empty_responses_are_dropped(examples: Dataset, tmp_path: Path, tokens: list[int]) -> None:
-    stats, pairs = paired(examples, [drawn(0, tokens), drawn(1, [30, END])], tmp_path)
+    stats, pairs = paired(examples, [generated(0, tokens), generated(1, [30, END])], tmp_path)
     assert (stats.empty, stats.pairs) == (1, 1)
     assert pairs["example"][:] == [1]
 
 
 def test_response_of_one_ordinary_token_is_not_empty(examples: Dataset, tmp_path: Path) -> None:
-    stats, _ = paired(examples, [drawn(0, [30], truncated=True)], tmp_path)
+    stats, _ = paired(examples, [generated(0, [30], truncated=True)], tmp_path)
     assert (stats.empty, stats.pairs) == (0, 1)
 
 
 @pytest.mark.parametrize(("sequence_len", "kept"), [(6, 1), (5, 0)])
 def test_responses_over_the_length_are_dropped(examples: Dataset, tmp_path: Path, sequence_len: int, kept: int) -> None:
-    """Two tokens of prompt and four of response."""
-    stats, _ = paired(examples, [drawn(1, [30, 31, 32, END])], tmp_path, sequence_len=sequence_len)
+    """The prompt has two tokens, the response four."""
+    stats, _ = paired(examples, [generated(1, [30, 31, 32, END])], tmp_path, sequence_len=sequence_len)
     assert (stats.pairs, stats.over_length) == (kept, 1 - kept)
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_equal_pairs_are_counted_and_dropped_or_kept(examples: Dataset, tmp_path: Path, keep: bool) -> None:
+def test_identical_responses_are_counted_and_dropped_or_kept(examples: Dataset, tmp_path: Path, keep: bool) -> None:
     stats, pairs = paired(
-        examples, [drawn(0, [20, 21, END]), drawn(0, [20, 21]), drawn(1, [22, END])], tmp_path, keep_equal=keep
+        examples,
+        [generated(0, [20, 21, END]), generated(0, [20, 21]), generated(1, [22, END])],
+        tmp_path,
+        keep_equal=keep,
     )
     assert (stats.equal, stats.pairs, stats.equal_dropped) == (2, 3 if keep else 1, not keep)
     assert pairs["synthetic"][:] == ([[20, 21, END], [20, 21], [22, END]] if keep else [[20, 21]])
 
 
-def test_cut_responses_are_counted_and_kept(examples: Dataset, tmp_path: Path) -> None:
-    """They get no end token: the response did not end."""
-    stats, pairs = paired(examples, [drawn(0, [30, 31], truncated=True), drawn(1, [30, END])], tmp_path)
+def test_truncated_responses_are_counted_and_kept(examples: Dataset, tmp_path: Path) -> None:
+    """No end token is appended."""
+    stats, pairs = paired(examples, [generated(0, [30, 31], truncated=True), generated(1, [30, END])], tmp_path)
     assert (stats.truncated, stats.pairs) == (1, 2)
     assert pairs["synthetic"][0] == [30, 31]
 
 
-def test_index_is_consecutive_whatever_is_left_out(examples: Dataset, tmp_path: Path) -> None:
-    """The opponent's log-probabilities are stored by it."""
-    responses = [drawn(n % 3, [END] if n % 2 else [30, 31 + n, END]) for n in range(20)]
+def test_index_is_consecutive_despite_dropped_pairs(examples: Dataset, tmp_path: Path) -> None:
+    """It is the storage index of the opponent's log-probs."""
+    responses = [generated(n % 3, [END] if n % 2 else [30, 31 + n, END]) for n in range(20)]
     _, pairs = paired(examples, responses, tmp_path)
     assert pairs["index"][:] == list(range(10))
 
 
 def test_statistics_by_hand(examples: Dataset, tmp_path: Path) -> None:
-    """Eight responses, of which the empty, the equal and the overlong one give no pair.
+    """Of eight responses, the empty, the identical and the overlong one yield no pair.
 
-    The five pairs have real responses of 3, 3, 2, 4, 4 tokens (mean 3.2; the 95th percentile lies at position
+    The five pairs have real responses of 3, 3, 2, 4, 4 tokens (mean 3.2; the 95th percentile is at position
     0.95 * 4 = 3.8 of 2 3 3 4 4, so it is 4) and synthetic ones of 2, 3, 4, 1, 10 (mean 4; sorted 1 2 3 4 10,
     at position 3.8: 4 + 0.8 * 6 = 8.8).
     """
     responses = [
-        drawn(0, [30, END]),
-        drawn(0, [30, 31, END]),
-        drawn(1, [END]),
-        drawn(1, [30, 31, 32, END]),
-        drawn(1, [22, END]),
-        drawn(2, [30], truncated=True),
-        drawn(2, list(range(30, 40)), truncated=True),
-        drawn(2, list(range(30, 50)), truncated=True),
+        generated(0, [30, END]),
+        generated(0, [30, 31, END]),
+        generated(1, [END]),
+        generated(1, [30, 31, 32, END]),
+        generated(1, [22, END]),
+        generated(2, [30], truncated=True),
+        generated(2, list(range(30, 40)), truncated=True),
+        generated(2, list(range(30, 50)), truncated=True),
     ]
     stats, pairs = paired(examples, responses, tmp_path, sequence_len=16)
     assert stats == PairStats(
@@ -361,14 +369,14 @@ def test_statistics_by_hand(examples: Dataset, tmp_path: Path) -> None:
     )
 
 
-def test_no_responses_give_an_empty_table_and_statistics(examples: Dataset, tmp_path: Path) -> None:
+def test_no_responses_yield_an_empty_table_and_statistics(examples: Dataset, tmp_path: Path) -> None:
     stats, pairs = paired(examples, [], tmp_path)
     assert stats == PairStats()
     assert len(pairs) == 0
     assert "0 pairs from 0 synthetic responses" in stats.described()
 
 
-def test_statistics_survive_the_disk(tmp_path: Path) -> None:
+def test_statistics_round_trip_through_the_file(tmp_path: Path) -> None:
     stats = {"train": PairStats(responses=3, pairs=2, empty=1, real_mean=1.5), "eval": PairStats()}
     write_stats(tmp_path / "stats.json", stats)
     assert read_stats(tmp_path / "stats.json") == stats
@@ -378,13 +386,13 @@ def test_statistics_survive_the_disk(tmp_path: Path) -> None:
 
 
 def test_more_than_a_block_of_rows_and_responses(tmp_path: Path) -> None:
-    """Blocks are an affair of memory: ids, order and content do not show where one ends."""
+    """Ids, order and content do not depend on block boundaries."""
     count = 2 * BLOCK + 3
     rows = sft(*(row((False, [n]), (True, [n + 1, n % 7 + 10_000, END])) for n in range(count)))
     write_examples(rows, tmp_path / "real.arrow", turns="all", sequence_len=10)
     examples = open_table(tmp_path / "real.arrow")
     assert examples["prompt"][:] == [[n] for n in range(count)]
-    responses = [drawn(count - 1 - n, [END] if n % 5 == 0 else [n, END]) for n in range(count)]
+    responses = [generated(count - 1 - n, [END] if n % 5 == 0 else [n, END]) for n in range(count)]
     stats, pairs = paired(examples, responses, tmp_path)
     kept = [n for n in range(count) if n % 5]
     assert (stats.responses, stats.pairs, stats.empty) == (count, len(kept), count - len(kept))
@@ -399,14 +407,14 @@ TOKENS = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=6)
 
 @settings(max_examples=25, deadline=None)
 @given(content=st.lists(st.tuples(TOKENS, TOKENS, TOKENS), min_size=1, max_size=5))
-def test_token_ids_come_back_as_they_went_in(
+def test_token_ids_round_trip(
     tmp_path_factory: pytest.TempPathFactory, content: list[tuple[list[int], list[int], list[int]]]
 ) -> None:
-    """Plain lists of ints, over the whole range of int32."""
+    """They are read as plain lists of ints, over the entire range of int32."""
     directory = tmp_path_factory.mktemp("tokens")
     rows = sft(*(row((False, prompt), (True, real)) for prompt, real, _ in content))
     write_examples(rows, directory / "real.arrow", turns="all", sequence_len=50)
-    responses = [drawn(n, synthetic) for n, (_, _, synthetic) in enumerate(content)]
+    responses = [generated(n, synthetic) for n, (_, _, synthetic) in enumerate(content)]
     path = directory / "pairs.arrow"
     build_pairs(open_table(directory / "real.arrow"), responses, path, end_tokens=[], sequence_len=50, keep_equal=True)
     for found, expected in zip(open_table(path), content, strict=True):
@@ -414,5 +422,5 @@ def test_token_ids_come_back_as_they_went_in(
         assert all(type(token) is int for token in found["prompt"] + found["real"] + found["synthetic"])
 
 
-def test_tables_are_mapped_not_loaded(examples: Dataset) -> None:
+def test_tables_are_memory_mapped(examples: Dataset) -> None:
     assert examples.cache_files

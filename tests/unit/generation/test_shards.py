@@ -1,4 +1,4 @@
-"""The requests of a job, its shards on disk, and which interpreter answers them."""
+"""Requests of a job, its shards on disk, and the choice of vLLM's interpreter."""
 
 import importlib.util
 import json
@@ -63,7 +63,7 @@ def shards(tmp_path: Path) -> Shards:
 # --- shards ------------------------------------------------------------------------------------
 
 
-def test_shards_come_back_as_they_were_written(shards: Shards) -> None:
+def test_shards_are_read_as_written(shards: Shards) -> None:
     assert shards_of(JOB.requests) == 3
     for number in range(3):
         assert shards.read(number) == responses(number)
@@ -76,16 +76,16 @@ def test_number_of_shards(requests: int, count: int) -> None:
     assert shards_of(requests) == count
 
 
-def test_shard_of_no_responses_is_whole(shards: Shards) -> None:
+def test_empty_shard_is_valid(shards: Shards) -> None:
     shards.write(0, [])
     assert shards.read(0) == []
 
 
-def cut_in_half(path: Path) -> None:
+def truncate_half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def cut_seal(path: Path) -> None:
+def truncate_seal(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
 
 
@@ -122,11 +122,11 @@ def delete(path: Path) -> None:
     path.unlink()
 
 
-DAMAGE = [cut_in_half, cut_seal, drop_seal, drop_line, swap_lines, flip_bit, break_encoding, empty, delete]
+DAMAGE = [truncate_half, truncate_seal, drop_seal, drop_line, swap_lines, flip_bit, break_encoding, empty, delete]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_damaged_shard_is_found_and_only_that_one(shards: Shards, damage: Callable[[Path], None]) -> None:
+def test_only_the_damaged_shard_is_missing(shards: Shards, damage: Callable[[Path], None]) -> None:
     damage(shards.shard(1))
     assert shards.missing(JOB) == [1]
     assert not shards.shard(1).exists()
@@ -135,7 +135,7 @@ def test_damaged_shard_is_found_and_only_that_one(shards: Shards, damage: Callab
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_damaged_shard_is_never_read(shards: Shards, damage: Callable[[Path], None]) -> None:
+def test_reading_a_damaged_shard_is_an_error(shards: Shards, damage: Callable[[Path], None]) -> None:
     damage(shards.shard(2))
     with pytest.raises(SpinError) as caught:
         list(shards.responses() if shards.shard(2).exists() else shards.read(2))
@@ -143,8 +143,8 @@ def test_damaged_shard_is_never_read(shards: Shards, damage: Callable[[Path], No
     assert "\n" not in str(caught.value)
 
 
-def test_every_flipped_byte_is_found_or_harmless(shards: Shards) -> None:
-    """A line break may become another one that reads the same."""
+def test_every_flipped_bit_is_detected_or_harmless(shards: Shards) -> None:
+    """A flipped line break can become another character that also ends a line."""
     shards.write(0, responses(0, 2))
     content = shards.shard(0).read_bytes()
     for position in range(len(content)):
@@ -165,14 +165,14 @@ def test_every_flipped_byte_is_found_or_harmless(shards: Shards) -> None:
         {"adapter": "/elsewhere/iteration-0"},
     ],
 )
-def test_shards_of_the_same_job_are_kept_though_vllm_runs_otherwise(shards: Shards, change: dict[str, Any]) -> None:
+def test_shards_are_kept_if_only_engine_options_change(shards: Shards, change: dict[str, Any]) -> None:
     shards.note(vllm="0.25.0")
     shards.prepare(replace(JOB, **change))
     assert shards.missing(JOB) == []
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "description"),
     [
         ({"iteration": 2}, "the iteration"),
         ({"weights": "other"}, "the opponent's weights"),
@@ -184,12 +184,12 @@ def test_shards_of_the_same_job_are_kept_though_vllm_runs_otherwise(shards: Shar
     ],
     ids=str,
 )
-def test_shards_of_another_job_are_set_aside_with_a_line(
-    shards: Shards, change: dict[str, Any], told: str, capsys: pytest.CaptureFixture[str]
+def test_shards_of_another_job_are_set_aside_with_a_warning(
+    shards: Shards, change: dict[str, Any], description: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards.note(revision="a" * 40)
     other, aside = replace(JOB, **change), shards.directory.with_name(".replaced-synthetic")
-    for _ in range(2):  # the second time there is nothing to replace
+    for _ in range(2):  # the second call has nothing to set aside
         shards.prepare(other)
         assert shards.missing(other) == [0, 1, 2]
         assert [path.name for path in shards.directory.iterdir()] == ["job.json"]
@@ -198,12 +198,12 @@ def test_shards_of_another_job_are_set_aside_with_a_line(
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("spin: warning: iteration ")
     assert "3 shards" in line
-    assert f"before this changed: {told}" in line or f"the opponent's {told}" in line
+    assert f"because this changed: {description}" in line or f"the opponent's {description}" in line
     assert str(aside) in line
 
 
 @pytest.mark.parametrize("manifest", [None, b"", b"{", b"[]", b"\xff\xfe\x80", b"{}"], ids=repr)
-def test_shards_of_nobody_knows_which_job_are_set_aside(
+def test_shards_without_a_valid_manifest_are_set_aside(
     shards: Shards, manifest: bytes | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if manifest is None:
@@ -216,10 +216,10 @@ def test_shards_of_nobody_knows_which_job_are_set_aside(
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-def test_only_the_newest_responses_that_were_set_aside_are_kept_and_never_an_empty_folder(shards: Shards) -> None:
+def test_only_the_latest_nonempty_shards_set_aside_are_kept(shards: Shards) -> None:
     second, third = replace(JOB, weights="second"), replace(JOB, weights="third")
     shards.prepare(second)
-    shards.prepare(third)  # nothing was drawn for the second
+    shards.prepare(third)  # nothing was generated for the second
     aside = Shards(shards.directory.with_name(".replaced-synthetic"))
     assert aside.manifest() == json.loads(json.dumps(JOB.manifest()))
     shards.write(0, responses(0))
@@ -228,7 +228,7 @@ def test_only_the_newest_responses_that_were_set_aside_are_kept_and_never_an_emp
     assert len(list(shards.directory.parent.iterdir())) == 2
 
 
-def test_facts_are_added_to_the_manifest(shards: Shards) -> None:
+def test_note_adds_fields_to_the_manifest(shards: Shards) -> None:
     shards.note(vllm="0.25.0")
     manifest = shards.manifest()
     assert manifest is not None
@@ -239,12 +239,12 @@ def test_facts_are_added_to_the_manifest(shards: Shards) -> None:
 # --- seeds -------------------------------------------------------------------------------------
 
 
-def test_seed_of_a_response_never_changes() -> None:
-    """sha256("42/0/train/0/0") begins with these four bytes; another version would break running jobs."""
+def test_request_seed_is_stable() -> None:
+    """The first four bytes of sha256("42/0/train/0/0"). A change would invalidate unfinished jobs."""
     assert request_seed(42, 0, "train", 0, 0) == 3900211225
 
 
-def test_seed_of_a_response_is_the_same_in_another_process() -> None:
+def test_request_seed_is_the_same_in_another_process() -> None:
     program = "from spin_plugin.generation.job import request_seed; print(request_seed(7, 3, 'eval', 11, 2))"
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -257,7 +257,7 @@ def test_seed_of_a_response_is_the_same_in_another_process() -> None:
     assert int(done.stdout) == request_seed(7, 3, "eval", 11, 2)
 
 
-def test_every_response_has_a_seed_of_its_own() -> None:
+def test_request_seeds_are_unique() -> None:
     seeds = [
         request_seed(seed, iteration, split, example, sample)
         for seed, iteration, split, example, sample in product(
@@ -274,7 +274,7 @@ EXAMPLES = Dataset.from_dict({"prompt": [[n] * (n + 1) for n in range(6)], "real
 HELD_OUT = Dataset.from_dict({"prompt": [[9, 9]], "real": [[2]]})
 
 
-def drawn(
+def make_requests(
     *, samples: int = 1, sequence_len: int = 10, max_tokens: int | None = None, block: int = 1024
 ) -> list[Request]:
     prompts = [Prompts("train", EXAMPLES, np.array([1, 2, 5])), Prompts("eval", HELD_OUT, np.array([0]))]
@@ -291,8 +291,8 @@ def drawn(
     )
 
 
-def test_requests_are_numbered_across_the_splits() -> None:
-    assert [(r.number, r.split, r.example, r.prompt) for r in drawn()] == [
+def test_requests_are_numbered_across_splits() -> None:
+    assert [(r.number, r.split, r.example, r.prompt) for r in make_requests()] == [
         (0, "train", 1, [1, 1]),
         (1, "train", 2, [2, 2, 2]),
         (2, "train", 5, [5] * 6),
@@ -300,8 +300,8 @@ def test_requests_are_numbered_across_the_splits() -> None:
     ]
 
 
-def test_samples_of_a_prompt_follow_one_another() -> None:
-    requests = drawn(samples=3)
+def test_samples_of_a_prompt_are_consecutive() -> None:
+    requests = make_requests(samples=3)
     assert [r.number for r in requests] == list(range(12))
     assert [r.example for r in requests] == [1, 1, 1, 2, 2, 2, 5, 5, 5, 0, 0, 0]
     assert [r.seed for r in requests[:3]] == [request_seed(42, 3, "train", 1, sample) for sample in range(3)]
@@ -311,27 +311,28 @@ def test_samples_of_a_prompt_follow_one_another() -> None:
 @pytest.mark.parametrize(
     ("max_tokens", "budgets"), [(None, [8, 7, 4, 8]), (100, [8, 7, 4, 8]), (5, [5, 5, 4, 5]), (1, [1, 1, 1, 1])]
 )
-def test_budget_is_what_sequence_len_leaves_or_max_tokens(max_tokens: int | None, budgets: list[int]) -> None:
+def test_max_tokens_is_limited_by_sequence_len(max_tokens: int | None, budgets: list[int]) -> None:
     """Prompts of 2, 3, 6 and 2 tokens, sequence_len 10."""
-    assert [r.max_tokens for r in drawn(max_tokens=max_tokens)] == budgets
+    assert [r.max_tokens for r in make_requests(max_tokens=max_tokens)] == budgets
 
 
 @pytest.mark.parametrize("sequence_len", [6, 4])
-def test_nothing_is_asked_of_a_prompt_that_leaves_no_room(sequence_len: int) -> None:
-    """`generation.max_model_len` may be shorter than `sequence_len`; vLLM dies of a budget below 1."""
-    assert all(request.max_tokens >= 1 for request in drawn(sequence_len=sequence_len))
+def test_prompts_that_leave_no_space_are_left_out(sequence_len: int) -> None:
+    """`vllm.max_model_len` can be shorter than `sequence_len`, and vLLM rejects `max_tokens` below 1."""
+    assert all(request.max_tokens >= 1 for request in make_requests(sequence_len=sequence_len))
 
 
-def test_blocks_are_an_affair_of_memory() -> None:
-    assert drawn(samples=2, block=1) == drawn(samples=2, block=2) == drawn(samples=2)
+def test_block_size_does_not_change_requests() -> None:
+    assert make_requests(samples=2, block=1) == make_requests(samples=2, block=2) == make_requests(samples=2)
 
 
-def test_fingerprint_tells_requests_apart() -> None:
-    count, digest = fingerprint_requests(iter(drawn()))
+def test_fingerprint_differs_between_different_requests() -> None:
+    requests = make_requests()
+    count, digest = fingerprint_requests(iter(requests))
     assert count == 4
-    assert fingerprint_requests(iter(drawn())) == (count, digest)
-    others = [drawn(samples=2), drawn(max_tokens=3), drawn()[:3], drawn()[::-1]]
-    others += [[drawn()[0]._replace(seed=1), *drawn()[1:]], [drawn()[0]._replace(prompt=[1, 2]), *drawn()[1:]]]
+    assert fingerprint_requests(iter(make_requests())) == (count, digest)
+    others = [make_requests(samples=2), make_requests(max_tokens=3), requests[:3], requests[::-1]]
+    others += [[requests[0]._replace(seed=1), *requests[1:]], [requests[0]._replace(prompt=[1, 2]), *requests[1:]]]
     assert len({digest, *(fingerprint_requests(iter(other))[1] for other in others)}) == 1 + len(others)
 
 
@@ -346,7 +347,7 @@ def program(path: Path, text: str) -> Path:
 
 
 def with_vllm(directory: Path) -> Path:
-    """An interpreter that finds a (tiny, real) package named vllm."""
+    """An interpreter that can import an empty package named vllm."""
     package = directory / "packages" / "vllm"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
@@ -356,56 +357,56 @@ def with_vllm(directory: Path) -> Path:
 
 
 @pytest.fixture
-def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory beside which there is no vLLM, neither by environment nor in the checkout."""
+def no_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No vLLM in the working directory, the environment or the checkout."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.delenv("SPIN_VLLM_PYTHON", raising=False)
     monkeypatch.setattr(interpreter, "CHECKOUT", tmp_path / "checkout")
-    monkeypatch.setattr(interpreter, "find_spec", lambda name: None)  # also where the tests run beside vLLM
+    monkeypatch.setattr(interpreter, "find_spec", lambda name: None)  # in case the tests' interpreter has vLLM
     return tmp_path
 
 
-def test_configured_interpreter_comes_first(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for_config, for_variable = with_vllm(nowhere / "config"), with_vllm(nowhere / "variable")
-    with_vllm(nowhere / "work" / ".venv-vllm")
+def test_configured_interpreter_comes_first(no_vllm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for_config, for_variable = with_vllm(no_vllm / "config"), with_vllm(no_vllm / "variable")
+    with_vllm(no_vllm / "work" / ".venv-vllm")
     monkeypatch.setenv("SPIN_VLLM_PYTHON", str(for_variable))
     assert vllm_python(str(for_config)) == for_config
     assert vllm_python(None) == for_variable
 
 
 @pytest.mark.parametrize("place", ["work", "checkout"])
-def test_environment_beside_the_working_directory_or_the_plugin_is_found(nowhere: Path, place: str) -> None:
-    python = with_vllm(nowhere / place / ".venv-vllm")
+def test_environment_in_the_working_directory_or_checkout_is_found(no_vllm: Path, place: str) -> None:
+    python = with_vllm(no_vllm / place / ".venv-vllm")
     assert vllm_python(None) == python
 
 
-def test_this_interpreter_is_taken_where_it_has_vllm(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_vllm(nowhere / "work" / ".venv-vllm")
-    with_vllm(nowhere / "here")
-    monkeypatch.syspath_prepend(str(nowhere / "here" / "packages"))
+def test_this_interpreter_is_used_if_it_has_vllm(no_vllm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_vllm(no_vllm / "work" / ".venv-vllm")
+    with_vllm(no_vllm / "here")
+    monkeypatch.syspath_prepend(str(no_vllm / "here" / "packages"))
     monkeypatch.setattr(interpreter, "find_spec", importlib.util.find_spec)
     assert vllm_python(None) == Path(sys.executable)
 
 
-def test_working_directory_comes_before_the_checkout(nowhere: Path) -> None:
-    with_vllm(nowhere / "checkout" / ".venv-vllm")
-    python = with_vllm(nowhere / "work" / ".venv-vllm")
+def test_working_directory_comes_before_the_checkout(no_vllm: Path) -> None:
+    with_vllm(no_vllm / "checkout" / ".venv-vllm")
+    python = with_vllm(no_vllm / "work" / ".venv-vllm")
     assert vllm_python(None) == python
 
 
-def test_home_directory_is_understood(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = with_vllm(nowhere / "home")
-    monkeypatch.setenv("HOME", str(nowhere / "home"))
+def test_home_directory_is_expanded(no_vllm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = with_vllm(no_vllm / "home")
+    monkeypatch.setenv("HOME", str(no_vllm / "home"))
     assert vllm_python("~/bin/python") == python
 
 
 @pytest.mark.parametrize("key", ["spin.generation.vllm_python", "SPIN_VLLM_PYTHON"])
 @pytest.mark.parametrize("kind", ["absent", "directory", "not executable", "no program", "no interpreter", "no vllm"])
-def test_named_interpreter_that_cannot_serve_is_refused_by_its_key(
-    nowhere: Path, monkeypatch: pytest.MonkeyPatch, key: str, kind: str
+def test_unusable_interpreter_is_refused_by_its_key(
+    no_vllm: Path, monkeypatch: pytest.MonkeyPatch, key: str, kind: str
 ) -> None:
-    python = nowhere / "python"
+    python = no_vllm / "python"
     if kind == "directory":
         python.mkdir()
     elif kind == "not executable":
@@ -424,17 +425,17 @@ def test_named_interpreter_that_cannot_serve_is_refused_by_its_key(
     assert "\n" not in str(caught.value)
 
 
-def test_environment_without_vllm_is_named(nowhere: Path) -> None:
-    """Not passed over: someone made it for this."""
+def test_environment_without_vllm_is_an_error(no_vllm: Path) -> None:
+    """A `.venv-vllm` without vLLM is not skipped."""
     python = program(
-        nowhere / "work" / ".venv-vllm" / "bin" / "python", f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n'
+        no_vllm / "work" / ".venv-vllm" / "bin" / "python", f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n'
     )
     with pytest.raises(SpinError, match=f"{python} has no vLLM"):
         vllm_python(None)
 
 
-def test_no_vllm_at_all_names_every_way_out(nowhere: Path) -> None:
+def test_error_without_vllm_lists_every_remedy(no_vllm: Path) -> None:
     with pytest.raises(SpinError) as caught:
         vllm_python(None)
-    for way in ("scripts/setup.sh", "axolotl spin setup", "spin.generation.vllm_python", "SPIN_VLLM_PYTHON"):
-        assert way in str(caught.value)
+    for remedy in ("scripts/setup.sh", "axolotl spin setup", "spin.generation.vllm_python", "SPIN_VLLM_PYTHON"):
+        assert remedy in str(caught.value)

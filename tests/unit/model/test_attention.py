@@ -1,4 +1,4 @@
-"""The fast attention paths and their masks against the dense reference; which models may use them."""
+"""The fast attention paths and their masks against the dense reference, and the models that support them."""
 
 import random
 from collections.abc import Callable
@@ -23,24 +23,24 @@ from spin_plugin.model.support import unsupported_reason
 WINDOWS = [None, 1, 5, 150]
 
 
-def draw_spans(seed: int, *most: int) -> tuple[Tensor, int]:
-    """A few pairs of prompt, real and synthetic lengths up to `most`, and the length of their row."""
+def random_spans(seed: int, *max_lengths: int) -> tuple[Tensor, int]:
+    """Return the spans of a few pairs with prompt, real and synthetic lengths up to these, and the row's length."""
     rng = random.Random(seed)
     spans, start = [], 0
     for _ in range(rng.randint(1, 4)):
-        lengths = [rng.randint(1, longest) for longest in most]
+        lengths = [rng.randint(1, longest) for longest in max_lengths]
         spans.append([start, *lengths])
         start += sum(lengths)
     return torch.tensor(spans), start
 
 
-def draw_states(tokens: int, heads: int = 4, shared_heads: int = 2) -> list[Tensor]:
+def random_states(tokens: int, heads: int = 4, shared_heads: int = 2) -> list[Tensor]:
     torch.manual_seed(tokens)
     return [torch.randn(1, count, tokens, 16, requires_grad=True) for count in (heads, shared_heads, shared_heads)]
 
 
 def test_dense_mask_by_hand() -> None:
-    """One pair: prompt 0 1, real 2 3, synthetic 4; then a pair of one token each."""
+    """A pair with prompt 0 1, real 2 3 and synthetic 4, then a pair of one token each."""
     expected = [
         [1, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0],
@@ -53,7 +53,7 @@ def test_dense_mask_by_hand() -> None:
     ]
     spans = torch.tensor([[0, 2, 2, 1], [5, 1, 1, 1]])
     assert dense_mask(spans, 8).int().tolist() == expected
-    # two positions: the synthetic token sees the prompt's last, and not its first
+    # With a window of 2, the synthetic token sees the prompt's last token but not its first.
     assert dense_mask(spans, 8, window=2).int()[4].tolist() == [0, 1, 0, 0, 1, 0, 0, 0]
 
 
@@ -65,10 +65,10 @@ LENGTHS = st.one_of(st.integers(1, 5), st.integers(1, 60), st.integers(120, 140)
     row=st.lists(st.tuples(LENGTHS, LENGTHS, LENGTHS), min_size=1, max_size=6),
     window=st.sampled_from([None, 1, 5, 127, 128, 129, 150]),
 )
-@example(row=[(128, 128, 128)], window=None)  # edges of pairs and blocks fall together
+@example(row=[(128, 128, 128)], window=None)  # boundaries of pairs and blocks coincide
 @example(row=[(300, 200, 300), (1, 1, 1)], window=150)
 def test_block_mask_is_the_dense_mask(row: list[tuple[int, int, int]], window: int | None) -> None:
-    """Its mask function token by token, and its blocks: partial where some key is seen, full where all are."""
+    """Compare the mask function token by token, and the blocks: partial if some keys are visible, full if all are."""
     *starts, tokens = accumulate((sum(lengths) for lengths in row), initial=0)
     spans = torch.tensor([(start, *lengths) for start, lengths in zip(starts, row, strict=True)])
     dense = dense_mask(spans, tokens, window)
@@ -80,24 +80,24 @@ def test_block_mask_is_the_dense_mask(row: list[tuple[int, int, int]], window: i
     excess = blocks * BLOCK - tokens
     tiles = torch.nn.functional.pad(dense, (0, excess, 0, excess)).view(blocks, BLOCK, blocks, BLOCK).transpose(1, 2)
     full = tiles.all(-1).all(-1)
-    assert torch.equal(named_blocks(mask.full_kv_num_blocks, mask.full_kv_indices), full)
-    assert torch.equal(named_blocks(mask.kv_num_blocks, mask.kv_indices), tiles.any(-1).any(-1) & ~full)
+    assert torch.equal(listed_blocks(mask.full_kv_num_blocks, mask.full_kv_indices), full)
+    assert torch.equal(listed_blocks(mask.kv_num_blocks, mask.kv_indices), tiles.any(-1).any(-1) & ~full)
 
 
-def named_blocks(counts: Tensor, indices: Tensor) -> Tensor:
-    """[N, N] boolean of FlexAttention's counts and indices."""
-    named = torch.zeros(indices.shape[-2:], dtype=torch.bool)
+def listed_blocks(counts: Tensor, indices: Tensor) -> Tensor:
+    """Convert FlexAttention's counts and indices to an [N, N] boolean."""
+    listed = torch.zeros(indices.shape[-2:], dtype=torch.bool)
     for row, (count, places) in enumerate(zip(counts[0, 0].tolist(), indices[0, 0].tolist(), strict=True)):
-        named[row, places[:count]] = True
-    return named
+        listed[row, places[:count]] = True
+    return listed
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (6, 2)])
 def test_by_pair_equals_dense(heads: tuple[int, int], window: int | None, softcap: float | None) -> None:
-    spans, tokens = draw_spans(7, 20, 30, 30)
-    states = draw_states(tokens, *heads)
+    spans, tokens = random_spans(7, 20, 30, 30)
+    states = random_states(tokens, *heads)
     scores = Scores(0.3, window, softcap)
     expected = dense_attention(*states, dense_mask(spans, tokens, window), scores)
     found = attend(torch.nn.Module(), *states, None, scaling=0.3, spans=spans, sliding_window=window, softcap=softcap)[
@@ -112,7 +112,7 @@ def test_by_pair_equals_dense(heads: tuple[int, int], window: int | None, softca
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
-    """Run what stands for the compiled FlexAttention, on a CPU."""
+    """Return a function that replaces the compiled FlexAttention, so that the CUDA path runs on a CPU."""
 
     def kernel(replacement: Callable[..., Any]) -> None:
         monkeypatch.setattr(flex, "_compiled", lambda: replacement)
@@ -126,65 +126,65 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], No
 @pytest.mark.parametrize("heads", [(4, 2), (6, 2)])
 @pytest.mark.parametrize("window", [None, 50])
 def test_by_blocks_equals_dense(kernel: Any, window: int | None, heads: tuple[int, int], softcap: float | None) -> None:
-    """CUDA's path, run by FlexAttention's eager mode: what differs there is the compiler alone (test_kernels.py)."""
+    """Run the CUDA path with eager FlexAttention; test_kernels.py covers the compiler."""
     kernel(flex_attention)
-    spans, tokens = draw_spans(3, 100, 150, 150)
-    states = [state.detach() for state in draw_states(tokens, *heads)]
+    spans, tokens = random_spans(3, 100, 150, 150)
+    states = [state.detach() for state in random_states(tokens, *heads)]
     scores = Scores(None, window, softcap)
     expected = dense_attention(*states, dense_mask(spans, tokens, window), scores)
     found = attention._by_blocks(*states, SharedPrefix(spans, tokens), scores)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_attention_that_does_not_compile_is_never_run_eagerly(kernel: Any) -> None:
-    """`torch_compile: true` tells the compiler to do that; FlexAttention would hold [H, T, T]."""
+def test_attention_never_falls_back_to_eager_mode(kernel: Any) -> None:
+    """`torch_compile: true` enables that fallback, but eager FlexAttention would allocate [H, T, T]."""
 
     def broken(_graph: Any, _inputs: Any) -> Any:
         raise RuntimeError("no kernel")
 
     kernel(torch.compile(flex_attention, dynamic=True, backend=broken))
-    spans, tokens = draw_spans(3, 100, 150, 150)
-    states = [state.detach() for state in draw_states(tokens)]
+    spans, tokens = random_spans(3, 100, 150, 150)
+    states = [state.detach() for state in random_states(tokens)]
     with torch._dynamo.config.patch(suppress_errors=True), pytest.raises(BackendCompilerFailed, match="no kernel"):
         attention._by_blocks(*states, SharedPrefix(spans, tokens), Scores())
 
 
-def test_a_compiled_model_leaves_the_attention_to_its_own_compiler(kernel: Any) -> None:
+def test_attention_is_compiled_separately_from_a_compiled_model(kernel: Any) -> None:
     operators: dict[str, list[str]] = {"model": [], "attention": []}
 
-    def listing(whose: str) -> Callable[..., Any]:
+    def recorder(part: str) -> Callable[..., Any]:
         def backend(graph: Any, _inputs: Any) -> Any:
-            operators[whose] += [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+            operators[part] += [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
             return graph
 
         return backend
 
-    kernel(torch.compile(flex_attention, dynamic=True, backend=listing("attention")))
-    spans, tokens = draw_spans(3, 100, 150, 150)
-    shared, states = SharedPrefix(spans, tokens), [state.detach() for state in draw_states(tokens)]
+    kernel(torch.compile(flex_attention, dynamic=True, backend=recorder("attention")))
+    spans, tokens = random_spans(3, 100, 150, 150)
+    shared, states = SharedPrefix(spans, tokens), [state.detach() for state in random_states(tokens)]
     shared.block_mask(None)
 
     def layer(*states: Tensor) -> Tensor:
         return attention._by_blocks(*states, shared, Scores()) + 1
 
     with torch.no_grad():
-        found = torch.compile(layer, backend=listing("model"))(*states)
+        found = torch.compile(layer, backend=recorder("model"))(*states)
     torch.testing.assert_close(found, dense_attention(*states, dense_mask(spans, tokens), Scores()) + 1)
     assert "flex_attention" in operators["attention"]
     assert operators["model"] == ["<built-in function add>"]
 
 
-def test_block_mask_is_made_once_per_window() -> None:
-    shared = SharedPrefix(*draw_spans(0, 9, 9, 9))
+def test_block_mask_is_cached_per_window() -> None:
+    shared = SharedPrefix(*random_spans(0, 9, 9, 9))
     assert shared.block_mask(None) is shared.block_mask(None)
     assert shared.block_mask(4) is not shared.block_mask(None)
 
 
 @pytest.mark.parametrize("name", ["s_aux", "position_bias"])
-def test_what_a_flat_row_cannot_do_is_refused(name: str) -> None:
-    spans, tokens = draw_spans(1, 4, 4, 4)
-    with pytest.raises(ValueError, match=f"cannot have {name}; set spin.shared_prefix: off"):
-        attend(torch.nn.Module(), *draw_states(tokens), None, spans=spans, **{name: torch.zeros(4)})
+def test_unsupported_attention_options_are_refused(name: str) -> None:
+    spans, tokens = random_spans(1, 4, 4, 4)
+    with pytest.raises(ValueError, match=f"spin.shared_prefix: attention with {name} is not supported; set it to off"):
+        attend(torch.nn.Module(), *random_states(tokens), None, spans=spans, **{name: torch.zeros(4)})
 
 
 # --- models ----------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def test_supported(architecture: str) -> None:
         ("jamba", {}, "state-space"),
         ("bloom", {}, "does not use transformers' AttentionInterface"),
         ("gpt_oss", {"num_local_experts": 2}, "attention sinks"),
-        ("llama4_text", {}, "layers of another kind|in chunks"),
+        ("llama4_text", {}, "unsupported layer types|chunked attention"),
         ("qwen3_next", {"num_experts": 2}, "state-space or linear"),
     ],
 )
@@ -223,17 +223,17 @@ def test_unsupported(architecture: str, changes: dict[str, Any], reason: str) ->
     assert any(part in found for part in reason.split("|"))
 
 
-def test_a_class_of_ones_own_is_unknown() -> None:
-    class Mine(type(make("llama"))):  # type: ignore[misc]
+def test_custom_model_class_is_unsupported() -> None:
+    class Custom(type(make("llama"))):  # type: ignore[misc]
         pass
 
     assert (
-        unsupported_reason(Mine(AutoConfig.for_model("llama", **SMALL)))
-        == "Mine is not one of transformers' own models"
+        unsupported_reason(Custom(AutoConfig.for_model("llama", **SMALL)))
+        == "Custom is not one of transformers' own models"
     )
 
 
-def test_saved_configuration_does_not_name_our_attention(tmp_path: Any) -> None:
+def test_saved_configuration_does_not_mention_shared_prefix_attention(tmp_path: Any) -> None:
     model = make("llama", attention="sdpa")
     enable(model)
     model.save_pretrained(tmp_path)
@@ -241,7 +241,7 @@ def test_saved_configuration_does_not_name_our_attention(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
-def test_padded_batches_are_as_before(architecture: str) -> None:
+def test_enable_does_not_change_padded_batches(architecture: str) -> None:
     model = make(architecture, attention="sdpa", **({"sliding_window": 4} if architecture == "mistral" else {}))
     ids = torch.randint(3, 250, (3, 9))
     mask = torch.ones_like(ids)

@@ -1,4 +1,4 @@
-"""The chunked head against full logits: values, gradients, memory, and how a strange model falls back."""
+"""The chunked head against full logits: values, gradients, memory, and the fallback for unsupported heads."""
 
 import copy
 import inspect
@@ -26,7 +26,7 @@ PAD = 0
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the few tokens of the tests are several chunks, the last one shorter."""
+    """Split the few tokens of these tests into several chunks, the last one shorter."""
     monkeypatch.setattr(head, "CHUNK", 5)
 
 
@@ -35,8 +35,8 @@ def make(architecture: str = "llama", **changes: Any) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **(SMALL | changes))).float()
 
 
-def draw(bias: bool, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor | None], Tensor, Tensor]:
-    """Hidden states [13, 8], weight [50, 8] and bias [50] as leaves; targets [13]; a direction [13]."""
+def random_inputs(bias: bool, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor | None], Tensor, Tensor]:
+    """Return leaves (hidden states [13, 8], weight [50, 8], bias [50] or None), targets [13] and a direction [13]."""
     torch.manual_seed(2)
     shapes: list[tuple[int, ...]] = [(13, 8), (50, 8), (50,)]
     leaves: list[Tensor | None] = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
@@ -50,46 +50,46 @@ CHUNK_BYTES = 5 * 50 * 8
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("logit_map", [LogitMap(), LogitMap(scale=0.3), LogitMap(cap=1.5), LogitMap(2.0, 1.5)])
 def test_linear_logps_equals_the_formula(logit_map: LogitMap, bias: bool, kept: int) -> None:
-    leaves, targets, direction = draw(bias)
-    wanted = [leaf for leaf in leaves if leaf is not None]
+    leaves, targets, direction = random_inputs(bias)
+    inputs = [leaf for leaf in leaves if leaf is not None]
     found = head._LinearLogps.apply(*leaves, targets, logit_map, kept)
     logits = logit_map(linear(*leaves))  # type: ignore[arg-type]
     expected = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0].float()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    gradients = [torch.autograd.grad((output * direction).sum(), wanted) for output in (found, expected)]
+    gradients = [torch.autograd.grad((output * direction).sum(), inputs) for output in (found, expected)]
     for ours, reference in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kept", [0, 10 * CHUNK_BYTES])
 @pytest.mark.parametrize("bias", [False, True])
-def test_logits_of_16_bits_are_not_rounded(bias: bool, kept: int) -> None:
-    """Of the same 16-bit numbers, fp64 gives the same values; gradients are rounded once, when they are handed on."""
-    leaves, targets, direction = draw(bias, torch.bfloat16)
-    wanted = [leaf for leaf in leaves if leaf is not None]
-    exact = [leaf.detach().double().requires_grad_() for leaf in wanted]
+def test_logits_of_16_bit_models_are_not_rounded(bias: bool, kept: int) -> None:
+    """Values equal those of fp64 on the same 16-bit inputs; gradients are rounded only once, on output."""
+    leaves, targets, direction = random_inputs(bias, torch.bfloat16)
+    inputs = [leaf for leaf in leaves if leaf is not None]
+    exact = [leaf.detach().double().requires_grad_() for leaf in inputs]
     found = head._LinearLogps.apply(*leaves, targets, LogitMap(scale=8.0), kept)
     logits = linear(*exact) * 8.0
     expected = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
-    gradients = torch.autograd.grad((found * direction).sum(), wanted)
+    gradients = torch.autograd.grad((found * direction).sum(), inputs)
     references = torch.autograd.grad((expected * direction).sum(), exact)
     for ours, reference in zip(gradients, references, strict=True):
         torch.testing.assert_close(ours.double(), reference, rtol=0.02, atol=0.02 * reference.abs().max().item())
 
 
-def test_logits_that_are_kept_are_counted_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32 logits of 16-bit weights: room for one chunk of them, and not for the two that 16 bits would make."""
+def test_kept_logits_are_limited_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of 16-bit weights are fp32: the limit fits one chunk, not the two that 16-bit logits would allow."""
     rows: list[int] = []
     logits = head._logits
     monkeypatch.setattr(head, "_logits", lambda states, *weights: rows.append(len(states)) or logits(states, *weights))
-    leaves, targets, _ = draw(bias=False, dtype=torch.bfloat16)
+    leaves, targets, _ = random_inputs(bias=False, dtype=torch.bfloat16)
     head._LinearLogps.apply(*leaves, targets, LogitMap(), 5 * 50 * 4).sum().backward()
     assert rows == [5, 5, 3, 5, 3]
 
 
 def test_frozen_weight_gets_no_gradient() -> None:
-    (hidden, weight, _), targets, _ = draw(bias=False)
+    (hidden, weight, _), targets, _ = random_inputs(bias=False)
     assert hidden is not None
     assert weight is not None
     head._LinearLogps.apply(hidden, weight.requires_grad_(False), None, targets, LogitMap(), 0).sum().backward()
@@ -101,33 +101,33 @@ def test_frozen_weight_gets_no_gradient() -> None:
     ("kept", "forward_and_backward"),
     [(0, [5, 5, 3, 5, 5, 3]), (CHUNK_BYTES, [5, 5, 3, 5, 3]), (10 * CHUNK_BYTES, [5, 5, 3])],
 )
-def test_logits_are_made_by_the_chunk(
+def test_logits_are_computed_in_chunks(
     monkeypatch: pytest.MonkeyPatch, kept: int, forward_and_backward: list[int]
 ) -> None:
-    """No product as wide as the vocabulary has more rows than a chunk; what is not kept is made again."""
+    """Logits are never computed for more positions than a chunk; those not kept are recomputed in the backward."""
     rows: list[int] = []
 
-    def watched(states: Tensor, *weights: Tensor) -> Tensor:
+    def recorded(states: Tensor, *weights: Tensor) -> Tensor:
         rows.append(len(states))
         return linear(states, *weights)
 
-    monkeypatch.setattr(head, "linear", watched)
-    leaves, targets, _ = draw(bias=False)
+    monkeypatch.setattr(head, "linear", recorded)
+    leaves, targets, _ = random_inputs(bias=False)
     head._LinearLogps.apply(*leaves, targets, LogitMap(), kept).sum().backward()
     assert rows == forward_and_backward
 
 
-def test_nothing_is_kept_where_there_is_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_logits_are_kept_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[int] = []
     function = head._LinearLogps
 
-    class Watched:
+    class Recorded:
         @staticmethod
         def apply(*arguments: Any) -> Tensor:
             kept.append(arguments[-1])
             return function.apply(*arguments)
 
-    monkeypatch.setattr(head, "_LinearLogps", Watched)
+    monkeypatch.setattr(head, "_LinearLogps", Recorded)
     model = make()
     install(model)
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_logit_map_of(architecture: str, changes: dict[str, float], expected: Lo
     assert LogitMap.of(AutoConfig.for_model(architecture, **changes)) == expected
 
 
-def test_install_changes_nothing_for_others() -> None:
+def test_install_does_not_change_the_models_own_forward() -> None:
     model = make()
     ids = torch.tensor([[5, 6, 7]])
     before, signature = model(input_ids=ids, labels=ids), inspect.signature(model.forward)
@@ -175,7 +175,7 @@ def test_deep_copy_uses_its_own_weights() -> None:
 
 
 class Wrapper(nn.Module):
-    """Calls a model as DDP does."""
+    """Wrap a model like DDP."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -192,8 +192,8 @@ def test_wrapped_model() -> None:
     assert torch.equal(logps(Wrapper(model), batch), logps(model, batch))
 
 
-def test_head_is_called_once_so_that_ranks_call_it_equally_often() -> None:
-    """ZeRO-3 and FSDP gather its weights in each call; unequal numbers of calls would wait for ever."""
+def test_head_is_called_once() -> None:
+    """ZeRO-3 and FSDP gather its weights on every call, so ranks with different numbers of calls would hang."""
     model, calls = make(), []
     install(model)
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
@@ -207,7 +207,7 @@ def test_lora_on_the_head_is_chunked_unless_sharded(sharded: bool) -> None:
     install(model)
     adapted, calls = model.get_base_model().lm_head, []
     if sharded:
-        adapted.base_layer.weight.ds_id = 0  # what DeepSpeed's ZeRO-3 marks its parameters with
+        adapted.base_layer.weight.ds_id = 0  # DeepSpeed's mark on ZeRO-3 parameters
     adapted.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         found = logps(model, padded_batch(PAIRS, PAD))
@@ -216,8 +216,8 @@ def test_lora_on_the_head_is_chunked_unless_sharded(sharded: bool) -> None:
         torch.testing.assert_close(found, logps(model, padded_batch(PAIRS, PAD), own_logits=True))
 
 
-def test_no_number_of_chunks_is_compiled_anew() -> None:
-    """Under `torch_compile` the loop over the chunks would be unrolled for each number of them, here 2 to 11."""
+def test_number_of_chunks_does_not_trigger_recompilation() -> None:
+    """`torch_compile` would unroll the loop over the chunks for each number of them, here 2 to 11."""
     model, counter, graphs = make(), CompileCounter(), []
     install(model)
     compiled = torch.compile(model, backend=counter)
@@ -231,11 +231,11 @@ def test_no_number_of_chunks_is_compiled_anew() -> None:
     assert len(set(graphs[1:])) == 1, graphs
 
 
-# --- falling back ----------------------------------------------------------------------------------
+# --- fallback --------------------------------------------------------------------------------------
 
 
-class Strange(LlamaForCausalLM):
-    """Does to its logits what nobody has heard of."""
+class CustomHead(LlamaForCausalLM):
+    """Transforms its logits in an unsupported way."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         outputs = super().forward(*args, **kwargs)
@@ -243,42 +243,39 @@ class Strange(LlamaForCausalLM):
         return outputs
 
 
-def strange() -> Strange:
+def test_unsupported_head_falls_back_to_the_models_own_logits() -> None:
     torch.manual_seed(1)
-    return Strange(AutoConfig.for_model("llama", **SMALL))
-
-
-def test_unknown_head_falls_back_to_the_models_own_logits() -> None:
-    model = strange()
+    model = CustomHead(AutoConfig.for_model("llama", **SMALL))
     install(model)
     layout = choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD)
-    assert layout == (False, True, "Strange is not one of transformers' own models")
+    assert layout == (False, True, "CustomHead is not one of transformers' own models")
     batch = padded_batch(PAIRS, PAD)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten(0, 1)
     expected = response_logps(logits[batch["keep"]], batch["targets"], batch["segments"], 2 * len(PAIRS))
     assert torch.equal(logps(model, batch, own_logits=True), expected)
 
 
-def test_model_without_an_output_layer_of_its_own() -> None:
-    """Llama 4's decoder is the whole model, head included."""
+def test_head_that_is_part_of_the_decoder_falls_back() -> None:
+    """Llama 4's decoder is the entire model, including the head."""
     changes = {"num_local_experts": 2, "intermediate_size_mlp": 96}
     model = make("llama4_text", **changes)
     install(model)
     assert choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD).own_logits
 
 
-def test_forms_that_differ_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that nothing speaks against, and whose flat row is wrong all the same."""
+def test_shared_prefix_with_wrong_values_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is supported by its class and configuration."""
     model = make()
     install(model)
     monkeypatch.setattr(forward, "shared_prefix_inputs", lambda spans, tokens: {"spans": None})
     layout = choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD)
     assert not layout.shared_prefix
-    assert "a row of LlamaForCausalLM differs from one sequence at a time by" in str(layout.not_shared_because)
+    reason = "log-probs of LlamaForCausalLM in the shared-prefix layout differ from one sequence at a time by"
+    assert reason in str(layout.not_shared_because)
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_shared_prefix_that_is_not_wanted() -> None:
+def test_shared_prefix_is_not_used_unless_requested() -> None:
     model = make().train()
     install(model)
     assert choose_layout(model, [PAIRS], wanted=False, pad_token_id=PAD) == (False, False, None)
@@ -286,7 +283,7 @@ def test_shared_prefix_that_is_not_wanted() -> None:
     assert model.training
 
 
-def test_flat_and_padded_agree_across_chunks() -> None:
+def test_layouts_agree_across_chunks() -> None:
     model = make()
     install(model)
     assert choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD).shared_prefix

@@ -1,4 +1,4 @@
-"""The padded form: exact tensors by hand, and proof that padding reaches neither values nor gradients."""
+"""The padded layout: tensors worked out by hand, and padding that affects neither values nor gradients."""
 
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ def test_padded_batch_by_hand() -> None:
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_every_kept_position_stands_right_before_its_target() -> None:
+def test_every_kept_position_directly_precedes_its_target() -> None:
     pairs = [Pair([1] * n, list(range(10, 10 + n)), list(range(30, 33 + n))) for n in (1, 4, 2)]
     batch = padded_batch(pairs, PAD)
     flat = batch["input_ids"].flatten()
@@ -46,7 +46,7 @@ def test_every_kept_position_stands_right_before_its_target() -> None:
     assert torch.equal(batch["keep"] // batch["input_ids"].shape[1], batch["segments"])
 
 
-# --- padding reaches nothing -------------------------------------------------------------------
+# --- padding has no effect ---------------------------------------------------------------------
 
 PAIRS = [Pair([5, 6, 7], [8, 9, 1], [10, 1]), Pair([11], [1], [12, 13, 14, 15, 16, 1])]
 ONLY_PADDING = 200
@@ -55,14 +55,14 @@ CORRUPTION = 201
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    """A model to which its pad token is a token like any other, so that torch hides no gradient."""
+    """A model without a pad token, because torch zeroes the gradient of `padding_idx`."""
     torch.manual_seed(5)
     return LlamaForCausalLM(LlamaConfig(**(SMALL | {"pad_token_id": None}))).eval()
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a training step computes of a batch."""
+    """The values and gradients of a training step."""
 
     logps: Tensor
     logits_gradient: Tensor
@@ -106,7 +106,7 @@ def test_corrupted_padding_changes_nothing(model: LlamaForCausalLM) -> None:
         assert torch.equal(gradient, after.gradients[name]), name
 
 
-def test_corrupted_logits_outside_the_mask_change_nothing(model: LlamaForCausalLM) -> None:
+def test_corrupted_logits_at_other_positions_change_nothing(model: LlamaForCausalLM) -> None:
     batch = padded_batch(PAIRS, ONLY_PADDING)
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten(0, 1)
@@ -120,7 +120,7 @@ def test_corrupted_logits_outside_the_mask_change_nothing(model: LlamaForCausalL
     assert corrupt.grad.isfinite().all()
 
 
-def test_a_pair_does_not_depend_on_its_neighbours(model: LlamaForCausalLM) -> None:
+def test_pair_does_not_depend_on_the_other_pairs(model: LlamaForCausalLM) -> None:
     together = step(model, padded_batch(PAIRS, ONLY_PADDING)).logps
     for number, pair in enumerate(PAIRS):
         batch = padded_batch([pair], ONLY_PADDING)
@@ -147,7 +147,7 @@ def test_collator_pads_with_the_pad_token() -> None:
     assert batch["responses"].tolist() == [14, 0, 15, 1]
 
 
-def test_collator_pads_with_eos_where_there_is_no_pad_token() -> None:
+def test_collator_pads_with_eos_without_a_pad_token() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = None
     batch = PairCollator(tokenizer, pad_to_multiple_of=64)(ROWS)
@@ -156,7 +156,7 @@ def test_collator_pads_with_eos_where_there_is_no_pad_token() -> None:
     assert padding.eq(tokenizer.eos_token_id).all()
 
 
-def test_pad_token_of_id_0_is_a_pad_token() -> None:
+def test_pad_token_id_0_is_valid() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     assert PairCollator(tokenizer).pad_token_id == 0

@@ -1,4 +1,4 @@
-"""Which form is chosen: every kind of family against one sequence at a time, and what must not slip through."""
+"""The choice of layout: each kind of family against one sequence at a time, and faults that must be caught."""
 
 import re
 import subprocess
@@ -9,21 +9,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from families import PAD, SHOWN, build, judge
+from families import PAD, PROBE_ROWS, build, judge
 from torch import Tensor, nn
 
 from spin_plugin.console import SpinError
 from spin_plugin.model import attention, select
 from spin_plugin.model.forward import install
 from spin_plugin.model.layout import Pair
-from spin_plugin.model.probe import ROW, SHORT_ROW, probe
+from spin_plugin.model.probe import MAX_ROW_PAIRS, MIN_ROW_TOKENS, probe
 from spin_plugin.model.select import Layout, choose_layout
 
-# --- the pairs that are compared -----------------------------------------------------------------
+# --- probe pairs ---------------------------------------------------------------------------------
 
 
 def pair_of(length: int) -> Pair:
-    """So many tokens, a fifth of them the prompt's."""
+    """Return a pair of `length` tokens; a fifth of them are the prompt."""
     prompt = length // 5 or 1
     real = (length - prompt) // 2
     tokens = [number % 200 + 3 for number in range(length)]
@@ -31,13 +31,13 @@ def pair_of(length: int) -> Pair:
 
 
 def probed(lengths: list[int], longest: int | None = None) -> list[list[int]]:
-    """The tokens of the pairs in each row of the probe."""
+    """Return the token counts of the pairs in each row of the probe."""
     rows = probe(torch.tensor(lengths, dtype=torch.int32), lambda index: pair_of(lengths[index]), longest)
     return [[sum(len(part) for part in pair) for pair in row] for row in rows]
 
 
 def test_probe_of_long_pairs() -> None:
-    """The shortest of several blocks, the shortest, the longest with both responses in one sequence, and the first."""
+    """Rows: the shortest pair of several blocks, the shortest pair, the longest one lengthened, and several pairs."""
     lengths = [500, 900, 20, 310, 4000]
     assert probed(lengths)[:2] == [[310], [20]]
     assert probed(lengths)[3:] == [[500, 900, 20]]
@@ -48,11 +48,11 @@ def test_probe_of_long_pairs() -> None:
     assert len(shorter.prompt) + len(shorter.real) == 2500
 
 
-def test_probe_of_short_pairs_makes_a_row_of_several_blocks() -> None:
+def test_probe_of_short_pairs_builds_a_row_of_several_blocks() -> None:
     rows = probed([40] * 100)
     assert rows[0] == [40] * 8
-    assert sum(rows[0]) >= ROW
-    assert len(probed([3] * 100)[0]) == SHORT_ROW
+    assert sum(rows[0]) >= MIN_ROW_TOKENS
+    assert len(probed([3] * 100)[0]) == MAX_ROW_PAIRS
     assert [len(row) for row in probed([30])] == [1, 1, 1]
 
 
@@ -64,14 +64,14 @@ FAMILIES: list[tuple[str, dict[str, Any], str, str]] = [
     ("mistral", {}, "shared", ""),
     ("gemma2", CAPPED, "shared", ""),
     ("olmoe", {}, "shared", ""),
-    ("olmoe", {"sliding_window": 24}, "padded", "differs from one sequence at a time by 0.* nats a token"),
-    ("phimoe", {"sliding_window": 24}, "padded", "differs from one sequence at a time by 0.* nats a token"),
-    ("camembert", {}, "padded", "differs from one sequence at a time by 0.* nats a token"),
+    ("olmoe", {"sliding_window": 24}, "padded", "differ from one sequence at a time by 0.* nats per token"),
+    ("phimoe", {"sliding_window": 24}, "padded", "differ from one sequence at a time by 0.* nats per token"),
+    ("camembert", {}, "padded", "differ from one sequence at a time by 0.* nats per token"),
     ("bloom", {}, "padded", "does not use transformers' AttentionInterface"),
     ("mamba", {}, "padded", "state-space|does not use"),
     ("deepseek_v32", {}, "padded", ""),
-    ("deepseek_v32", {"index_topk": 16}, "refused", "another log-probability in a batch than alone"),
-    ("doge", {}, "refused", "DogeForCausalLM gives a response another log-probability in a batch than alone"),
+    ("deepseek_v32", {"index_topk": 16}, "refused", "log-probs in a batch differ from one sequence at a time"),
+    ("doge", {}, "refused", "base_model: DogeForCausalLM cannot be trained on pairs"),
     ("cpmant", {}, "refused", "CpmAntForCausalLM .*; use another base_model"),
 ]
 
@@ -85,7 +85,7 @@ def test_family(family: str, changes: dict[str, Any], chosen: str, reason: str) 
 
 
 def choose(model: nn.Module, *, wanted: bool = True, **options: Any) -> Layout:
-    return choose_layout(model, SHOWN, wanted=wanted, pad_token_id=PAD, **options)
+    return choose_layout(model, PROBE_ROWS, wanted=wanted, pad_token_id=PAD, **options)
 
 
 @pytest.fixture
@@ -95,22 +95,22 @@ def llama_model() -> Any:
     return model
 
 
-def test_wrong_in_both_forms_is_refused_where_no_row_is_wanted_too() -> None:
+def test_model_that_is_wrong_in_both_layouts_is_refused_even_if_padded_is_requested() -> None:
     model = build("doge")
     install(model)
     with pytest.raises(SpinError, match="use another base_model"):
         choose(model, wanted=False)
 
 
-def test_a_window_is_found_in_16_bits_too() -> None:
-    """Where rounding alone puts a token 0.05 nats off."""
+def test_ignored_window_is_detected_in_16_bits() -> None:
+    """In 16 bits, rounding alone causes errors of 0.05 nats per token."""
     for window, shared in ((None, True), (24, False)):
         model = build("olmoe", sliding_window=window).bfloat16()
         install(model)
         assert choose(model).shared_prefix is shared
 
 
-def test_a_window_that_only_the_longest_pair_reaches() -> None:
+def test_ignored_window_is_detected_if_only_the_longest_pair_reaches_it() -> None:
     short, longest = [pair_of(60), pair_of(90)], [pair_of(400)]
     for rows, shared in (([short], True), ([short, longest], False)):
         model = build("olmoe", sliding_window=100)
@@ -118,35 +118,36 @@ def test_a_window_that_only_the_longest_pair_reaches() -> None:
         assert choose_layout(model, rows, wanted=True, pad_token_id=PAD).shared_prefix is shared
 
 
-# --- what must not slip through ------------------------------------------------------------------
+# --- faults that must be caught ------------------------------------------------------------------
 
 
-def test_values_that_are_right_with_wrong_gradients(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_correct_values_with_wrong_gradients_are_rejected(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     by_pair = attention._by_pair
     monkeypatch.setattr(attention, "_by_pair", lambda query, key, *rest: by_pair(query, key.detach() + 0 * key, *rest))
     layout = choose(llama_model)
     assert not layout.shared_prefix
-    assert "the gradients of a row of LlamaForCausalLM differ" in str(layout.not_shared_because)
+    reason = "gradients of LlamaForCausalLM in the shared-prefix layout differ from one sequence at a time by"
+    assert reason in str(layout.not_shared_because)
 
 
-def test_no_number_is_no_agreement(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_is_rejected(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     by_pair = attention._by_pair
     monkeypatch.setattr(attention, "_by_pair", lambda *states: by_pair(*states) * torch.nan)
-    assert "differs from one sequence at a time by inf" in str(choose(llama_model).not_shared_because)
+    assert "differ from one sequence at a time by inf" in str(choose(llama_model).not_shared_because)
 
 
 def fail(*_states: Any) -> Tensor:
-    raise LookupError("no kernel for this card\nand a hundred lines more")
+    raise LookupError("no kernel for this card\nand a long traceback")
 
 
-def test_a_kernel_that_fails_is_a_line(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_failure_is_reported_in_one_line(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_by_pair", fail)
-    reason = "the attention of a row fails for LlamaForCausalLM: LookupError: no kernel for this card"
+    reason = "shared-prefix attention fails for LlamaForCausalLM: LookupError: no kernel for this card"
     assert choose(llama_model) == (False, False, reason)
     assert llama_model.config._attn_implementation == "sdpa"
 
 
-def test_a_kernel_whose_backward_fails(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_whose_backward_fails_is_rejected(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Fails(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, states: Tensor) -> Tensor:
@@ -158,39 +159,39 @@ def test_a_kernel_whose_backward_fails(llama_model: Any, monkeypatch: pytest.Mon
 
     by_pair = attention._by_pair
     monkeypatch.setattr(attention, "_by_pair", lambda *states: Fails.apply(by_pair(*states)))
-    monkeypatch.setattr(select, "_takes_gradients", lambda _model: False)  # DeepSpeed: the model is run forward alone
+    monkeypatch.setattr(select, "_takes_gradients", lambda _model: False)  # as with DeepSpeed: forward only
     assert "LookupError" in str(choose(llama_model).not_shared_because)
 
 
-def test_too_little_memory_is_no_kernel_that_fails(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_states: Any) -> Tensor:
+def test_running_out_of_memory_is_not_a_kernel_failure(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_states: Any) -> Tensor:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(attention, "_by_pair", full)
+    monkeypatch.setattr(attention, "_by_pair", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         choose(llama_model)
 
 
-def test_a_compilation_may_not_fail_in_silence(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Axolotl lets every graph that does not compile run eagerly under `torch_compile`."""
+def test_compilation_errors_are_not_suppressed(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `torch_compile`, Axolotl sets `suppress_errors`: graphs that fail to compile run eagerly."""
     by_pair, seen = attention._by_pair, set()
 
-    def watched(*states: Any) -> Tensor:
+    def recorded(*states: Any) -> Tensor:
         seen.add(torch._dynamo.config.suppress_errors)
         return by_pair(*states)
 
-    monkeypatch.setattr(attention, "_by_pair", watched)
+    monkeypatch.setattr(attention, "_by_pair", recorded)
     with torch._dynamo.config.patch(suppress_errors=True):
         choose(llama_model)
         assert torch._dynamo.config.suppress_errors
     assert seen == {False}
 
 
-# --- the model is as before ----------------------------------------------------------------------
+# --- the model is left unchanged -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_nothing_is_left_behind(llama_model: Any, training: bool) -> None:
+def test_model_is_unchanged_afterwards(llama_model: Any, training: bool) -> None:
     llama_model.train(training)
     before, state = {n: p.clone() for n, p in llama_model.named_parameters()}, torch.get_rng_state()
     assert choose(llama_model) == (True, False, None)
@@ -202,16 +203,16 @@ def test_nothing_is_left_behind(llama_model: Any, training: bool) -> None:
     assert not any(part._forward_hooks for part in llama_model.modules())
 
 
-def test_an_optimizer_that_steps_in_backward_does_not(llama_model: Any) -> None:
-    """Layer-wise optimizers: their hook would take a step with what is compared."""
+def test_optimizer_hooks_do_not_run_in_backward(llama_model: Any) -> None:
+    """Layer-wise optimizers step from a hook, here with gradients that are only meant for comparison."""
     steps: list[Tensor] = []
     llama_model.lm_head.weight.register_post_accumulate_grad_hook(steps.append)
     assert choose(llama_model).shared_prefix
     assert not steps
 
 
-def test_noise_in_training_is_no_fault_of_the_row(llama_model: Any) -> None:
-    """As some routers have it. The values are compared without."""
+def test_noise_in_training_mode_does_not_reject_shared_prefix(llama_model: Any) -> None:
+    """Some routers add noise. Values are compared in eval mode, without it."""
 
     def noise(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         return output + torch.randn_like(output) if module.training else output
@@ -234,7 +235,7 @@ from datetime import timedelta
 import torch
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
-from families import PAD, SHOWN, build
+from families import PAD, PROBE_ROWS, build
 from spin_plugin.model import attention
 from spin_plugin.model.forward import install
 from spin_plugin.model.select import choose_layout
@@ -242,12 +243,12 @@ from spin_plugin.model.select import choose_layout
 def fail(*_states):
     raise LookupError("no kernel for this card")
 
-def everyone(found):
+def gather(found):
     gathered = [None, None]
     distributed.all_gather_object(gathered, found)
     return gathered
 
-def play(rank, failing):
+def run(rank, failing):
     store = f"file://{sys.argv[1]}/store-{failing}"
     distributed.init_process_group("gloo", store, timedelta(seconds=120), rank=rank, world_size=2)
     if failing == rank:
@@ -257,7 +258,7 @@ def play(rank, failing):
     mesh = distributed.init_device_mesh("cpu", (2,))
     for layer in [*model.model.layers, model]:
         fully_shard(layer, mesh=mesh)
-    layout = choose_layout(model, SHOWN, wanted=True, pad_token_id=PAD, device=torch.device("cpu"), gather=everyone)
+    layout = choose_layout(model, PROBE_ROWS, wanted=True, pad_token_id=PAD, device=torch.device("cpu"), gather=gather)
     assert all(parameter.grad is None for parameter in model.parameters())
     print(failing, rank, tuple(layout), flush=True)
 
@@ -268,7 +269,7 @@ for failing in (None, 1):
         if not ranks[-1]:
             code = 1
             try:
-                play(rank, failing)
+                run(rank, failing)
                 code = 0
             finally:
                 sys.stdout.flush()
@@ -279,8 +280,8 @@ for failing in (None, 1):
 """
 
 
-def test_a_kernel_that_fails_on_one_rank_alone(tmp_path: Path) -> None:
-    """Two processes share a model by FSDP2: they decide alike, and none waits for the other for ever."""
+def test_kernel_failure_on_one_rank(tmp_path: Path) -> None:
+    """Two processes shard a model with FSDP2: both decide alike and neither hangs."""
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     paths = f"{ROOT}:{ROOT / 'tests'}"
@@ -288,7 +289,7 @@ def test_a_kernel_that_fails_on_one_rank_alone(tmp_path: Path) -> None:
     command = [sys.executable, str(script), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith(("None", "1 ")))
-    reason = "the attention of a row fails for LlamaForCausalLM: LookupError: no kernel for this card"
+    reason = "shared-prefix attention fails for LlamaForCausalLM: LookupError: no kernel for this card"
     assert lines == [
         *(f"1 {rank} {(False, False, reason)}" for rank in range(2)),
         *(f"None {rank} {(True, False, None)}" for rank in range(2)),

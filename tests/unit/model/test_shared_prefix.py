@@ -1,4 +1,4 @@
-"""The flat row is the padded batch: same tensors by hand, same values and gradients through real models."""
+"""The shared-prefix layout: tensors worked out by hand, and the padded layout's values and gradients in real models."""
 
 import copy
 import random
@@ -22,7 +22,7 @@ from spin_plugin.objective.losses import spin_terms
 PAD = 0
 
 
-def draw_pairs(count: int, seed: int = 0) -> list[Pair]:
+def random_pairs(count: int, seed: int = 0) -> list[Pair]:
     rng = random.Random(seed)
 
     def part(most: int) -> list[int]:
@@ -31,14 +31,14 @@ def draw_pairs(count: int, seed: int = 0) -> list[Pair]:
     return [Pair(part(9), part(14), part(14)) for _ in range(count)]
 
 
-PAIRS = [*draw_pairs(4), Pair([7], [8], [9])]
+PAIRS = [*random_pairs(4), Pair([7], [8], [9])]
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 6},
     "qwen3": {},
     "gemma": {},
-    # eager, for SDPA leaves Gemma 2's soft-capping of attention out
+    # eager, because SDPA does not apply Gemma 2's attention soft-capping
     "gemma2": {
         "attn_implementation": "eager",
         "sliding_window": 7,
@@ -72,7 +72,7 @@ def make(architecture: str = "llama", **changes: Any) -> Any:
 def step(
     model: nn.Module, batch: dict[str, Tensor], *, scale: float = 1.0, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """[R] log-probabilities and the gradients of a training step's loss, which is scaled before backward."""
+    """Return [R] log-probs and the gradients of a training step's loss, which is scaled for the backward."""
     model.zero_grad()
     found = logps(model, batch, **options)
     loss = spin_terms(found, found.detach() + 0.1, batch["sides"], beta=0.1, loss="logistic").loss.sum()
@@ -81,17 +81,17 @@ def step(
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The relative difference of all gradients together."""
+    """Return the relative difference of all gradients."""
     assert found.keys() == expected.keys()
     squares = sum((found[name] - expected[name]).square().sum() for name in expected)
     return (squares / sum(tensor.square().sum() for tensor in expected.values())).sqrt().item()
 
 
-# --- the row -----------------------------------------------------------------------------------
+# --- the batch ---------------------------------------------------------------------------------
 
 
-def test_flat_batch_by_hand() -> None:
-    """Two pairs back to back; each prompt's last position (1 and 6) predicts two tokens.
+def test_shared_prefix_batch_by_hand() -> None:
+    """Two pairs back to back; the last position of each prompt (1 and 6) predicts two tokens.
 
     index     0 1  2  3  4  5 | 6  7  8  9
     token     1 2 10 11 12 13 | 3 20 30 31
@@ -113,29 +113,29 @@ def test_flat_batch_by_hand() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_flat_and_padded_name_the_same_predictions(seed: int) -> None:
-    """The history that each kept position stands for, too: all tokens before the target, in order."""
-    pairs = draw_pairs(6, seed)
-    padded, flat = padded_batch(pairs, PAD), shared_prefix_batch(pairs)
+def test_layouts_contain_the_same_predictions(seed: int) -> None:
+    """Also compare the context of each kept position: all tokens before the target, in order."""
+    pairs = random_pairs(6, seed)
+    padded, shared = padded_batch(pairs, PAD), shared_prefix_batch(pairs)
 
-    def predictions(batch: dict[str, Tensor], history: list[list[int]]) -> Counter[Any]:
-        kept = [tuple(history[place]) for place in batch["keep"].tolist()]
+    def predictions(batch: dict[str, Tensor], contexts: list[list[int]]) -> Counter[Any]:
+        kept = [tuple(contexts[place]) for place in batch["keep"].tolist()]
         return Counter(zip(batch["segments"].tolist(), batch["targets"].tolist(), kept, strict=True))
 
     rows = padded["input_ids"].tolist()
-    padded_history = [row[: place + 1] for row in rows for place in range(len(row))]
-    flat_history = [
+    padded_contexts = [row[: place + 1] for row in rows for place in range(len(row))]
+    shared_contexts = [
         [*pair.prompt, *response][: place + 1]
         for pair in pairs
         for response, first in ((pair.real, 0), (pair.synthetic, len(pair.prompt)))
         for place in range(first, len(pair.prompt) + len(response))
     ]
-    assert predictions(flat, flat_history) == predictions(padded, padded_history)
-    assert torch.equal(flat["lengths"], padded["lengths"])
-    assert [len(seen) - 1 for seen in flat_history] == flat["position_ids"][0].tolist()
+    assert predictions(shared, shared_contexts) == predictions(padded, padded_contexts)
+    assert torch.equal(shared["lengths"], padded["lengths"])
+    assert [len(context) - 1 for context in shared_contexts] == shared["position_ids"][0].tolist()
 
 
-def test_collator_makes_the_flat_row_when_told() -> None:
+def test_collator_builds_the_shared_prefix_layout_when_set() -> None:
     collator = PairCollator(byte_tokenizer())
     collator.shared_prefix = True
     batch = collator([{"prompt": [1, 2], "real": [10, 11], "synthetic": [13], "index": 7}])
@@ -144,27 +144,27 @@ def test_collator_makes_the_flat_row_when_told() -> None:
     assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
 
 
-# --- flat = padded, through models -----------------------------------------------------------------
+# --- both layouts in real models -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_flat_equals_padded(architecture: str) -> None:
-    """And both equal the model's own logits in the padded form, which nothing of ours touches."""
+def test_shared_prefix_equals_padded(architecture: str) -> None:
+    """Both equal the unmodified model's own logits in the padded layout."""
     model = make(architecture)
     expected, gradients = step(model, padded_batch(PAIRS, PAD), own_logits=True)
     layout = choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD)
     assert layout == (True, False, None)
     for batch in (shared_prefix_batch(PAIRS), padded_batch(PAIRS, PAD)):
         if architecture == "gemma2" and "spans" not in batch:
-            continue  # once the flat row is on, its padded form is SDPA, without soft-capping
+            continue  # `enable` switches the padded layout to SDPA, without soft-capping
         found, found_gradients = step(model, batch)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         assert distance(found_gradients, gradients) < 1e-5
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])
-def test_own_logits_of_the_flat_row(architecture: str) -> None:
-    """The way of a model whose head we do not understand."""
+def test_own_logits_in_the_shared_prefix_layout(architecture: str) -> None:
+    """Models with an unsupported head use them."""
     model = make(architecture)
     enable(model)
     expected, gradients = step(model, padded_batch(PAIRS, PAD))
@@ -210,8 +210,8 @@ def test_tied_embeddings() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma"])
-def test_bf16_error_is_bounded_by_the_naive_forms(architecture: str) -> None:
-    """Against fp32 arithmetic on the same (bf16) weights: no worse than full logits of the padded form, times 1.5."""
+def test_bf16_error_is_bounded_by_that_of_full_logits(architecture: str) -> None:
+    """The reference is fp32 arithmetic on the same bf16 weights, the bound 1.5 times the padded layout's error."""
     low = make(architecture).bfloat16()
     exact = copy.deepcopy(low).float()
     batch = padded_batch(PAIRS, PAD)
@@ -225,8 +225,8 @@ def test_bf16_error_is_bounded_by_the_naive_forms(architecture: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 1024.0)])
-def test_autocast_gives_fp32_log_probabilities_near_the_exact_ones(dtype: torch.dtype, scale: float) -> None:
-    """With fp16 the loss is scaled, as a GradScaler does: small gradients would vanish."""
+def test_autocast_returns_accurate_fp32_logps(dtype: torch.dtype, scale: float) -> None:
+    """With fp16 the loss is scaled like by a GradScaler, because small gradients would underflow."""
     model = make()
     enable(model)
     expected, gradients = step(model, shared_prefix_batch(PAIRS))
@@ -237,7 +237,7 @@ def test_autocast_gives_fp32_log_probabilities_near_the_exact_ones(dtype: torch.
     assert distance(found_gradients, gradients) < 0.05
 
 
-def test_corrupting_one_pair_leaves_the_others_alone() -> None:
+def test_corrupting_one_pair_does_not_change_the_others() -> None:
     model = make()
     enable(model)
     with torch.no_grad():
@@ -262,8 +262,8 @@ def test_responses_do_not_see_each_other() -> None:
     torch.testing.assert_close(synthetic[len(PAIRS) :], before[len(PAIRS) :], rtol=0, atol=1e-6)
 
 
-def test_padded_reference_is_what_the_loss_module_says() -> None:
-    """`own_logits` is the oracle of this file, so it is held to the plain formula once."""
+def test_own_logits_equal_the_plain_formula() -> None:
+    """`own_logits` is the reference in this file."""
     model = make()
     batch = padded_batch(PAIRS, PAD)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""The objective against references in double precision that are written straight from the equations."""
+"""The objective against double-precision references written straight from the equations."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ NAMES = sorted(LOSSES)
 
 
 class Function:
-    """A loss and its derivative on python floats, as section 4.1 of the paper has them."""
+    """A loss and its derivative on Python floats, from section 4.1 of the paper."""
 
     def __init__(self, value: Callable[[float], float], derivative: Callable[[float], float]) -> None:
         self.value, self.derivative = value, derivative
@@ -41,8 +41,8 @@ def reference_margin(policy: list[list[float]], opponent: list[list[float]], bet
     return real - beta * (policy[1][pair] - opponent[1][pair])
 
 
-def drawn(pairs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of a policy that has moved a little away from its opponent, [2, pairs] each, fp64."""
+def random_logps(pairs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return log-probs of a policy and of an opponent close to it, [2, pairs] fp64 each."""
     generator = torch.Generator().manual_seed(seed)
     opponent = -60 * torch.rand(2, pairs, generator=generator, dtype=torch.float64) - 1
     return opponent + 8 * torch.randn(2, pairs, generator=generator, dtype=torch.float64), opponent
@@ -53,7 +53,7 @@ def sides(pairs: int) -> Tensor:
 
 
 def terms_of(policy: Tensor, opponent: Tensor, **options: Any) -> SpinTerms:
-    """`spin_terms` of [2, B] log-probabilities, row 0 real and row 1 synthetic responses."""
+    """Call `spin_terms` with [2, B] log-probs, row 0 of real and row 1 of synthetic responses."""
     return spin_terms(policy.flatten(), opponent.flatten(), sides(policy.shape[1]), **options)
 
 
@@ -64,14 +64,14 @@ def sums_of(terms: SpinTerms, policy: Tensor, lengths: Tensor, *, loss: str) -> 
 # --- the loss ----------------------------------------------------------------------------------
 
 
-def test_every_loss_of_the_paper_is_there() -> None:
+def test_every_loss_has_a_reference() -> None:
     assert LOSSES.keys() == REFERENCE.keys()
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
-def test_value_and_gradient_are_the_equations(name: str, beta: float) -> None:
-    policy, opponent = drawn(32)
+def test_value_and_gradient_match_the_equations(name: str, beta: float) -> None:
+    policy, opponent = random_logps(32)
     policy.requires_grad_()
     terms = terms_of(policy, opponent, beta=beta, loss=name)
     terms.loss.sum().backward()
@@ -86,7 +86,7 @@ def test_value_and_gradient_are_the_equations(name: str, beta: float) -> None:
 
 @pytest.mark.parametrize("name", ["logistic", "exponential", "correlation"])
 def test_gradient_agrees_with_finite_differences(name: str) -> None:
-    policy, opponent = drawn(8, seed=1)
+    policy, opponent = random_logps(8, seed=1)
     policy.requires_grad_()
     assert torch.autograd.gradcheck(lambda p: terms_of(p, opponent, beta=0.3, loss=name).loss, policy)
 
@@ -95,7 +95,7 @@ def test_hand_worked_pair() -> None:
     """One pair, beta 0.5.
 
     Policy -10 and -30, opponent -12 and -26: the real response gained 2, the synthetic one lost 4.
-    Rewards are 0.5 * 2 = 1 and 0.5 * (-4) = -2, the margin is 3. So
+    The rewards are 0.5 * 2 = 1 and 0.5 * (-4) = -2, the margin is 3, and the losses are
     logistic ln(1 + e^-3) = 0.048587, hinge max(0, -2) = 0, exponential e^-3 = 0.049787, correlation -2.
     The gradient with respect to the real log-probability is beta * l'(3):
     logistic -0.5 / (1 + e^3) = -0.023713, hinge 0, exponential -0.5 e^-3 = -0.024894, correlation -0.5.
@@ -118,7 +118,7 @@ def test_hand_worked_pair() -> None:
 
 
 def test_pairs_may_share_a_response() -> None:
-    """One real response and two synthetic ones: its gradient is the sum of those of the pairs, each by itself."""
+    """With one real and two synthetic responses, the gradient is the sum of the gradients of the two pairs."""
     policy, opponent = torch.tensor([-10.0, -30.0, -7.0], requires_grad=True), torch.tensor([-12.0, -26.0, -9.0])
     shared = spin_terms(policy, opponent, torch.tensor([[0, 0], [1, 2]]), beta=0.5, loss="logistic")
     shared.loss.sum().backward()
@@ -134,22 +134,22 @@ def test_pairs_may_share_a_response() -> None:
     torch.testing.assert_close(policy.grad, gradient)
 
 
-def test_every_entry_says_what_it_is() -> None:
-    """The documentation is made from them."""
+def test_every_entry_is_documented() -> None:
+    """The reference is generated from these fields."""
     assert all(loss.formula and loss.source and loss.use for loss in LOSSES.values())
     assert all(metric.formula and metric.meaning for metric in METRICS.values())
 
 
 @pytest.mark.parametrize(("name", "value"), [("logistic", LN2), ("hinge", 1), ("exponential", 1), ("correlation", 1)])
-def test_first_step_has_the_known_loss(name: str, value: float) -> None:
-    """Before its first step the policy is the opponent: every margin is 0, whatever beta."""
-    policy, _ = drawn(4)
+def test_loss_at_the_first_step(name: str, value: float) -> None:
+    """Before its first step the policy equals the opponent, so every margin is 0 for any beta."""
+    policy, _ = random_logps(4)
     assert terms_of(policy, policy.clone(), beta=0.7, loss=name).loss.tolist() == pytest.approx([value] * 4)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_gradient_flows_into_the_opponent(name: str) -> None:
-    policy, opponent = drawn(4)
+    policy, opponent = random_logps(4)
     opponent.requires_grad_()
     terms_of(policy.requires_grad_(), opponent, beta=0.1, loss=name).loss.sum().backward()
     assert opponent.grad is None
@@ -166,7 +166,7 @@ def test_loss_is_convex_and_decreasing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_slope_is_the_size_of_the_derivative(name: str) -> None:
+def test_slope_is_the_negated_derivative(name: str) -> None:
     margins = torch.tensor([-3.0, -0.5, 0.0, 0.9, 1.1, 4.0], dtype=torch.float64)
     expected = [-REFERENCE[name].derivative(margin) for margin in margins.tolist()]
     assert LOSSES[name].slope(margins).tolist() == pytest.approx(expected)
@@ -189,9 +189,9 @@ def test_metric_sums_by_hand() -> None:
     """Two pairs, beta 0.1, logistic.
 
     Pair 0: policy -20 real and -70 synthetic, opponent -25 and -15: rewards 0.5 and -5.5, margin 6,
-    loss ln(1 + e^-6) = 0.0024757; pull 1/(1 + e^6) = 0.00247 < 0.01 * 0.5: saturated.
+    loss ln(1 + e^-6) = 0.0024757; slope 1/(1 + e^6) = 0.00247 < 0.01 * 0.5: saturated, ranked correctly.
     Pair 1: policy -8 and -3, opponent -6 and -4: rewards -0.2 and 0.1, margin -0.3,
-    loss ln(1 + e^0.3) = 0.8543553; not saturated, and judged wrongly.
+    loss ln(1 + e^0.3) = 0.8543553; not saturated, misranked.
     Lengths 4, 2 (real) and 7, 3 (synthetic): per token -20/4 - 8/2 = -9 and -70/7 - 3/3 = -11.
     """
     policy = torch.tensor([[-20.0, -8.0], [-70.0, -3.0]], requires_grad=True)
@@ -218,8 +218,8 @@ def test_metric_sums_by_hand() -> None:
     )
 
 
-def test_a_tie_is_no_success() -> None:
-    """Before the first step all margins are 0; an accuracy of 1 there would look like a won game."""
+def test_zero_margin_counts_as_a_miss() -> None:
+    """Before the first step all margins are 0; an accuracy of 1 would look like a converged run."""
     policy = torch.full((2, 3), -5.0)
     terms = terms_of(policy, policy.clone(), beta=0.1, loss="logistic")
     sums = sums_of(terms, policy, torch.ones(2, 3), loss="logistic")
@@ -231,7 +231,7 @@ def test_a_tie_is_no_success() -> None:
     ("name", "margin"),
     [("logistic", -math.log(SATURATED_BELOW / 2)), ("exponential", -math.log(SATURATED_BELOW)), ("hinge", 1.0)],
 )
-def test_saturation_begins_where_the_pull_is_gone(name: str, margin: float) -> None:
+def test_saturation_threshold(name: str, margin: float) -> None:
     """logistic: 1/(1 + e^z) = 0.005 at z = ln 199, close to ln 200; exponential: e^-z = 0.01; hinge: at 1."""
     policy = torch.tensor([[margin - 0.05, margin + 0.05], [0.0, 0.0]])
     terms = terms_of(policy, torch.zeros(2, 2), beta=1.0, loss=name)
@@ -243,7 +243,7 @@ def test_saturation_begins_where_the_pull_is_gone(name: str, margin: float) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_response_logps_agree_with_a_slow_loop(dtype: torch.dtype) -> None:
+def test_response_logps_agree_with_a_plain_loop(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     logits = (4 * torch.randn(23, 17, generator=generator)).to(dtype)
     targets = torch.randint(17, (23,), generator=generator)
@@ -261,17 +261,17 @@ def test_response_logps_are_a_sum_not_a_mean() -> None:
     assert found.tolist() == pytest.approx([-5 * math.log(4), -math.log(4)])
 
 
-def test_order_of_the_segments_does_not_matter() -> None:
+def test_order_of_the_positions_does_not_matter() -> None:
     logits = torch.randn(12, 9, generator=torch.Generator().manual_seed(5))
     targets, segments = torch.arange(12) % 9, torch.arange(12) // 4
-    mixed = torch.randperm(12, generator=torch.Generator().manual_seed(6))
-    shuffled = response_logps(logits[mixed], targets[mixed], segments[mixed], 3)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(6))
+    shuffled = response_logps(logits[order], targets[order], segments[order], 3)
     torch.testing.assert_close(shuffled, response_logps(logits, targets, segments, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_logits_stay_finite(dtype: torch.dtype) -> None:
-    """±1e4 in one row: the likely token costs 0, the unlikely one 2e4 (as far as the input can say so)."""
+    """With ±1e4 in one row, the likely token has log-probability 0, the unlikely one -2e4 up to input rounding."""
     logits = torch.tensor([[1e4, -1e4, -1e4], [1e4, -1e4, -1e4], [1e4, 1e4, -1e4]]).to(dtype).requires_grad_()
     found = response_logps(logits, torch.tensor([0, 1, 0]), torch.tensor([0, 1, 2]), 3)
     found.sum().backward()
@@ -304,8 +304,8 @@ def model() -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def test_batch_gives_what_a_loop_over_single_tokens_gives(model: LlamaForCausalLM) -> None:
-    """So the label shift is right, the end token counts, and neither padding nor neighbours leak in."""
+def test_batch_agrees_with_a_loop_over_single_tokens(model: LlamaForCausalLM) -> None:
+    """The label shift is right, the end token counts, and neither padding nor other sequences leak in."""
     batch = padded_batch(PAIRS, pad_token_id=256)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     found = response_logps(logits.flatten(0, 1)[batch["keep"]], batch["targets"], batch["segments"], 6).view(2, -1)
@@ -320,8 +320,8 @@ def test_batch_gives_what_a_loop_over_single_tokens_gives(model: LlamaForCausalL
 
 @torch.no_grad()
 def test_end_token_is_part_of_the_response(model: LlamaForCausalLM) -> None:
-    """Without it the same answer has another, higher log-probability."""
-    whole, open_ended = [
+    """Its log-probability is the difference between the response with and without it."""
+    complete, open_ended = [
         padded_batch([Pair([5, 6, 7], response, response)], pad_token_id=256) for response in ([8, 9, 258], [8, 9])
     ]
     sums = [
@@ -331,7 +331,7 @@ def test_end_token_is_part_of_the_response(model: LlamaForCausalLM) -> None:
             b["segments"],
             2,
         )[0].item()
-        for b in (whole, open_ended)
+        for b in (complete, open_ended)
     ]
     end = slow_logps([model(input_ids=torch.tensor([[5, 6, 7, 8, 9]])).logits[0, -1].tolist()], [258], [0], 1)[0]
     assert end < 0

@@ -1,4 +1,4 @@
-"""The opponent's log-probabilities on disk: whole, of these pairs and weights alone, and gone on with after a kill."""
+"""The opponent's log-probs on disk: complete, tied to their pairs and weights, and resumable after a kill."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +13,9 @@ from torch import Tensor
 from spin_plugin.console import SpinError
 from spin_plugin.model.layout import response_numbers
 from spin_plugin.opponent.scoring import SCORING_FACTOR, fill, scoring_batches, scoring_tokens, unscored
-from spin_plugin.opponent.store import FEW, PARTS, OpponentStore
+from spin_plugin.opponent.store import MIN_PART, PARTS, OpponentStore
 
-PAIRS = 5 * FEW + 3
+PAIRS = 5 * MIN_PART + 3
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def score(indices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def killed_after(rounds: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Scores so many rounds, then the process is gone."""
+    """Return a score function that is killed after `rounds` rounds."""
     left = rounds
 
     def scored(indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ def killed_after(rounds: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     return scored
 
 
-def test_nothing_is_stored_at_first(store: OpponentStore) -> None:
+def test_new_store_holds_only_nan(store: OpponentStore) -> None:
     assert store.load().isnan().all()
 
 
@@ -59,14 +59,14 @@ def test_every_pair_is_scored_and_stored(store: OpponentStore, tokens: int, worl
     assert not unscored(scoring_batches(LENGTHS, tokens=tokens, world=world), store.load())
 
 
-def test_shares_by_hand() -> None:
-    """Two ranks of 12 tokens: 9 and 8 fill one each; 6, 5, 4 and 3 go by twos; 2 is left and takes 3 along."""
+def test_batches_by_hand() -> None:
+    """Two ranks of 12 tokens: 9 and 8 go alone, 6, 5 and 4, 3 in twos; 2 is left over and joined by 3."""
     rounds = scoring_batches(torch.tensor([4, 9, 2, 6, 3, 5, 8]), tokens=12, world=2)
     assert [indices.tolist() for indices in rounds] == [[[1], [6]], [[3, 5], [0, 4]], [[4], [2]]]
 
 
-def test_tokens_that_training_certainly_holds_at_a_time() -> None:
-    """Of 60 tokens, micro-batches of two pairs hold 24 on average, and one of them holds the pair of 40."""
+def test_scoring_tokens_by_hand() -> None:
+    """Micro-batches of two pairs average 24 of the 60 tokens, so the pair of 40 counts; those of four average 48."""
     lengths = torch.tensor([5, 40, 5, 5, 5])
     assert scoring_tokens(lengths, micro_batch=2) == SCORING_FACTOR * 40
     assert scoring_tokens(lengths, micro_batch=4) == SCORING_FACTOR * 48
@@ -77,17 +77,17 @@ def test_tokens_that_training_certainly_holds_at_a_time() -> None:
     tokens=st.integers(1, 200),
     world=st.integers(1, 5),
 )
-def test_shares_hold_every_pair_within_the_tokens(lengths: list[int], tokens: int, world: int) -> None:
+def test_batches_hold_every_pair_within_the_token_limit(lengths: list[int], tokens: int, world: int) -> None:
     rounds = scoring_batches(torch.tensor(lengths), tokens=tokens, world=world)
     assert all(indices.shape[0] == world for indices in rounds)
     assert {index for indices in rounds for index in indices.flatten().tolist()} == set(range(len(lengths)))
-    assert sum(indices.numel() for indices in rounds) < len(lengths) + world, "fewer than one for each rank twice"
-    for share in (share for indices in rounds for share in indices.tolist()):
-        assert len(share) == 1 or len(share) * max(lengths[index] for index in share) <= tokens
+    assert sum(indices.numel() for indices in rounds) < len(lengths) + world, "fewer pairs than ranks are scored twice"
+    for batch in (batch for indices in rounds for batch in indices.tolist()):
+        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= tokens
 
 
 @pytest.mark.parametrize("killed", [0, 1, 40, 150])
-def test_killed_in_the_middle_it_goes_on_after_the_last_part(store: OpponentStore, killed: int) -> None:
+def test_scoring_resumes_after_the_last_stored_part(store: OpponentStore, killed: int) -> None:
     rounds = [indices[None] for indices in torch.arange(PAIRS).split(16)]
     with pytest.raises(KeyboardInterrupt):
         fill(store.load(), store, rounds, killed_after(killed), write=True)
@@ -100,12 +100,12 @@ def test_killed_in_the_middle_it_goes_on_after_the_last_part(store: OpponentStor
     assert torch.equal(store.load(), TRUTH)
 
 
-def test_little_is_lost_and_the_file_is_not_written_all_the_time(tmp_path: Path) -> None:
-    assert OpponentStore(tmp_path / "few", 100, "").part == FEW
+def test_interval_between_writes(tmp_path: Path) -> None:
+    assert OpponentStore(tmp_path / "few", 100, "").part == MIN_PART
     assert OpponentStore(tmp_path / "many", 1_000_000, "").part == 1_000_000 // PARTS
 
 
-def test_processes_but_the_first_store_nothing(store: OpponentStore) -> None:
+def test_other_ranks_store_nothing(store: OpponentStore) -> None:
     values = store.load()
     fill(values, store, scoring_batches(LENGTHS, tokens=60_000, world=2), score, write=False)
     assert torch.equal(values, TRUTH)
@@ -121,22 +121,22 @@ def test_values_of_other_weights_or_pairs_are_never_used(store: OpponentStore) -
     ):
         assert other.load().isnan().all()
     save_file({"logps": TRUTH}, store.file)
-    assert store.load().isnan().all(), "nobody knows whose they are"
+    assert store.load().isnan().all(), "no key"
 
 
-@pytest.mark.parametrize("damage", [b"", b"garbage", None, "cut"])
+@pytest.mark.parametrize("damage", [b"", b"garbage", None, "truncated"])
 def test_damaged_values_are_never_used(store: OpponentStore, damage: bytes | str | None) -> None:
     store.save(TRUTH)
-    whole = store.file.read_bytes()
+    intact = store.file.read_bytes()
     if damage is None:
         store.file.unlink()
     else:
-        store.file.write_bytes(whole[:-5] if isinstance(damage, str) else damage)
+        store.file.write_bytes(intact[:-5] if isinstance(damage, str) else damage)
     assert store.load().isnan().all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_broken_opponent_is_refused_and_nothing_of_it_stored(store: OpponentStore, value: float) -> None:
+def test_logps_that_are_not_finite_are_refused_and_not_stored(store: OpponentStore, value: float) -> None:
     def broken(indices: Tensor) -> tuple[Tensor, Tensor]:
         responses = response_numbers(indices).flatten()
         return responses, torch.full((len(responses),), value)
@@ -146,7 +146,7 @@ def test_broken_opponent_is_refused_and_nothing_of_it_stored(store: OpponentStor
     assert not store.file.exists()
 
 
-def test_key_is_of_the_pairs_content_and_the_weights(tmp_path: Path) -> None:
+def test_key_depends_on_the_weights_and_the_content_of_the_pairs(tmp_path: Path) -> None:
     from spin_plugin.training.prepare import PairsOnDisk
 
     def key(weights: str, content: bytes, directory: str) -> str:
@@ -155,5 +155,5 @@ def test_key_is_of_the_pairs_content_and_the_weights(tmp_path: Path) -> None:
         files = {"train": tmp_path / directory / "opponent-train.safetensors"}
         return PairsOnDisk(train=None, eval=None, stats={}, opponent_files=files, weights=weights).opponent_key("train")
 
-    assert key("w", b"pairs", "here") == key("w", b"pairs", "there"), "not of a path's name"
+    assert key("w", b"pairs", "here") == key("w", b"pairs", "there"), "the path does not matter"
     assert len({key("w", b"pairs", "a"), key("v", b"pairs", "b"), key("w", b"other", "c")}) == 3

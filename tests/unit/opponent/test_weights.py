@@ -1,4 +1,4 @@
-"""Damaged weights are found before vLLM generates from them; intact ones of every kind pass."""
+"""Damaged weights are detected before vLLM generates with them; intact ones of every kind pass."""
 
 import hashlib
 import json
@@ -52,13 +52,13 @@ def change(file: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Non
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("value", ["nan", "-nan", "inf", "-inf"])
-def test_one_number_that_is_none_is_found(tmp_path: Path, dtype: torch.dtype, value: str) -> None:
-    broken = torch.ones(1000).to(dtype)
-    broken[-1] = torch.tensor(float(value)).to(dtype)
-    if broken[-1].float().isfinite():  # float8_e4m3 has no infinity
+def test_single_non_finite_number_is_found(tmp_path: Path, dtype: torch.dtype, value: str) -> None:
+    damaged = torch.ones(1000).to(dtype)
+    damaged[-1] = torch.tensor(float(value)).to(dtype)
+    if damaged[-1].float().isfinite():  # float8_e4m3 has no infinity
         assert dtype is torch.float8_e4m3fn
         return
-    save_file({"a": torch.ones(7, dtype=torch.int8), "b": torch.ones(3), "c": broken}, tmp_path / "w.safetensors")
+    save_file({"a": torch.ones(7, dtype=torch.int8), "b": torch.ones(3), "c": damaged}, tmp_path / "w.safetensors")
     with pytest.raises(SpinError, match=r"w\.safetensors: c holds NaN"):
         require_finite([tmp_path / "w.safetensors"])
 
@@ -75,28 +75,32 @@ def test_every_finite_number_passes(tmp_path: Path, dtype: torch.dtype) -> None:
 # --- each file is read once --------------------------------------------------------------------
 
 
-def obvious(directory: Path) -> str:
-    """The slow reference of `fingerprint`."""
+def slow_fingerprint(directory: Path) -> str:
+    """A reference for `fingerprint`."""
     digests = [hashlib.sha256(file.read_bytes()).digest() for file in sorted(directory.glob("*.safetensors"))]
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def test_fingerprint_is_the_digest_of_all_digests(llama: Path, tmp_path: Path) -> None:
+def test_fingerprint_is_the_digest_of_the_digests(llama: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(llama).save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    assert fingerprint([str(tmp_path)], None) == fingerprint([str(tmp_path)], None, tmp_path / "m") == obvious(tmp_path)
+    assert (
+        fingerprint([str(tmp_path)], None)
+        == fingerprint([str(tmp_path)], None, tmp_path / "m")
+        == slow_fingerprint(tmp_path)
+    )
 
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that were read, by their names."""
+    """The names of the files that were read."""
     read: list[str] = []
     reading = weights._read
     monkeypatch.setattr(weights, "_read", lambda file: (read.append(file.name), reading(file))[1])
     return read
 
 
-def test_unchanged_file_is_read_once_for_both(model: Path, tmp_path: Path, reads: list[str]) -> None:
+def test_unchanged_file_is_read_once_for_fingerprint_and_nan(model: Path, tmp_path: Path, reads: list[str]) -> None:
     cache = tmp_path / "weights.json"
     first = fingerprint([str(model)], None, cache)
     require_finite([model / "model.safetensors"], cache)
@@ -105,7 +109,7 @@ def test_unchanged_file_is_read_once_for_both(model: Path, tmp_path: Path, reads
 
 
 def in_place(file: Path) -> None:
-    """The same size and inode, another number, and the time of the last change set back."""
+    """Change a number but keep size, inode and modification time."""
     before = file.stat()
     with open(file, "r+b") as content:
         content.seek(-4, os.SEEK_END)
@@ -127,7 +131,7 @@ def test_changed_file_is_read_again(
     cache = tmp_path / "weights.json"
     first = fingerprint([str(model)], None, cache)
     alter(model / "model.safetensors")
-    assert fingerprint([str(model)], None, cache) == obvious(model) != first
+    assert fingerprint([str(model)], None, cache) == slow_fingerprint(model) != first
     for _ in range(2):
         with pytest.raises(SpinError, match="holds NaN"):
             require_finite([model / "model.safetensors"], cache)
@@ -146,9 +150,9 @@ def test_damaged_cache_is_ignored(model: Path, tmp_path: Path, place: int) -> No
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\n\xff\n", b"1\n2\n3\n"])
-def test_cache_that_is_something_else_is_ignored(model: Path, tmp_path: Path, content: bytes) -> None:
+def test_file_that_is_no_cache_is_ignored(model: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "weights.json").write_bytes(content)
-    assert fingerprint([str(model)], None, tmp_path / "weights.json") == obvious(model)
+    assert fingerprint([str(model)], None, tmp_path / "weights.json") == slow_fingerprint(model)
 
 
 # --- tensors -----------------------------------------------------------------------------------
@@ -189,7 +193,7 @@ def test_missing_tensor_of_an_adapter_is_named(llama: Path, adapter: Path) -> No
         require_complete_adapter(adapter, str(llama))
 
 
-def test_index_that_promises_more_than_the_files_hold(tmp_path: Path, llama: Path) -> None:
+def test_tensor_that_only_the_index_names_is_refused(tmp_path: Path, llama: Path) -> None:
     from spin_plugin.run.checkpoint import check_model_dir
 
     model = tmp_path / "model"
@@ -203,10 +207,10 @@ def test_index_that_promises_more_than_the_files_hold(tmp_path: Path, llama: Pat
         check_model_dir(model)
 
 
-# --- which they are ----------------------------------------------------------------------------
+# --- fingerprint -------------------------------------------------------------------------------
 
 
-def test_fingerprint_is_of_the_content_and_not_of_the_place(model: Path, llama: Path, adapter: Path) -> None:
+def test_fingerprint_depends_on_content_and_not_on_path(model: Path, llama: Path, adapter: Path) -> None:
     assert fingerprint([str(model)], None) == fingerprint([str(llama)], None)
     assert fingerprint([str(model), str(adapter)], None) != fingerprint([str(model)], None)
     change(model / "model.safetensors", lambda tensors: tensors["model.norm.weight"].mul_(1.0001))
@@ -214,11 +218,11 @@ def test_fingerprint_is_of_the_content_and_not_of_the_place(model: Path, llama: 
     assert fingerprint(["org/model"], "a") != fingerprint(["org/model"], "b")
 
 
-# --- models that see pictures, trained on text alone -------------------------------------------
+# --- multimodal models, trained on text only ---------------------------------------------------
 
 
-def test_multimodal_model_is_looked_at_as_axolotl_loads_it(tmp_path: Path) -> None:
-    """Mistral 3 is no causal LM for transformers; Axolotl takes its class for images and text, images or not."""
+def test_multimodal_model_is_checked_with_the_class_axolotl_loads(tmp_path: Path) -> None:
+    """transformers has no causal LM for Mistral 3, so Axolotl loads its image-text class even without images."""
     text = {key: value for key, value in SMALL.items() if not key.endswith("_token_id")} | {"model_type": "mistral"}
     vision = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
               "num_attention_heads": 1, "head_dim": 32, "image_size": 28, "patch_size": 14}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Whether a model directory is whole: a real saved model passes, every kind of damage is named with its file."""
+"""Checks of model directories: real saved models pass, every kind of damage is reported with its file."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from spin_plugin.run.checkpoint import check_model_dir, check_safetensors, why_i
 
 
 def refused(check: Callable[[], None], *parts: str | Path) -> None:
-    """`check` gives one line that names all the parts."""
+    """Assert that `check` raises a one-line SpinError containing all `parts`."""
     with pytest.raises(SpinError) as caught:
         check()
     message = str(caught.value)
@@ -30,7 +30,7 @@ def refused(check: Callable[[], None], *parts: str | Path) -> None:
 
 @pytest.fixture
 def model(llama: Path, tmp_path: Path) -> Path:
-    """A copy of a real saved model to do harm to."""
+    """A copy of a real saved model, to be damaged."""
     return Path(shutil.copytree(llama, tmp_path / "model"))
 
 
@@ -51,7 +51,7 @@ def sharded(sharded_original: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """What peft saves: a configuration, the adapter's weights, no tokenizer."""
+    """An adapter as peft saves it: configuration and weights, no tokenizer."""
     path = tmp_path / "adapter"
     path.mkdir()
     (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
@@ -61,27 +61,27 @@ def adapter(tmp_path: Path) -> Path:
     return path
 
 
-# --- whole models ------------------------------------------------------------------------------
+# --- intact models -----------------------------------------------------------------------------
 
 
-def test_saved_models_are_whole(model: Path, sharded: Path, adapter: Path) -> None:
+def test_saved_models_are_accepted(model: Path, sharded: Path, adapter: Path) -> None:
     check_model_dir(model)
     check_model_dir(sharded)
     check_model_dir(adapter, adapter=True)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"])
-def test_other_kinds_of_tokenizer_are_known(model: Path, name: str) -> None:
+def test_other_tokenizer_files_are_accepted(model: Path, name: str) -> None:
     (model / "tokenizer.json").rename(model / name)
     check_model_dir(model)
 
 
-def test_safetensors_file_without_tensors_is_whole(tmp_path: Path) -> None:
+def test_safetensors_file_without_tensors_is_accepted(tmp_path: Path) -> None:
     save_file({}, tmp_path / "empty.safetensors", metadata={"format": "pt"})
     check_safetensors(tmp_path / "empty.safetensors")
 
 
-# --- something is missing ----------------------------------------------------------------------
+# --- missing files -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -105,7 +105,7 @@ def test_missing_file_of_an_adapter_is_named(adapter: Path, name: str) -> None:
     refused(lambda: check_model_dir(adapter, adapter=True), adapter, name)
 
 
-def test_whole_model_is_no_adapter_and_an_adapter_no_model(model: Path, adapter: Path) -> None:
+def test_model_is_not_an_adapter_nor_an_adapter_a_model(model: Path, adapter: Path) -> None:
     refused(lambda: check_model_dir(model, adapter=True), model, "adapter_config.json")
     refused(lambda: check_model_dir(adapter), adapter, "config.json")
 
@@ -149,7 +149,7 @@ def test_truncated_file_beside_the_weights_is_named(model: Path, name: str, kept
     refused(lambda: check_model_dir(model), model / name, "is damaged")
 
 
-# --- the weights are damaged -------------------------------------------------------------------
+# --- damaged weights ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kept", ["0", "4", "8", "9", "header - 1", "header", "header + 1", "half", "all - 1"])
@@ -202,7 +202,7 @@ def test_header_that_is_garbage_is_named(tmp_path: Path, header: bytes) -> None:
 def test_header_that_claims_to_be_huge_is_not_read(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(struct.pack("<Q", 2**63) + b"{}")
-    refused(lambda: check_safetensors(weights), weights, "header does not fit")
+    refused(lambda: check_safetensors(weights), weights, "header exceeds")
 
 
 def test_weights_that_are_a_directory_are_named(tmp_path: Path) -> None:
@@ -210,12 +210,12 @@ def test_weights_that_are_a_directory_are_named(tmp_path: Path) -> None:
     refused(lambda: check_safetensors(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
 
 
-# --- checkpoints to go on from -----------------------------------------------------------------
+# --- resumable checkpoints ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as transformers itself writes it."""
+    """A checkpoint written by transformers."""
     directory = tmp_path_factory.mktemp("training")
     row = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
     arguments = TrainingArguments(
@@ -233,7 +233,7 @@ def checkpoint(saved: Path, tmp_path: Path) -> Path:
 def test_checkpoint_of_transformers_is_complete(checkpoint: Path) -> None:
     assert why_incomplete(checkpoint) is None
     (checkpoint / "model.safetensors").rename(checkpoint / "adapter_model.safetensors")
-    assert why_incomplete(checkpoint) is None, "of an adapter"
+    assert why_incomplete(checkpoint) is None, "an adapter's checkpoint"
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_checkpoint_with_a_truncated_file_is_incomplete(checkpoint: Path, name: 
 
 @pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt"])
 def test_checkpoint_without_one_of_its_files_is_incomplete(checkpoint: Path, name: str) -> None:
-    """Without the optimizer's state it is what `save_only_model` leaves: a model, no place to go on from."""
+    """Without optimizer state, as `save_only_model` leaves it, a checkpoint cannot be resumed."""
     (checkpoint / name).unlink()
     assert why_incomplete(checkpoint)
 
@@ -258,8 +258,8 @@ def test_checkpoint_of_another_step_is_incomplete(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["deepspeed", "fsdp"])
-def test_sharded_checkpoints_are_known(checkpoint: Path, kind: str) -> None:
-    """Their weights and optimizer's state lie in directories of their own, and ZeRO-3 saves no model.safetensors."""
+def test_sharded_checkpoints_are_complete(checkpoint: Path, kind: str) -> None:
+    """Their weights and optimizer states are in subdirectories, and ZeRO-3 saves no model.safetensors."""
     for name in ("model.safetensors", "optimizer.pt"):
         (checkpoint / name).unlink()
     directories = {"deepspeed": ["global_step2"], "fsdp": ["pytorch_model_fsdp_0", "optimizer_0"]}[kind]

@@ -1,4 +1,4 @@
-"""The run directory: nothing half-written is ever seen, one run at a time, and only harmless keys may change."""
+"""The run directory: atomic writes, the lock, run.json, and the keys that may change within a run."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def content(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
 
 
-# --- files and directories appear whole ------------------------------------------------------------
+# --- atomic writes -----------------------------------------------------------------------------
 
 
 def test_file_is_written_and_replaced(tmp_path: Path) -> None:
@@ -36,8 +36,8 @@ def test_file_is_written_and_replaced(tmp_path: Path) -> None:
     assert content(tmp_path) == {"run.json": "new: ü\n"}
 
 
-def test_writer_that_dies_leaves_the_old_file(tmp_path: Path) -> None:
-    """A lone surrogate cannot be written: the writer fails after it has begun."""
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    """A lone surrogate cannot be encoded, so the write fails midway."""
     write_atomically(tmp_path / "run.json", "old")
     with pytest.raises(UnicodeEncodeError):
         write_atomically(tmp_path / "run.json", "x" * 100_000 + "\ud800")
@@ -46,14 +46,14 @@ def test_writer_that_dies_leaves_the_old_file(tmp_path: Path) -> None:
     assert content(tmp_path) == {"run.json": "new"}
 
 
-def test_reader_sees_the_old_file_or_the_new_one_and_never_a_mixture(tmp_path: Path) -> None:
+def test_reader_sees_either_the_old_or_the_new_file(tmp_path: Path) -> None:
     write_atomically(tmp_path / "run.json", "old")
     with open(tmp_path / "run.json") as reader:
         write_atomically(tmp_path / "run.json", "new")
         assert reader.read() == "old"
 
 
-def test_folder_appears_with_everything_in_it(tmp_path: Path) -> None:
+def test_directory_appears_only_when_complete(tmp_path: Path) -> None:
     def fill(directory: Path) -> None:
         assert not (tmp_path / "pairs").exists()
         (directory / "train.arrow").write_text("1")
@@ -65,32 +65,32 @@ def test_folder_appears_with_everything_in_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("there_before", [True, False])
-def test_fill_that_dies_leaves_the_folder_as_it_was(tmp_path: Path, there_before: bool) -> None:
+def test_failed_fill_leaves_the_directory_unchanged(tmp_path: Path, there_before: bool) -> None:
     if there_before:
         write_dir_atomically(tmp_path / "pairs", lambda directory: (directory / "a").write_text("old") and None)
 
-    def die(directory: Path) -> None:
+    def fail(directory: Path) -> None:
         (directory / "a").write_text("half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_dir_atomically(tmp_path / "pairs", die)
+        write_dir_atomically(tmp_path / "pairs", fail)
     assert (tmp_path / "pairs").exists() == there_before
     if there_before:
         assert content(tmp_path / "pairs") == {"a": "old"}
 
     write_dir_atomically(tmp_path / "pairs", lambda directory: (directory / "b").write_text("new") and None)
-    assert content(tmp_path) == {"pairs/b": "new"}, "something of the attempt that died is left"
+    assert content(tmp_path) == {"pairs/b": "new"}, "leftovers of the failed attempt"
 
 
 # --- set aside ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("killed_before", ["rename", "never"])
-def test_folder_is_in_its_place_or_set_aside_wherever_it_is_killed(
+def test_directory_is_in_place_or_set_aside_after_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_before: str
 ) -> None:
-    """On a full disk, too: nothing is written."""
+    """Setting aside only renames, so it works on a full disk."""
     rename = os.rename
 
     def killed(source: Path, target: Path) -> None:
@@ -114,7 +114,7 @@ def test_folder_is_in_its_place_or_set_aside_wherever_it_is_killed(
         assert content(tmp_path) == {".replaced-synthetic/shard": "second"}
 
 
-def test_newest_checkpoint_is_set_aside_and_nobody_reads_it(tmp_path: Path) -> None:
+def test_newest_checkpoint_is_set_aside_and_ignored(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     directory = run.iteration(0)
     for steps in ((9, 10), (3, 20)):
@@ -142,12 +142,12 @@ def test_newest_checkpoint_is_set_aside_and_nobody_reads_it(tmp_path: Path) -> N
 # --- run.json ----------------------------------------------------------------------------------
 
 
-def test_no_run_has_no_state(tmp_path: Path) -> None:
+def test_directory_without_a_run_has_no_state(tmp_path: Path) -> None:
     assert RunDir(tmp_path).read_state() is None
     assert RunDir(tmp_path / "absent").finished() == 0
 
 
-def test_state_survives_the_disk(tmp_path: Path) -> None:
+def test_state_round_trip(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     state = RunState({"rl": "spin", "spin": {"beta": 0.1}}, [{"iteration": 0}, {"iteration": 1}], "0.1.0")
     run.write_state(state)
@@ -185,7 +185,7 @@ def test_state_of_another_version_is_refused_in_one_line(tmp_path: Path) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_state_of_a_newer_or_older_plugin_of_the_same_format_goes_on(tmp_path: Path) -> None:
+def test_state_of_another_version_with_the_same_format_is_read(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.write_state(RunState({"spin": {}}, [{"iteration": 0}], "99.1"))
     stored = json.loads(run.state_file.read_text())
@@ -208,7 +208,7 @@ with RunDir(Path(sys.argv[1])).locked():
 
 @contextmanager
 def other_process_holds(root: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another real process inside `locked()`, killed on the way out."""
+    """Run another process inside `locked()`; kill it on exit."""
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(root)],
         cwd=ROOT,
@@ -225,7 +225,7 @@ def other_process_holds(root: Path) -> Iterator[subprocess.Popen[str]]:
             holder.kill()
 
 
-def test_second_run_is_refused_and_told_who_holds_the_directory(tmp_path: Path) -> None:
+def test_second_run_is_refused_and_names_the_lock_owner(tmp_path: Path) -> None:
     with other_process_holds(tmp_path) as holder:
         with (
             pytest.raises(SpinError, match=re.escape(f"{tmp_path} is in use by process {holder.pid} on ")) as caught,
@@ -235,16 +235,16 @@ def test_second_run_is_refused_and_told_who_holds_the_directory(tmp_path: Path) 
         assert "\n" not in str(caught.value)
 
 
-def test_lock_falls_with_the_process_that_holds_it(tmp_path: Path) -> None:
+def test_lock_is_released_when_its_owner_is_killed(tmp_path: Path) -> None:
     with other_process_holds(tmp_path) as holder:
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
-        assert (tmp_path / "run.lock.json").exists(), "a killed process cleans nothing up"
+        assert (tmp_path / "run.lock.json").exists(), "a killed process cannot clean up"
         with RunDir(tmp_path).locked():
             assert json.loads((tmp_path / "run.lock.json").read_text())["pid"] == os.getpid()
 
 
-def test_of_runs_that_start_at_once_one_gets_the_directory(tmp_path: Path) -> None:
+def test_only_one_of_simultaneous_runs_gets_the_lock(tmp_path: Path) -> None:
     racers = [
         subprocess.Popen(
             [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE,
@@ -252,7 +252,7 @@ def test_of_runs_that_start_at_once_one_gets_the_directory(tmp_path: Path) -> No
         )
         for _ in range(4)
     ]  # fmt: skip
-    while sum(racer.poll() is None for racer in racers) > 1:  # the one that holds the directory waits for its input
+    while sum(racer.poll() is None for racer in racers) > 1:  # the lock owner waits on stdin
         time.sleep(0.05)
     holding = [racer for racer in racers if racer.poll() is None]
     refused = [racer.communicate()[1] for racer in racers if racer.poll() is not None]
@@ -261,7 +261,7 @@ def test_of_runs_that_start_at_once_one_gets_the_directory(tmp_path: Path) -> No
     assert holding[0].communicate("")[0] == "held\n"
 
 
-def test_lock_is_free_again_after_an_error_inside(tmp_path: Path) -> None:
+def test_lock_is_released_after_an_error(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "new" / "run")
     for _ in range(2):
         with pytest.raises(SpinError, match="inside"), run.locked():
@@ -290,7 +290,7 @@ CONFIG: dict[str, Any] = {
 
 
 def changed(path: str, value: object) -> dict[str, Any]:
-    """CONFIG with another value at a dotted path."""
+    """Return CONFIG with `value` at a dotted path."""
     config = json.loads(json.dumps(CONFIG))
     place = config
     *parents, last = path.split(".")
@@ -301,11 +301,11 @@ def changed(path: str, value: object) -> dict[str, Any]:
 
 
 def stored(config: dict[str, Any]) -> dict[str, Any]:
-    """As run.json gives it back."""
+    """Return a configuration as read back from run.json."""
     return json.loads(json.dumps(without_secrets(config)))
 
 
-def test_same_configuration_differs_in_nothing() -> None:
+def test_same_configuration_has_no_differing_keys() -> None:
     assert differing_keys(stored(CONFIG), without_secrets(CONFIG), 1) == []
 
 
@@ -321,7 +321,7 @@ def test_same_configuration_differs_in_nothing() -> None:
         "vllm.tensor_parallel_size", "vllm.data_parallel_size", "spin.generation.vllm_kwargs.max_num_seqs",
     ],
 )  # fmt: skip
-def test_key_without_influence_on_the_result_is_free(path: str) -> None:
+def test_key_that_does_not_affect_the_result_may_change(path: str) -> None:
     assert differing_keys(stored(CONFIG), without_secrets(changed(path, 77)), 1) == []
 
 
@@ -336,12 +336,12 @@ def test_key_without_influence_on_the_result_is_free(path: str) -> None:
         "spin.generation.num_generations", "spin.generation.seed", "vllm.max_model_len",
     ],
 )  # fmt: skip
-def test_key_with_influence_on_the_result_is_named(path: str) -> None:
+def test_key_that_affects_the_result_is_named(path: str) -> None:
     assert differing_keys(stored(CONFIG), without_secrets(changed(path, 77)), 1) == [path]
 
 
-def test_step_may_be_cut_into_smaller_micro_batches_but_not_grow() -> None:
-    """Who runs out of memory in training keeps the responses."""
+def test_step_may_be_split_into_smaller_micro_batches_but_not_grow() -> None:
+    """After running out of memory in training, the user keeps the responses."""
     before = CONFIG | {"micro_batch_size": 8, "gradient_accumulation_steps": 2}
     assert differing_keys(before, CONFIG | {"micro_batch_size": 2, "gradient_accumulation_steps": 8}, 1) == []
     grown = CONFIG | {"micro_batch_size": 8, "gradient_accumulation_steps": 4}
@@ -349,12 +349,12 @@ def test_step_may_be_cut_into_smaller_micro_batches_but_not_grow() -> None:
 
 
 @pytest.mark.parametrize("key", ["tokenizer_config", "tokenizer_type", "special_tokens.pad_token"])
-def test_tokenizer_is_no_secret_and_may_not_change(key: str) -> None:
-    """Its keys hold the word `token`, like those of real secrets."""
+def test_tokenizer_keys_are_not_secret_and_may_not_change(key: str) -> None:
+    """Their names contain `token`, like those of real secrets."""
     assert differing_keys(stored(CONFIG), without_secrets(changed(key, "other")), 1) == [key.partition(".")[0]]
 
 
-def test_removed_key_is_named_and_a_key_set_to_nothing_is_not() -> None:
+def test_removed_key_is_named_and_a_key_set_to_none_is_not() -> None:
     without = {key: value for key, value in CONFIG.items() if key != "learning_rate"}
     assert differing_keys(CONFIG, without, 1) == ["learning_rate"]
     assert differing_keys(CONFIG, CONFIG | {"warmup_steps": None}, 1) == []
@@ -366,20 +366,20 @@ def scheduled(*entries: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("finished", [1, 2])
 def test_schedule_may_grow_with_the_iterations(finished: int) -> None:
-    """More iterations after the last one is finished, and before."""
+    """Before and after the last iteration is finished."""
     before = scheduled({"beta": 0.1}, {"beta": 0.2})
     assert differing_keys(before, scheduled({"beta": 0.1}, {"beta": 0.2}, {"beta": 5.0}), finished) == []
 
 
-def test_schedule_may_come_with_the_second_iteration() -> None:
+def test_schedule_may_be_added_for_the_second_iteration() -> None:
     before = {"spin": {"iterations": 1}}
     assert differing_keys(before, scheduled({}, {"beta": 5.0}), 1) == []
     assert differing_keys(before, scheduled({"beta": 5.0}, {}), 1) == ["spin.schedule"]
 
 
 @pytest.mark.parametrize("entry", [0, 1])
-def test_schedule_of_played_iterations_may_not_change(entry: int) -> None:
-    """One is finished, the next one is in the middle of its training."""
+def test_schedule_of_started_iterations_may_not_change(entry: int) -> None:
+    """One is finished, the next one is training."""
     entries: list[dict[str, Any]] = [{}, {}, {}]
     entries[entry] = {"beta": 9.0}
     assert differing_keys(scheduled({}, {}, {}), scheduled(*entries), 2) == ["spin.schedule"]
@@ -389,8 +389,8 @@ def test_schedule_of_later_iterations_may_change() -> None:
     assert differing_keys(scheduled({}, {}, {}), scheduled({}, {}, {"learning_rate": 1e-7}), 2) == []
 
 
-def test_number_that_yaml_reads_as_text_is_the_number() -> None:
-    """`5e-5` has no dot, so YAML 1.1 makes a text of it."""
+def test_number_that_yaml_reads_as_text_is_a_number() -> None:
+    """`5e-5` has no dot, so YAML 1.1 reads it as a string."""
     assert differing_keys(CONFIG | {"learning_rate": "5e-5"}, CONFIG | {"learning_rate": 0.00005}, 1) == []
     assert differing_keys(scheduled({"beta": "1e-1"}), scheduled({"beta": 0.1}), 1) == []
     for old, new in (("5e-5", 0.0005), ("1e5", "100000"), ("abc", 1), (None, "0")):
@@ -400,8 +400,8 @@ def test_number_that_yaml_reads_as_text_is_the_number() -> None:
 # --- secrets -----------------------------------------------------------------------------------
 
 
-def test_naming_the_plugin_or_not_is_the_same_run() -> None:
-    """Axolotl 0.21 finds it by itself."""
+def test_listing_the_plugin_is_optional() -> None:
+    """Axolotl 0.21 discovers it automatically."""
     ours, other = "spin_plugin.SpinPlugin", "axolotl.integrations.liger.LigerPlugin"
     for before, now in (([ours], None), ([ours, other], [other]), (None, [ours])):
         assert differing_keys(stored(CONFIG | {"plugins": before}), without_secrets(CONFIG | {"plugins": now}), 1) == []
@@ -426,7 +426,7 @@ def test_secrets_are_left_out_at_every_depth() -> None:
         "spin": {"generation": {"vllm_kwargs": {"max_num_seqs": 4}}},
         "datasets": [{"path": "d", "storage_options": {"key": 1}}],
     }
-    assert config["hf_token"] == "hf_secret", "the user's own configuration was changed"
+    assert config["hf_token"] == "hf_secret", "the caller's configuration was modified"
 
 
 def _values(item: object) -> Iterator[object]:
@@ -453,14 +453,14 @@ def _values(item: object) -> Iterator[object]:
     ],
     ids=lambda config: next(iter(config)),
 )
-def test_tokens_of_the_tokenizer_are_no_secrets(harmless: dict[str, Any]) -> None:
+def test_tokenizer_tokens_are_not_secrets(harmless: dict[str, Any]) -> None:
     assert without_secrets(harmless) == harmless
 
 
 # --- checkpoints and metrics -------------------------------------------------------------------
 
 
-def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+def test_checkpoints_are_sorted_by_step(tmp_path: Path) -> None:
     """By number, not by name."""
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-100", "checkpoint-last", "checkpoint-20"):
         (tmp_path / name).mkdir()
@@ -477,7 +477,7 @@ def test_last_metrics_are_the_newest_of_each_name(tmp_path: Path) -> None:
     assert directory.last_metrics() == {"step": 2, "loss": 0.5, "grad_norm": 2.0, "eval_loss": 0.6}
 
 
-def test_last_metrics_of_the_game_are_means_over_the_pairs_of_the_last_epoch(tmp_path: Path) -> None:
+def test_last_spin_metrics_are_pair_weighted_means_over_the_last_epoch(tmp_path: Path) -> None:
     directory = IterationDir(tmp_path)
     logged = [(0.5, 8, 0.1), (1.0, 8, 0.2), (1.5, 8, 0.6), (2.0, 4, 0.9)]
     lines: list[dict[str, float]] = [
@@ -490,7 +490,7 @@ def test_last_metrics_of_the_game_are_means_over_the_pairs_of_the_last_epoch(tmp
     assert directory.last_metrics() == expected
 
 
-def test_line_that_was_cut_off_when_training_was_killed_is_passed_over(tmp_path: Path) -> None:
+def test_truncated_last_line_of_the_log_is_skipped(tmp_path: Path) -> None:
     directory = IterationDir(tmp_path)
     directory.metrics.write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "lo')
     assert directory.last_metrics() == {"step": 1, "loss": 0.7}
@@ -517,7 +517,7 @@ def test_output_dir_links_to_the_model_and_nothing_else(tmp_path: Path) -> None:
     assert links == {name: f"iteration-0/{name}" for name in MODEL_FILES}
 
 
-def test_links_replace_those_of_the_iteration_before(tmp_path: Path) -> None:
+def test_links_replace_those_of_the_previous_iteration(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     finished_iteration(run, 0, "added_tokens.json")
     finished_iteration(run, 1)
@@ -535,7 +535,7 @@ def test_links_survive_a_move_of_the_run(tmp_path: Path) -> None:
     assert (tmp_path / "after" / "config.json").read_text() == "config.json of 0"
 
 
-def test_files_of_the_user_are_never_touched(tmp_path: Path) -> None:
+def test_user_files_are_never_touched(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     finished_iteration(run, 0)
     (tmp_path / "elsewhere").write_text("elsewhere")
@@ -549,7 +549,7 @@ def test_files_of_the_user_are_never_touched(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").read_text() == "model.safetensors of 0"
 
 
-def test_link_of_the_user_that_leads_nowhere_is_never_touched(tmp_path: Path) -> None:
+def test_broken_user_link_is_never_touched(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     finished_iteration(run, 0)
     (tmp_path / "config.json").symlink_to(tmp_path / "gone")

@@ -1,6 +1,6 @@
-"""A disk that is full, read-only or not ours: one line that names the file and the way out, and nothing is lost.
+"""Full, read-only and unwritable disks give one line with the file and the fix, and no data is lost.
 
-Full disks are small tmpfs mounts in a mount namespace of the test's own, which fall with its process.
+Full disks are small tmpfs mounts in a private mount namespace, which disappears with its process.
 """
 
 import errno
@@ -25,7 +25,7 @@ NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 
 
 def on_a_disk(directory: Path, size: str, program: str) -> subprocess.CompletedProcess[str]:
-    """Run a program (`directory` is its first argument) with an own disk of so many bytes mounted on the directory."""
+    """Run a program (`directory` is its first argument) with a tmpfs of `size` mounted on the directory."""
     mounted = f'mount -t tmpfs -o size={size} tmpfs {directory} && exec {sys.executable} -c "$0" {directory}'
     return subprocess.run(
         [*NAMESPACE, "sh", "-c", mounted, textwrap.dedent(program)],
@@ -33,7 +33,7 @@ def on_a_disk(directory: Path, size: str, program: str) -> subprocess.CompletedP
     )  # fmt: skip
 
 
-# --- full --------------------------------------------------------------------------------------
+# --- full disk ---------------------------------------------------------------------------------
 
 FULL = """
     import json, sys
@@ -85,7 +85,7 @@ FULL = """
     [("a file", "metrics"), ("run.json", "run.json"), ("a shard", "shard-00000.jsonl"), ("pairs", "pairs"),
      ("opponent", "opponent")],
 )  # fmt: skip
-def test_disk_that_fills_up_is_named_and_what_was_there_stays(tmp_path: Path, writer: str, file: str) -> None:
+def test_full_disk_is_reported_and_existing_files_are_kept(tmp_path: Path, writer: str, file: str) -> None:
     done = on_a_disk(tmp_path, "1m", FULL % writer)
     assert done.returncode == 1, done.stderr
     (line,) = done.stdout.splitlines()
@@ -96,8 +96,8 @@ def test_disk_that_fills_up_is_named_and_what_was_there_stays(tmp_path: Path, wr
     assert done.stderr == ""
 
 
-def test_checkpoint_that_finds_no_room_is_named(tmp_path: Path) -> None:
-    """safetensors and torch each report a full disk in their own way."""
+def test_full_disk_while_saving_a_checkpoint_is_reported(tmp_path: Path) -> None:
+    """safetensors and torch report a full disk differently."""
     program = """
         import sys, torch
         from safetensors.torch import save_file
@@ -113,12 +113,12 @@ def test_checkpoint_that_finds_no_room_is_named(tmp_path: Path) -> None:
     """
     done = on_a_disk(tmp_path, "1m", program)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if "goes on from the last complete checkpoint" in line]
+    lines = [line for line in done.stdout.splitlines() if "resumes from the last complete checkpoint" in line]
     assert len(lines) == 2, done.stdout
     assert all(str(tmp_path) in line for line in lines)
 
 
-def test_limit_of_a_file_is_a_full_disk_too(tmp_path: Path) -> None:
+def test_file_size_limit_is_reported_like_a_full_disk(tmp_path: Path) -> None:
     write_atomically(tmp_path / "run.json", "old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
@@ -131,7 +131,7 @@ def test_limit_of_a_file_is_a_full_disk_too(tmp_path: Path) -> None:
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
-# --- read-only, not ours -----------------------------------------------------------------------
+# --- read-only and unwritable directories -------------------------------------------------------
 
 
 def test_read_only_directory_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -145,19 +145,19 @@ def test_read_only_directory_is_refused_before_any_work(tmp_path: Path) -> None:
     """
     done = on_a_disk(tmp_path, "1m", program)
     assert done.returncode == 1
-    assert done.stdout == f"spin: error: output_dir: {tmp_path} cannot be written; use another one\n"
+    assert done.stdout == f"spin: error: output_dir: {tmp_path} is not writable; use another one\n"
 
 
 def test_output_dir_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(SpinError, match="file is no directory"):
+    with pytest.raises(SpinError, match="file is not a directory"):
         RunDir(tmp_path / "file" / "run").require_writable()
     RunDir(tmp_path / "new" / "run").require_writable()
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("number", sorted(DISK), ids=lambda number: errno.errorcode[number])
-def test_refusal_of_a_disk_is_one_line(capsys: pytest.CaptureFixture[str], number: int) -> None:
+def test_disk_error_is_one_line(capsys: pytest.CaptureFixture[str], number: int) -> None:
     @exit_in_one_line
     def write() -> None:
         raise OSError(number, os.strerror(number), "/outputs/run.json")
@@ -169,7 +169,7 @@ def test_refusal_of_a_disk_is_one_line(capsys: pytest.CaptureFixture[str], numbe
     assert line == f"spin: error: /outputs/run.json: {os.strerror(number)}; {DISK[number]}"
 
 
-def test_other_errors_of_the_system_are_bugs_and_not_hidden() -> None:
+def test_other_os_errors_keep_their_traceback() -> None:
     @exit_in_one_line
     def buggy() -> None:
         raise FileNotFoundError(errno.ENOENT, "gone")
@@ -178,10 +178,10 @@ def test_other_errors_of_the_system_are_bugs_and_not_hidden() -> None:
         buggy()
 
 
-# --- room --------------------------------------------------------------------------------------
+# --- space -------------------------------------------------------------------------------------
 
 
-def test_room_is_asked_for_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_space_is_checked_before_work_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     free = shutil.disk_usage(tmp_path).free
     require_space(tmp_path, Space(sure=0, likely=free // 2))
     assert capsys.readouterr().out == ""
@@ -191,12 +191,12 @@ def test_room_is_asked_for_before_the_work(tmp_path: Path, capsys: pytest.Captur
         require_space(tmp_path, Space(sure=4 * free, likely=4 * free))
 
 
-# --- the clock ---------------------------------------------------------------------------------
+# --- clock changes -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("hours", [-5, 0, 5])
-def test_clock_that_jumps_does_not_change_which_checkpoint_is_the_newest(tmp_path: Path, hours: int) -> None:
-    """transformers sorts them by time before it removes the oldest; the clock was changed after the second one."""
+def test_clock_change_does_not_change_the_newest_checkpoint(tmp_path: Path, hours: int) -> None:
+    """transformers sorts checkpoints by mtime before it deletes the oldest; the clock changes after the second one."""
     from transformers.trainer_utils import sort_checkpoints
 
     from spin_plugin.training.saving import mend_times

@@ -1,4 +1,4 @@
-"""A process whose launcher was killed ends itself, with everything it started."""
+"""A process whose launcher was killed exits, and its children with it."""
 
 import subprocess
 import sys
@@ -23,16 +23,16 @@ time.sleep(300)
 
 
 @pytest.mark.parametrize("name", ["accelerate", "torchrun", "shell"])
-def test_training_ends_with_its_launcher_and_not_with_a_shell(tmp_path: Path, name: str) -> None:
-    """`accelerate launch` and torchrun are scripts that Python runs; a shell may be left by `nohup`."""
+def test_training_exits_with_its_launcher_but_not_with_a_shell(tmp_path: Path, name: str) -> None:
+    """`accelerate launch` and torchrun are Python scripts; a shell may exit first under `nohup`."""
     (tmp_path / name).write_text(LAUNCHER)
     launcher = psutil.Popen([sys.executable, tmp_path / name, TRAINING], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert launcher.stdout.readline() == "ready\n"
-    family = launcher.children(recursive=True)
-    assert len(family) == 2
+    children = launcher.children(recursive=True)
+    assert len(children) == 2
     launcher.kill()
     launcher.wait()
-    _, alive = psutil.wait_procs(family, timeout=3 if name == "shell" else 60)
+    _, alive = psutil.wait_procs(children, timeout=3 if name == "shell" else 60)
     assert len(alive) == (2 if name == "shell" else 0)
     for process in alive:
         process.kill()

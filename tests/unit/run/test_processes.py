@@ -1,6 +1,6 @@
-"""Processes that train together: they wait for each other, and where one is gone the others end in one line.
+"""Ranks wait for each other, and when one exits, the others exit with a one-line error.
 
-No launcher is there to end them: what is tested is the plugin itself, in real processes without torch.
+Real processes without torch and without a launcher, so only the plugin can stop them.
 """
 
 import os
@@ -18,16 +18,16 @@ from conftest import ROOT
 
 from spin_plugin.console import SpinError
 from spin_plugin.run.directory import RunDir
-from spin_plugin.run.processes import GO_ON, Ranks
+from spin_plugin.run.processes import RERUN, Ranks
 
-# A rank of three. It prints what it does, then does what a line of its input says.
+# One of three ranks. Executes each line of stdin, then prints "done".
 RANK = """
 import os, subprocess, sys, time
 from pathlib import Path
 from spin_plugin.run import processes
 from spin_plugin.run.directory import RunDir
 
-processes.SECONDS_BETWEEN_LOOKS = 0.05
+processes.POLL_SECONDS = 0.05
 {changes}
 ranks = processes.Ranks(RunDir(Path({run!r})), {start!r})
 ranks.join()
@@ -44,7 +44,7 @@ FAILS_IN_A_COLLECTIVE = "raise RuntimeError('[pair.cc:544] Connection closed by 
 
 
 class Rank:
-    """One process of a start."""
+    """One rank of a start."""
 
     def __init__(self, directory: Path, number: int, start: str, changes: str) -> None:
         self.number = number
@@ -73,22 +73,22 @@ class Rank:
             assert self.process.poll() is None, self.lines
             time.sleep(0.01)
 
-    def told(self, command: str) -> "Rank":
+    def send(self, command: str) -> "Rank":
         assert self.process.stdin is not None
         self.process.stdin.write(command + "\n")
         self.process.stdin.flush()
         return self
 
-    def does(self, command: str) -> None:
+    def run(self, command: str) -> None:
         done = self.lines.count("done") + 1
-        self.told(command).wait_for("done", done)
+        self.send(command).wait_for("done", done)
 
-    def ends_in_one_line(self, code: int = 1) -> str:
-        """What it says after its last line of output."""
+    def exit_line(self, code: int = 1) -> str:
+        """Return its error line after checking the exit code."""
         known = {"joined", "done", ""}
         assert self.process.wait(60) == code, self.lines
         (line,) = [line for line in self.lines if line not in known]
-        assert line.startswith(f"spin: error: process {self.number} of 0…2 ends: "), line
+        assert line.startswith(f"spin: error: rank {self.number} of 3 stopped: "), line
         return line
 
     def kill(self) -> None:
@@ -101,7 +101,7 @@ Start = Callable[..., list[Rank]]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start some of three ranks."""
+    """Start some or all of the three ranks."""
     started: list[Rank] = []
 
     def start(name: str = "start", numbers: tuple[int, ...] = (0, 1, 2), changes: str = "") -> list[Rank]:
@@ -118,65 +118,67 @@ def start(tmp_path: Path) -> Iterator[Start]:
                 process.kill()
 
 
-def test_a_process_that_is_killed_ends_the_others_in_one_line(start: Start) -> None:
-    """Nobody knows where they are: nothing that one of them has started may live on."""
+def test_killed_rank_stops_the_others(start: Start) -> None:
+    """None of the processes that they started may keep running."""
     first, second, third = start()
-    third.does(HELPER)
-    family = third.process.children(recursive=True)
-    assert len(family) == 2, "its witness and its helper"
+    third.run(HELPER)
+    children = third.process.children(recursive=True)
+    assert len(children) == 2, "its heartbeat and its helper"
     began = time.monotonic()
     second.kill()
     for rank in (first, third):
-        assert rank.ends_in_one_line().endswith(f"process 1 is gone (killed, unless its output says why); {GO_ON}")
-    assert time.monotonic() - began < 60, "the promise of docs/guide.md"
-    _, alive = psutil.wait_procs(family, timeout=60)
+        assert rank.exit_line().endswith(f"rank 1 exited (killed, unless its log shows an error); {RERUN}")
+    assert time.monotonic() - began < 60, "documented in docs/guide.md"
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
 
 
-def test_a_process_that_fails_ends_the_others(start: Start) -> None:
+def test_failing_rank_stops_the_others(start: Start) -> None:
     first, second, third = start()
-    first.told("raise SystemExit(1)")
+    first.send("raise SystemExit(1)")
     assert first.process.wait(60) == 1
     for rank in (second, third):
-        assert "process 0 is gone" in rank.ends_in_one_line()
+        assert "rank 0 exited" in rank.exit_line()
 
 
-def test_a_process_that_leaves_is_not_missed(start: Start) -> None:
-    """The others go on for many looks, one of them to its own end, and a third is still watched."""
+def test_rank_that_leaves_does_not_stop_the_others(start: Start) -> None:
+    """The others keep running for many polls, even after a rank that has left exits or is killed."""
     first, second, third = start()
     for rank in (second, third):
-        rank.does("ranks.signal_saved(); ranks.leave()")
-    second.told("raise SystemExit(0)")
+        rank.run("ranks.signal_saved(); ranks.leave()")
+    second.send("raise SystemExit(0)")
     assert second.process.wait(60) == 0
     third.kill()
-    first.does("ranks.wait_for_saved(); time.sleep(2)")
+    first.run("ranks.wait_for_saved(); time.sleep(2)")
     assert first.lines == ["joined", "done"]
     assert sorted(path.name for path in first.log.parent.glob("run/.waiting/start/*")) == [
         "0.alive", "1.saved", "2.saved",
     ]  # fmt: skip
 
 
-def test_a_lost_machine_is_found_out_by_its_silence(start: Start) -> None:
-    """Its witness is gone with it. The first process says so, and whoever hears only of that one ends, too."""
-    first, second, third = start(changes="processes.LOOKS_BETWEEN_HEARTBEATS = 2; processes.PATIENCE = 70")
-    time.sleep(8.0)  # its patience is 7 s, and a witness gives a sign every 5
+def test_lost_machine_is_detected_by_missing_heartbeats(start: Start) -> None:
+    """Its heartbeat process is lost, too. Rank 0 reports it, and the other ranks exit because rank 0 did."""
+    first, second, third = start(
+        changes="processes.POLLS_PER_HEARTBEAT_CHECK = 2; processes.MAX_MISSED_HEARTBEATS = 70"
+    )
+    time.sleep(8.0)  # the timeout is 7 s, the heartbeat interval 5 s
     assert [rank.process.poll() for rank in (first, second, third)] == [None, None, None]
     for process in [second.process, *second.process.children()]:
         process.suspend()
-    assert "process 1 gives no sign of life any more" in first.ends_in_one_line()
-    assert "process 0 is gone" in third.ends_in_one_line()
+    assert "rank 1 sends no heartbeat" in first.exit_line()
+    assert "rank 0 exited" in third.exit_line()
 
 
-def test_a_node_that_does_not_share_the_run_directory_says_so(start: Start) -> None:
-    (alone,) = start(numbers=(1,), changes="processes.LOOKS_BETWEEN_HEARTBEATS = 1; processes.PATIENCE_AT_START = 5")
-    said = alone.ends_in_one_line()
-    assert "is not the one that process 0 works in; it must lie on a file system that all nodes share" in said
+def test_run_directory_that_is_not_shared_is_reported(start: Start) -> None:
+    (alone,) = start(numbers=(1,), changes="processes.POLLS_PER_HEARTBEAT_CHECK = 1; processes.MAX_MISSED_AT_START = 5")
+    said = alone.exit_line()
+    assert "is not the directory that rank 0 uses; put it on a file system shared by all nodes" in said
 
 
-def test_a_launcher_that_ends_a_process_is_answered_in_one_line(start: Start) -> None:
-    """As torchrun ends the others; what the process has forked does not take that for itself."""
+def test_sigterm_from_the_launcher_gives_one_line(start: Start) -> None:
+    """torchrun sends it to the other ranks. A forked helper that gets SIGTERM does not stop its rank."""
     first, *_ = start()
-    first.told(FORKED).wait_for("forked")
+    first.send(FORKED).wait_for("forked")
     (fork,) = [child for child in first.process.children() if "heartbeat" not in " ".join(child.cmdline())]
     fork.terminate()
     fork_ended = time.monotonic() + 60
@@ -184,37 +186,37 @@ def test_a_launcher_that_ends_a_process_is_answered_in_one_line(start: Start) ->
         assert time.monotonic() < fork_ended
         time.sleep(0.01)
     assert first.process.poll() is None
-    first.does("print('done', flush=True)")
+    first.run("print('done', flush=True)")
     first.process.terminate()
     assert first.process.wait(60) == 128 + signal.SIGTERM
     said = [line for line in first.lines if line.startswith("spin: ")]
     assert len(said) == 1
-    assert "its launcher told it to (SIGTERM)" in said[0]
+    assert "SIGTERM from the launcher" in said[0]
 
 
-def test_an_error_that_another_process_has_caused_is_told_as_that(start: Start) -> None:
-    """The collective fails before anybody can know why."""
+def test_collective_broken_by_another_rank_is_reported_as_its_exit(start: Start) -> None:
+    """The collective fails before the watcher sees the exit."""
     first, second, third = start()
-    first.told(FAILS_IN_A_COLLECTIVE)
+    first.send(FAILS_IN_A_COLLECTIVE)
     time.sleep(1)
     assert first.process.poll() is None
     second.kill()
-    assert "process 1 is gone" in first.ends_in_one_line()
+    assert "rank 1 exited" in first.exit_line()
     third.process.wait(60)
 
 
-def test_an_error_of_its_own_is_shown_as_it_is(start: Start) -> None:
-    (first, *_) = start(changes="processes.SECONDS_UNTIL_SEEN = 0.0")
-    first.told(FAILS_IN_A_COLLECTIVE)
+def test_own_error_is_shown_unchanged(start: Start) -> None:
+    (first, *_) = start(changes="processes.PEER_EXIT_TIMEOUT = 0.0")
+    first.send(FAILS_IN_A_COLLECTIVE)
     assert first.process.wait(60) == 1
     assert first.lines[-1].startswith("RuntimeError: [pair.cc")
     (second,) = start("another", (0,))
-    second.told("raise RuntimeError('CUDA out of memory')")
-    assert second.process.wait(10) == 1, "it waits for nobody"
+    second.send("raise RuntimeError('CUDA out of memory')")
+    assert second.process.wait(10) == 1, "other errors are not delayed"
 
 
-def test_what_another_start_left_or_does_counts_for_nothing(start: Start, tmp_path: Path) -> None:
-    """Neither what lies there, nor a second start by mistake that fails, as the directory is in use."""
+def test_files_of_other_starts_are_ignored(start: Start, tmp_path: Path) -> None:
+    """Files of an earlier start, and of a second one that fails because the directory is in use."""
     earlier = tmp_path / "run/.waiting/earlier"
     earlier.mkdir(parents=True)
     (earlier / "1.gone").touch()
@@ -222,46 +224,46 @@ def test_what_another_start_left_or_does_counts_for_nothing(start: Start, tmp_pa
     assert not earlier.exists()
     by_mistake = start("mistake", (1, 2))
     by_mistake[0].kill()
-    assert "process 1 is gone" in by_mistake[1].ends_in_one_line()
-    first.does("ranks.signal_prepared()")
+    assert "rank 1 exited" in by_mistake[1].exit_line()
+    first.run("ranks.signal_prepared()")
     for rank in (second, third):
-        rank.does("ranks.wait_for_prepared()")
+        rank.run("ranks.wait_for_prepared()")
     assert [rank.process.poll() for rank in (first, second, third)] == [None, None, None]
 
 
-def test_nobody_goes_on_in_a_directory_that_another_start_has_taken_over(start: Start) -> None:
-    """The first process's machine was lost, the lock fell, and the command was run again."""
+def test_rank_exits_when_another_start_takes_over_its_directory(start: Start) -> None:
+    """The machine of rank 0 was lost, its lock was released, and the command was rerun."""
     (old,) = start("old", (1,))
     start("new", (0,))
-    assert "another start works in" in old.ends_in_one_line()
+    assert "another start is using" in old.exit_line()
 
 
-def test_others_wait_until_the_first_has_prepared(start: Start) -> None:
+def test_other_ranks_wait_until_rank_0_has_prepared(start: Start) -> None:
     first, second, third = start()
     for rank in (second, third):
-        rank.told("ranks.wait_for_prepared()")
+        rank.send("ranks.wait_for_prepared()")
     time.sleep(0.5)
     assert second.lines == third.lines == ["joined"]
-    first.does("ranks.signal_prepared()")
+    first.run("ranks.signal_prepared()")
     for rank in (second, third):
         rank.wait_for("done")
 
 
-def test_the_first_process_waits_until_the_others_have_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_0_waits_until_the_others_have_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr("spin_plugin.run.processes.SECONDS_UNTIL_SAVED", 0.0)
+    monkeypatch.setattr("spin_plugin.run.processes.SAVE_TIMEOUT", 0.0)
     ranks = Ranks(RunDir(tmp_path), "start")
     ranks.directory.mkdir(parents=True)
     monkeypatch.setenv("RANK", "1")
     ranks.signal_saved()
-    with pytest.raises(SpinError, match="only 1 of 2 other processes have saved"):
+    with pytest.raises(SpinError, match="only 1 of 2 other ranks saved"):
         ranks.wait_for_saved()
     monkeypatch.setenv("RANK", "2")
     ranks.signal_saved()
     ranks.wait_for_saved()
 
 
-def test_a_process_alone_has_nobody_to_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_process_writes_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     ranks = Ranks(RunDir(tmp_path), "start")
     ranks.join()

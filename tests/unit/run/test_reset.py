@@ -1,4 +1,4 @@
-"""`axolotl spin reset`: iterations are taken back, marker first, and nothing else is touched."""
+"""`axolotl spin reset` deletes iterations, run.json first, and touches nothing else."""
 
 from pathlib import Path
 
@@ -15,12 +15,12 @@ from spin_plugin.run.state import RunState
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """Two finished iterations and a third one that was begun; its configuration lies beside it."""
+    """Two finished iterations and an unfinished third, with the configuration beside the run."""
     run = RunDir(tmp_path / "run")
     for number in range(3):
         finished_iteration(run, number)
         (run.iteration(number).path / "synthetic").mkdir()
-        (run.iteration(number).path / "synthetic" / "shard-00000.jsonl").write_text(f"drawn in {number}")
+        (run.iteration(number).path / "synthetic" / "shard-00000.jsonl").write_text(f"generated in {number}")
     run.real.mkdir()
     (run.real / "meta.json").write_text("{}")
     run.write_state(RunState({"rl": "spin"}, [{"iteration": 0}, {"iteration": 1}], "0.1.0"))
@@ -40,7 +40,7 @@ def without_lock(run: RunDir) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_iteration_and_all_after_it_are_gone_and_the_others_untouched(run: RunDir, number: int) -> None:
+def test_iteration_and_later_ones_are_deleted_and_earlier_ones_untouched(run: RunDir, number: int) -> None:
     before = {name: text for name, text in content(run.root).items() if name.startswith("iteration-")}
     done = reset(run, number, "--yes")
     assert done.exit_code == 0, done.output
@@ -56,7 +56,7 @@ def test_iteration_and_all_after_it_are_gone_and_the_others_untouched(run: RunDi
 
 
 @pytest.mark.parametrize("answer", ["n\n", "\n", ""])
-def test_it_asks_first_and_names_what_would_go(run: RunDir, answer: str) -> None:
+def test_reset_asks_first_and_names_what_it_would_delete(run: RunDir, answer: str) -> None:
     before = content(run.root)
     done = reset(run, 1, answer=answer)
     assert done.exit_code == 1
@@ -65,12 +65,12 @@ def test_it_asks_first_and_names_what_would_go(run: RunDir, answer: str) -> None
     assert without_lock(run) == before
 
 
-def test_yes_is_yes(run: RunDir) -> None:
+def test_answering_yes_resets(run: RunDir) -> None:
     assert reset(run, 1, answer="y\n").exit_code == 0
     assert run.started() == [0]
 
 
-def test_run_that_is_being_played_is_left_alone(run: RunDir) -> None:
+def test_run_in_use_is_not_touched(run: RunDir) -> None:
     before = content(run.root)
     with other_process_holds(run.root) as holder:
         done = reset(run, 0, "--yes")
@@ -79,25 +79,25 @@ def test_run_that_is_being_played_is_left_alone(run: RunDir) -> None:
     assert without_lock(run) == before
 
 
-def test_iteration_that_was_never_begun(run: RunDir) -> None:
+def test_iteration_that_was_never_started_is_refused(run: RunDir) -> None:
     before = content(run.root)
     assert reset(run, 3, "--yes").exit_code == 1
     assert content(run.root) == before
 
 
 @pytest.mark.parametrize("directories", [0, 1, 2])
-def test_killed_in_the_middle_the_run_goes_on_before_the_iteration(
+def test_run_can_resume_after_a_reset_killed_midway(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, directories: int
 ) -> None:
-    """The marker goes first, directories from the newest to the oldest, each in one step."""
+    """run.json is updated first; then directories are deleted from newest to oldest, each atomically."""
     removed: list[Path] = []
-    whole = spin_plugin.run.directory.remove_atomically
+    remove = spin_plugin.run.directory.remove_atomically
 
     def killed(path: Path) -> None:
         if len(removed) == directories:
             raise KeyboardInterrupt
         removed.append(path)
-        whole(path)
+        remove(path)
 
     with monkeypatch.context() as patched:
         patched.setattr(spin_plugin.run.directory, "remove_atomically", killed)
@@ -109,7 +109,7 @@ def test_killed_in_the_middle_the_run_goes_on_before_the_iteration(
     assert run.started() == []
 
 
-def test_what_a_killed_removal_left_goes_with_the_next_start(run: RunDir) -> None:
+def test_leftovers_of_a_killed_removal_are_deleted_on_the_next_start(run: RunDir) -> None:
     trash = run.root / ".removed-iteration-1"
     trash.mkdir()
     (trash / "model.safetensors").write_text("old")

@@ -1,4 +1,4 @@
-"""What has no other place: responses of earlier iterations that are gone, and dropout."""
+"""Missing responses of earlier iterations, and disabled dropout."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from spin_plugin.generation.job import SHARD
 from spin_plugin.generation.shards import Shards
 
 
-@pytest.mark.parametrize("gone", ["a shard", "the directory"])
-def test_responses_that_are_gone_never_leave_the_mixing_in_silence(tmp_path: Path, gone: str) -> None:
+@pytest.mark.parametrize("missing", ["shard", "directory"])
+def test_missing_responses_are_refused(tmp_path: Path, missing: str) -> None:
     shards = Shards(tmp_path / "synthetic")
     shards.directory.mkdir()
     shards.note(requests=SHARD + 10)
@@ -20,13 +20,13 @@ def test_responses_that_are_gone_never_leave_the_mixing_in_silence(tmp_path: Pat
         shards.write(number, ({"example": place} for place in range(count)))
     assert len(list(shards.responses())) == SHARD + 10
     shards.shard(1).unlink()
-    if gone == "the directory":
+    if missing == "directory":
         shards = Shards(tmp_path / "elsewhere")
     with pytest.raises(SpinError, match="missing"):
         list(shards.responses())
 
 
-def test_dropout_is_silenced_in_modules_and_in_plain_numbers() -> None:
+def test_dropout_is_disabled_in_modules_and_attributes() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from spin_plugin.model.forward import silence_dropout

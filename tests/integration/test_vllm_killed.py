@@ -1,6 +1,6 @@
-"""vLLM is killed whenever it starts: one line with the cause, no process left, and the same command goes on.
+"""vLLM is killed at every start: one line with the cause, no process left, and a rerun continues.
 
-What happens to engines that are killed in the middle of their work is in test_engines.py.
+test_engines.py kills engines while they generate.
 """
 
 import os
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def is_gone(process: psutil.Process) -> bool:
-    """Ended, or a zombie that an init process without reaping leaves behind."""
+    """Whether it has exited, or is a zombie that init did not reap."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -30,13 +30,13 @@ def is_gone(process: psutil.Process) -> bool:
 def test_vllm_is_killed_in_both_attempts(
     tmp_path: Path, llama: Path, chat_data: Path, command: Callable[..., Finished], vllm_python: Path
 ) -> None:
-    """A worker is killed as soon as it exists; it would need seconds to answer anything."""
+    """A worker is killed as soon as it exists, seconds before it could answer."""
     write_config(tmp_path, spin_config(tmp_path, llama, chat_data, spin={"iterations": 1}))
-    family: set[psutil.Process] = set()
+    children: set[psutil.Process] = set()
     killed = set()
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
-            ["axolotl", "train", "config.yml", "--launcher", "python"],  # then goes on with `preprocess`, as users do
+            ["axolotl", "train", "config.yml", "--launcher", "python"],  # later continued with `preprocess`
             cwd=tmp_path,
             env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
             stdout=log,
@@ -44,8 +44,8 @@ def test_vllm_is_killed_in_both_attempts(
         )
         while process.poll() is None:
             with suppress(psutil.NoSuchProcess):
-                family |= set(psutil.Process(process.pid).children(recursive=True))
-            for child in family - killed:
+                children |= set(psutil.Process(process.pid).children(recursive=True))
+            for child in children - killed:
                 with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                     if any("vllm_worker.py" in part for part in child.cmdline()):
                         child.kill()
@@ -58,8 +58,8 @@ def test_vllm_is_killed_in_both_attempts(
         (line,) = [line for line in lines if line.startswith(f"spin: {kind}: ") and "vLLM stopped" in line]
         assert "killed by signal 9" in line
         assert said in line
-    deadline = time.monotonic() + 30  # Python's own helper processes end a moment after their parent
-    while left := [child for child in family if not is_gone(child)]:
+    deadline = time.monotonic() + 30  # Python's helper processes exit a moment after their parent
+    while left := [child for child in children if not is_gone(child)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
 

@@ -1,10 +1,10 @@
-"""Play gpu_check.sh's ways, as many as the GPUs allow, and print a table of what came of each.
+"""Run gpu_check.sh's configurations ("ways"), as many as the GPUs allow, and print a table of results.
 
-    python scripts/gpu/play.py --gpus N [FOLDER] [--only WAY ...]        # gpu_check.sh counts the GPUs
+    python scripts/gpu/check.py --gpus N [DIRECTORY] [--only WAY ...]        # gpu_check.sh counts the GPUs
 
-A way is WRONG when its command failed, when the first loss of its last iteration is further from ln 2 than the rounding
-of 16 bits explains, or when vLLM and the policy were not compared. `apart` is the largest of the run's own lines on how
-far those two are apart, in nats a token. At the end our generation is measured against one bare `LLM.generate`.
+A way is WRONG if its command failed, if the first loss of its last iteration differs from ln 2 by more than 16-bit
+rounding explains, or if vLLM and the policy were not compared. `apart` is the largest distance between vLLM and the
+policy that the run reports, in nats per token. Finally, our generation is compared with one bare `LLM.generate`.
 """
 
 import argparse
@@ -24,19 +24,19 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from gpu_configs import WAYS, Way, config_of, make_model_of, write  # noqa: E402
 
 ITERATIONS = 2
-MARGIN_NOISE = 0.5  # nats; what 16 bits are expected to do to the difference of two responses, see docs/gpu.md
-LEAST_OF_BARE = 0.95
+MARGIN_NOISE = 0.5  # nats; expected 16-bit rounding error of the difference of two responses, see docs/gpu.md
+MIN_SPEED_VS_BARE = 0.95
 COLUMNS = "{:<16}{:<10}{:>5} {:>9} {:>8} {:>8} {:>9}  {}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What came of a way."""
+    """Result of a way."""
 
     way: str
     code: int
     losses: list[float]
-    """Of the last iteration."""
+    """`spin/loss` of the last iteration's steps."""
     apart: float | None
     wrong: str | None
 
@@ -50,28 +50,28 @@ class Row:
 
 
 def first_loss_tolerance(beta: float, pairs: int) -> float:
-    """How far the mean loss of so many pairs may lie from ln 2, where each margin is off by `MARGIN_NOISE` nats.
+    """Return the tolerated distance from ln 2 of the mean loss of `pairs` pairs with margin error `MARGIN_NOISE`.
 
-    log(1 + e^-z) = ln 2 - z/2 + z^2/8 - ..., with z of size beta * noise: three standard deviations of the mean of z/2,
-    and the mean of z^2/8.
+    log(1 + e^-z) = ln 2 - z/2 + z^2/8 - ..., with |z| = beta * noise: three standard deviations of the mean of z/2
+    plus the mean of z^2/8.
     """
     size = beta * MARGIN_NOISE
     return 3 * size / 2 / math.sqrt(pairs) + size**2 / 8
 
 
 def apart_in(log: str) -> float | None:
-    """The largest distance of vLLM and the policy that a run reports, in nats a token."""
+    """Return the largest distance between vLLM and the policy in a run's log, in nats per token."""
     return max((float(found) for found in re.findall(r"(\d[\d.e+-]*|nan) nats a token", log)), default=None)
 
 
-def judged(way: str, code: int, log: str, losses: list[float], beta: float) -> Row:
-    """The row of a way.
+def evaluate(way: str, code: int, log: str, losses: list[float], beta: float) -> Row:
+    """Return the row of a way.
 
     Args:
-        code: of its command.
-        log: what the command wrote.
+        code: its command's exit code.
+        log: the command's output.
         losses: `spin/loss` of the last iteration's steps.
-        beta: that of the way.
+        beta: the way's beta.
     """
     apart, wrong = apart_in(log), None
     if code:
@@ -90,8 +90,8 @@ def left_out(gpus: int) -> dict[str, Way]:
     return {name: way for name, way in WAYS.items() if way.gpus > gpus}
 
 
-def play(way: str, directory: Path) -> Row:
-    """Play two iterations; what is finished is left alone."""
+def run(way: str, directory: Path) -> Row:
+    """Run two iterations of a way; finished ones are skipped."""
     make_model_of(directory, way)
     log, metrics = directory / f"{way}.log", directory / way / f"iteration-{ITERATIONS - 1}" / "metrics.jsonl"
     command = [ROOT / "scripts/iterate.sh", directory / f"{way}.yml"]
@@ -101,11 +101,15 @@ def play(way: str, directory: Path) -> Row:
     entries = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     losses = [entry["spin/loss"] for entry in entries if "spin/loss" in entry]
     beta = config_of(directory, way)["spin"].get("beta", 0.1)
-    return judged(way, done.returncode, log.read_text(encoding="utf-8", errors="replace"), losses, beta)
+    return evaluate(way, done.returncode, log.read_text(encoding="utf-8", errors="replace"), losses, beta)
 
 
 def generation(directory: Path) -> tuple[str, bool]:
-    """A line on our generation against one bare `LLM.generate` at 1,024 sequences, and whether it is as fast."""
+    """Compare our generation with one bare `LLM.generate` at 1,024 sequences.
+
+    Returns:
+        A line with the result, and whether ours is as fast.
+    """
     make_model_of(directory, "real-size")
     result, log = directory / "generation.json", directory / "generation.log"
     program = [sys.executable, ROOT / "scripts/bench/generate.py", "--unseeded", "--model", directory / "1b"]
@@ -113,29 +117,29 @@ def generation(directory: Path) -> tuple[str, bool]:
         done = subprocess.run([*program, "--json", result], stdout=out, stderr=out, check=False)
     if done.returncode:
         return f"generation WRONG: see {log}", False
-    return judged_speed(json.loads(result.read_text()))
+    return evaluate_speed(json.loads(result.read_text()))
 
 
-def judged_speed(found: dict[str, Any]) -> tuple[str, bool]:
-    """Of what generate.py measured."""
-    fast = found["vs_bare"] >= LEAST_OF_BARE
+def evaluate_speed(found: dict[str, Any]) -> tuple[str, bool]:
+    """Like `generation`, from the measurements of generate.py."""
+    fast = found["vs_bare"] >= MIN_SPEED_VS_BARE
     line = f"ours / bare {found['vs_bare']:.3f}, bare without seeds / bare {found['unseeded_vs_bare']:.3f}"
-    return f"generation {'ok' if fast else f'WRONG (below {LEAST_OF_BARE})'}: {line}", fast
+    return f"generation {'ok' if fast else f'WRONG (below {MIN_SPEED_VS_BARE})'}: {line}", fast
 
 
 def table(options: argparse.Namespace) -> Iterator[tuple[str, bool]]:
-    """Lines as they are known, each with whether it is right."""
+    """Yield each line of the table as soon as it is available, with whether it is right."""
     missing = left_out(options.gpus)
     yield COLUMNS.format("way", "", "exit", "processes", "first", "last", "apart", ""), True
     for way in options.only:
         if way in missing:
             continue
-        row = play(way, options.directory)
+        row = run(way, options.directory)
         yield str(row), row.wrong is None
     if set(options.only) == set(WAYS):
         yield generation(options.directory)
     if absent := [f"{way} ({missing[way].gpus} GPUs)" for way in options.only if way in missing]:
-        yield f"left out, as this machine has {options.gpus} GPU(s): {', '.join(absent)}", True
+        yield f"left out because this machine has {options.gpus} GPU(s): {', '.join(absent)}", True
 
 
 def main() -> None:
