@@ -13,8 +13,8 @@ from typing import Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from spin_plugin.args import (
+    PLUGIN_VLLM_KEYS,
     RUN_WIDE_KEYS,
-    SET_BY_THE_PLUGIN,
     VLLM_SERVER_KEYS,
     Block,
     GenerationArgs,
@@ -92,7 +92,7 @@ def reference() -> str:
             "",
             "| `loss_type` | l(z) | when | source |",
             "|---|---|---|---|",
-            *(f"| `{name}` | `{loss.formula}` | {loss.use} | {loss.source} |" for name, loss in LOSSES.items()),
+            *(f"| `{name}` | `{loss.formula}` | {loss.when} | {loss.source} |" for name, loss in LOSSES.items()),
             "",
             f"An entry of `schedule` cannot change {keys(RUN_WIDE_KEYS)}.",
             "",
@@ -101,7 +101,7 @@ def reference() -> str:
             table(GenerationArgs),
             "",
             f"`vllm_kwargs` accepts neither keys of the `vllm:` block nor those that the plugin sets: "
-            f"{keys(SET_BY_THE_PLUGIN)}.",
+            f"{keys(PLUGIN_VLLM_KEYS)}.",
             "",
             "## `vllm`",
             "",

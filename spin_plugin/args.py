@@ -22,7 +22,7 @@ VLLM_SERVER_KEYS = frozenset(
     {"device", "host", "port", "enable_reasoning", "reasoning_parser", "serve_module", "worker_extension_cls"}
 )
 # Arguments of vLLM that the plugin sets itself.
-SET_BY_THE_PLUGIN = frozenset(
+PLUGIN_VLLM_KEYS = frozenset(
     {
         "model", "tokenizer", "revision", "trust_remote_code", "seed", "generation_config", "enable_lora",
         "max_lora_rank",
@@ -125,7 +125,7 @@ class GenerationArgs(Block):
                 raise ValueError(
                     "vllm_kwargs.hf_token: Axolotl logs the configuration; set HF_TOKEN in the environment instead"
                 )
-            if key in SET_BY_THE_PLUGIN:
+            if key in PLUGIN_VLLM_KEYS:
                 raise ValueError(f"vllm_kwargs.{key}: set by the plugin; remove it")
         return self
 

@@ -20,7 +20,7 @@ console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 # Disk errors that can occur on writing, and the way out. None of them damages files that were complete before.
-DISK = {
+DISK_ERRORS = {
     errno.ENOSPC: "free some space, then rerun the same command",
     errno.EDQUOT: "free some of your quota, then rerun the same command",
     errno.EFBIG: "raise the file size limit, then rerun the same command",
@@ -58,7 +58,7 @@ def _print(start: str, style: str, message: str) -> None:
     console.print(Text.assemble((start, style), shown))
 
 
-def exit_in_one_line(hook: Callable[P, R]) -> Callable[P, R]:
+def exit_on_error(hook: Callable[P, R]) -> Callable[P, R]:
     """Turn a `SpinError`, a disk error or Ctrl-C raised by `hook` into a one-line message and a nonzero exit code."""
 
     @wraps(hook)
@@ -68,7 +68,7 @@ def exit_in_one_line(hook: Callable[P, R]) -> Callable[P, R]:
         except SpinError as error:
             reason = str(error)
         except OSError as error:
-            if error.errno not in DISK:
+            if error.errno not in DISK_ERRORS:
                 raise
             reason = disk_error(error)
         except KeyboardInterrupt:
@@ -85,4 +85,4 @@ def disk_error(error: OSError) -> str:
     assert error.errno is not None
     reason = os.strerror(error.errno)
     # Some writers set the error number without the file name.
-    return f"{error.filename or 'a file in output_dir'}: {reason}; {DISK[error.errno]}"
+    return f"{error.filename or 'a file in output_dir'}: {reason}; {DISK_ERRORS[error.errno]}"

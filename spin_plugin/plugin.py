@@ -6,7 +6,7 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin, PluginManager
 
 from spin_plugin.config.lower import Lowered, asks_for_spin, lower, restore, undo
-from spin_plugin.console import SpinError, exit_in_one_line
+from spin_plugin.console import SpinError, exit_on_error
 from spin_plugin.versions import require_supported_axolotl
 
 
@@ -20,7 +20,7 @@ class SpinPlugin(BasePlugin):
         self.iteration: Any = None
         """The `training.iteration.Iteration` that this command runs; None in commands that do not train."""
 
-    @exit_in_one_line
+    @exit_on_error
     def register(self, cfg: Any) -> None:
         """Lower `rl: spin` to a supervised run before Axolotl validates the configuration."""
         self.lowered, self.iteration = None, None
@@ -40,7 +40,7 @@ class SpinPlugin(BasePlugin):
     def get_input_args(self) -> str | None:
         return "spin_plugin.args.SpinPluginArgs" if self.lowered else None
 
-    @exit_in_one_line
+    @exit_on_error
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
         """Generate the opponent's responses and build the pairs. Only `train` and `preprocess` call this hook."""
         if self.lowered is None:
@@ -64,21 +64,21 @@ class SpinPlugin(BasePlugin):
 
     def post_model_build(self, cfg: Any, model: Any) -> None:
         if self.iteration:
-            self.iteration.note_formats(model)
+            self.iteration.record_fp32_tensors(model)
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         """Called before the model is wrapped (FSDP, DDP, …)."""
         if self.iteration:
             self.iteration.keep_masters(model)
 
-    @exit_in_one_line
+    @exit_on_error
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if self.iteration:
             self.iteration.check_trainer(trainer)
         elif self.lowered:
             raise SpinError("plugins: another plugin loaded the dataset in place of SPIN; remove that plugin")
 
-    @exit_in_one_line
+    @exit_on_error
     def post_train_unload(self, cfg: Any) -> None:
         """Finish the iteration: model, tokenizer and metrics are on disk.
 

@@ -1,7 +1,7 @@
 """Tiny random models of transformers' causal LM families, each compared with one sequence at a time.
 
-`judge` lets `choose_layout` decide on some pairs. On other pairs it then compares the chosen layout, values and
-gradients, with the original model's own logits of one sequence at a time.
+`compare_layouts` lets `choose_layout` decide on some pairs. On other pairs it then compares the chosen layout, values
+and gradients, with the original model's own logits of one sequence at a time.
 """
 
 import copy
@@ -120,15 +120,15 @@ class Verdict(NamedTuple):
     """Relative difference of all gradients."""
 
 
-def judge(family: str, **changes: Any) -> Verdict:
+def compare_layouts(family: str, **changes: Any) -> Verdict:
     """Let `choose_layout` choose a layout for a model of the family and check whether it was right."""
     model = build(family, **changes)
     original = copy.deepcopy(model)
     install(model)
     reason, chosen, own = None, "refused", True
     try:
-        layout = choose_layout(model, PROBE_ROWS, wanted=True, pad_token_id=PAD)
-        chosen, reason = "shared" if layout.shared_prefix else "padded", layout.not_shared_because
+        layout = choose_layout(model, PROBE_ROWS, requested=True, pad_token_id=PAD)
+        chosen, reason = "shared" if layout.shared_prefix else "padded", layout.padded_reason
         own = layout.own_logits
     except SpinError as error:
         reason = str(error)

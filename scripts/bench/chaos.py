@@ -237,8 +237,8 @@ def outcome(run: Path) -> dict[str, Any]:
         "pairs": hashlib.sha256((directory.pairs / "train.arrow").read_bytes()).hexdigest(),
         "number of pairs": len(pairs.train),
         "opponent": load_file(pairs.opponent_files["train"])["logps"],
-        "steps": [entry["step"] for entry in directory.logged()],
-        "losses": [entry["spin/loss"] for entry in directory.logged() if "spin/loss" in entry],
+        "steps": [entry["step"] for entry in directory.read_log()],
+        "losses": [entry["spin/loss"] for entry in directory.read_log() if "spin/loss" in entry],
         "weights": load_file(directory.path / "model.safetensors"),
     }
 

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from families import build, judge
+from families import build, compare_layouts
 
 # Families reject tiny sizes with many kinds of errors; the output shows which.
 FAILURES: tuple[type[Exception], ...] = (
@@ -43,7 +43,7 @@ def verdict(family: str) -> dict[str, Any]:
     except FAILURES as error:
         return {"family": family, "chosen": "not built", "right": None, "reason": _short(error)}
     try:
-        return judge(family)._asdict()
+        return compare_layouts(family)._asdict()
     except FAILURES as error:
         return {"family": family, "chosen": "failed", "right": False, "reason": _short(error)}
 

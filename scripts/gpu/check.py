@@ -61,7 +61,7 @@ def first_loss_tolerance(beta: float, pairs: int) -> float:
 
 def apart_in(log: str) -> float | None:
     """Return the largest distance between vLLM and the policy in a run's log, in nats per token."""
-    return max((float(found) for found in re.findall(r"(\d[\d.e+-]*|nan) nats a token", log)), default=None)
+    return max((float(found) for found in re.findall(r"(\d[\d.e+-]*|nan) nats per token", log)), default=None)
 
 
 def evaluate(way: str, code: int, log: str, losses: list[float], beta: float) -> Row:

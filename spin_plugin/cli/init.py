@@ -13,7 +13,7 @@ from spin_plugin.config.announce import HIGHEST_LEARNING_RATE
 from spin_plugin.config.lower import PLUGIN
 from spin_plugin.config.parse import parse_spin_block
 from spin_plugin.config.refuse import refuse
-from spin_plugin.console import SpinError, exit_in_one_line, say, warn
+from spin_plugin.console import SpinError, exit_on_error, say, warn
 from spin_plugin.versions import discovers_plugins
 
 STARTER = Path(__file__).with_name("starter.yml")
@@ -36,7 +36,7 @@ SPIN_KEYS = {"rl": "spin", "spin": {"iterations": 3}}
     type=click.Path(dir_okay=False, path_type=Path),
     help="File to write. Default: spin.yml, or SFT's name with -spin appended.",
 )
-@exit_in_one_line
+@exit_on_error
 def init(sft: Path | None, output: Path | None) -> None:
     """Write a SPIN configuration based on SFT, the Axolotl configuration that trained the model. Without SFT, write a
     template."""

@@ -5,14 +5,14 @@ from pathlib import Path
 import click
 
 from spin_plugin.cli.config_file import CONFIG, read_config
-from spin_plugin.console import SpinError, exit_in_one_line, say
+from spin_plugin.console import SpinError, exit_on_error, say
 
 
 @click.command()
 @CONFIG
 @click.option("--iteration", type=click.IntRange(min=0), required=True, help="First iteration to remove.")
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
-@exit_in_one_line
+@exit_on_error
 def reset(config: Path, iteration: int, yes: bool) -> None:
     """Remove an iteration and all later ones from the run configured by CONFIG."""
     _, run = read_config(config)

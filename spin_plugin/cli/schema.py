@@ -8,7 +8,7 @@ import click
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, JsonSchemaWarningKind
 from pydantic_core import PydanticSerializationError, core_schema
 
-from spin_plugin.console import SpinError, exit_in_one_line, say
+from spin_plugin.console import SpinError, exit_on_error, say
 
 
 class _Schema(GenerateJsonSchema):
@@ -30,7 +30,7 @@ class _Schema(GenerateJsonSchema):
 @click.command("config-schema")
 @click.option("--field", help="Print the schema of this key only.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the schema to a file.")
-@exit_in_one_line
+@exit_on_error
 def config_schema(field: str | None, output: Path | None) -> None:
     """Print the JSON schema of a SPIN configuration: Axolotl's keys, `rl: spin` and the `spin:` block.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from filelock import FileLock
 
-from spin_plugin.console import SpinError, exit_in_one_line, say
+from spin_plugin.console import SpinError, exit_on_error, say
 
 # Tested versions.
 VLLM_GPU = "vllm>=0.20.2,<0.33"
@@ -32,7 +32,7 @@ MARKER = "made-by-spin-plugin"
     help="Directory of the environment.",
 )
 @click.option("--ray", is_flag=True, help="Also install Ray, for `generation: {backend: ray}`.")
-@exit_in_one_line
+@exit_on_error
 def setup(path: Path, ray: bool) -> None:
     """Create an environment with vLLM, or with vLLM's CPU build if there is no GPU. `axolotl train` finds it there.
 

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from spin_plugin.cli.config_file import CONFIG, read_config
-from spin_plugin.console import console, exit_in_one_line
+from spin_plugin.console import console, exit_on_error
 from spin_plugin.objective.metrics import METRICS
 from spin_plugin.run.directory import RunDir
 
@@ -19,7 +19,7 @@ METRIC_COLUMNS = {metric.column: f"spin/{name}" for name, metric in METRICS.item
 @click.command()
 @CONFIG
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, as the last line of the output.")
-@exit_in_one_line
+@exit_on_error
 def status(config: Path, as_json: bool) -> None:
     """Show the iterations of the run configured by CONFIG."""
     content = run_status(config)

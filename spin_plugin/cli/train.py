@@ -12,7 +12,7 @@ import click
 import psutil
 
 from spin_plugin.cli.config_file import CONFIG, read_config
-from spin_plugin.console import INTERRUPTED, SpinError, exit_in_one_line, say
+from spin_plugin.console import INTERRUPTED, SpinError, exit_on_error, say
 
 # Keeps `accelerate launch` from printing a stack trace after the one-line error of the command it started.
 QUIET = ("--", "--quiet")
@@ -22,7 +22,7 @@ QUIET = ("--", "--quiet")
 @CONFIG
 @click.option("--iterations", type=click.IntRange(min=1), help="Number of iterations to train. Default: all remaining.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- AXOLOTL TRAIN ARGUMENTS]")
-@exit_in_one_line
+@exit_on_error
 def train(config: Path, iterations: int | None, arguments: tuple[str, ...]) -> None:
     """Train the remaining iterations of CONFIG, each in its own `axolotl train`.
 

@@ -25,7 +25,7 @@ class OpponentSpec:
     dtype: str
     """The dtype in which training loads the model, for example `bfloat16`."""
     trust_remote_code: bool
-    quantised: bool
+    quantized: bool
     """Whether training loads the model in 4 or 8 bits; vLLM uses the unquantized model."""
     fp8: bool
     """Whether training computes in fp8."""
@@ -102,7 +102,7 @@ def read_opponent(cfg: Any) -> OpponentSpec:
         adapter=Path(cfg.lora_model_dir) if cfg.adapter and cfg.lora_model_dir else None,
         dtype=_name(cfg.torch_dtype),
         trust_remote_code=bool(cfg.trust_remote_code),
-        quantised=bool(cfg.load_in_4bit or cfg.load_in_8bit),
+        quantized=bool(cfg.load_in_4bit or cfg.load_in_8bit),
         fp8=bool(cfg.fp8),
         gptq=bool(cfg.gptq),
         overrides=dict(cfg.overrides_of_model_config) if cfg.overrides_of_model_config else None,

@@ -34,7 +34,7 @@ class ExampleCounts:
     ends: Counter[int] = field(default_factory=Counter)
     """How often each token ends a real response."""
 
-    def described(self) -> str:
+    def summary(self) -> str:
         """Summarize in one line what was converted, and what was skipped and why."""
         skipped = {
             "without a trained response": self.no_response,
@@ -109,15 +109,15 @@ def find_end_tokens(examples: Dataset, ends: Counter[int], special: Iterable[int
     return found
 
 
-def choose_prompts(available: int, wanted: int | None, *, seed: int, draw: int) -> np.ndarray:
+def choose_prompts(available: int, count: int | None, *, seed: int, sample: int) -> np.ndarray:
     """Return the ids of an iteration's prompts in ascending order.
 
     Args:
         available: number of examples.
-        wanted: `num_prompts`; None or more than `available` selects all.
+        count: `num_prompts`; None or more than `available` selects all.
         seed: the run's seed.
-        draw: the iteration's number if each iteration samples its own prompts, otherwise 0.
+        sample: the iteration's number if each iteration samples its own prompts, otherwise 0.
     """
-    if wanted is None or wanted >= available:
+    if count is None or count >= available:
         return np.arange(available)
-    return np.sort(np.random.default_rng([seed, draw]).choice(available, wanted, replace=False))
+    return np.sort(np.random.default_rng([seed, sample]).choice(available, count, replace=False))

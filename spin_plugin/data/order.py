@@ -34,12 +34,12 @@ def balanced(chunk: Tensor, lengths: Tensor, groups: int) -> Tensor:
     return chunk[torch.tensor(filled).flatten()]
 
 
-def steps_in_epoch(pairs: int, *, micro_batch: int, ranks: int, accumulated: int) -> int:
+def steps_in_epoch(pairs: int, *, micro_batch: int, ranks: int, accumulation: int) -> int:
     """Return the number of optimizer steps in an epoch, counted like transformers."""
-    return max(1, math.ceil(math.ceil(pairs / (micro_batch * ranks)) / accumulated))
+    return max(1, math.ceil(math.ceil(pairs / (micro_batch * ranks)) / accumulation))
 
 
-def counted(pairs: int, *, number: int, micro_batch: int, rank: int, ranks: int) -> int:
+def pairs_counted(pairs: int, *, number: int, micro_batch: int, rank: int, ranks: int) -> int:
     """Return how many pairs of a rank's micro-batch are not fill-up pairs; those come last.
 
     Args:

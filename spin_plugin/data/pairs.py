@@ -49,7 +49,7 @@ class PairStats:
         """`count` as a fraction of the responses, 0..1."""
         return count / self.responses if self.responses else 0.0
 
-    def described(self) -> str:
+    def summary(self) -> str:
         """One line of statistics for the console."""
         dropped = "dropped" if self.equal_dropped else "kept"
         parts = [

@@ -88,9 +88,9 @@ def _write_real(source: Source, rows: dict[str, Dataset], directory: Path, *, tu
     }
     (directory / "meta.json").write_text(json.dumps(content), encoding="utf-8")
     shown = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in ends)
-    say(f"{counts['train'].described()}; real responses end with {shown}")
+    say(f"{counts['train'].summary()}; real responses end with {shown}")
     if "eval" in counts:
-        say(f"held-out split: {counts['eval'].described()}")
+        say(f"held-out split: {counts['eval'].summary()}")
 
 
 def _require_examples(counts: ExampleCounts, sequence_len: int) -> None:

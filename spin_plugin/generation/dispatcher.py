@@ -62,7 +62,7 @@ def generate(
     if not missing:
         return
     python = find_python()
-    shards.note(**job.manifest())  # paths and engine arguments may have changed
+    shards.update_manifest(**job.manifest())  # paths and engine arguments may have changed
     gpus_each = job.engine.get("tensor_parallel_size", 1) * job.engine.get("pipeline_parallel_size", 1)
     placed = [Placement()] if ray else placements(engines, gpus_each)[: len(missing)]
     cluster = {"ray_address": ray_address, "actors": engines} if ray else None
@@ -81,10 +81,10 @@ def generate(
             if exited.adapter_not_served:
                 raise AdapterNotServedError(exited.diagnosis())
             if less_memory or not exited.may_fit_with_less_memory:
-                raise SpinError(f"{stopped}; finished shards are kept, run the same command again")
+                raise SpinError(f"{stopped}; finished shards are kept, rerun the same command")
             warn(f"{stopped}; generating the rest once more with less memory ({LESS_MEMORY})")
         generated = {"responses": progress.done, "tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
-    shards.note(generated=generated)
+    shards.update_manifest(generated=generated)
 
 
 @contextmanager
@@ -186,7 +186,7 @@ class _Dispatcher:
             engine.set_ready(message["slots"])
             self.progress.start()
         elif "vllm" in message:
-            self.shards.note(vllm=message["vllm"])
+            self.shards.update_manifest(vllm=message["vllm"])
         self._submit(engine)
 
     def _store(self, engine: Engine, message: dict[str, Any]) -> None:

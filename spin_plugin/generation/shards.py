@@ -75,7 +75,7 @@ class Shards:
         self.directory.mkdir(parents=True)
         write_atomically(self.manifest_file, json.dumps(job.manifest(), indent=2) + "\n")
 
-    def note(self, **fields: Any) -> None:
+    def update_manifest(self, **fields: Any) -> None:
         """Add fields to the manifest, such as vLLM's version."""
         write_atomically(self.manifest_file, json.dumps((self.manifest() or {}) | fields, indent=2) + "\n")
 

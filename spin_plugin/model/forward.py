@@ -20,10 +20,10 @@ def install(model: nn.Module) -> None:
     Call it before the model is wrapped for training; repeated calls do nothing.
     """
     inner = causal_lm(model)
-    if hasattr(inner, "spin_earlier_forward"):
+    if hasattr(inner, "spin_original_forward"):
         return
     head = inner.get_output_embeddings()
-    inner.spin_earlier_forward = inner.__dict__.get("forward")
+    inner.spin_original_forward = inner.__dict__.get("forward")
 
     # `wraps` because transformers' Trainer, among others, inspects the signature of `forward`.
     @wraps(type(inner).forward)
@@ -37,7 +37,7 @@ def install(model: nn.Module) -> None:
 
 
 def _forward(self: Any, batch: dict[str, Tensor] | None, *args: Any, own_logits: bool = False, **kwargs: Any) -> Any:
-    original = self.spin_earlier_forward or MethodType(type(self).forward, self)
+    original = self.spin_original_forward or MethodType(type(self).forward, self)
     if batch is None:
         return original(*args, **kwargs)
     kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes many as None
@@ -77,7 +77,7 @@ def logps(model: nn.Module, batch: dict[str, Tensor], *, own_logits: bool = Fals
     return found
 
 
-def silence_dropout(module: nn.Module) -> float:
+def disable_dropout(module: nn.Module) -> float:
     """Set every dropout rate of a module to 0 and return the largest previous rate.
 
     Dropout would make the policy differ from the opponent before the first step. Some models keep the rate as a plain

@@ -98,10 +98,10 @@ class _LinearLogps(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         """With g the gradient [K], dz = -g (softmax - one-hot); g is folded into the [K, H] side of each product."""
         hidden, weight, bias, targets = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        d_hidden = torch.empty_like(hidden) if wanted[0] else None
-        d_weight = torch.zeros_like(weight) if wanted[1] else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] else None
+        needed = ctx.needs_input_grad
+        d_hidden = torch.empty_like(hidden) if needed[0] else None
+        d_weight = torch.zeros_like(weight) if needed[1] else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if needed[2] else None
         for first in range(0, len(hidden), CHUNK):
             rows = slice(first, first + CHUNK)
             minus_g = -gradient[rows, None]

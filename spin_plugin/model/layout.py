@@ -113,7 +113,7 @@ def _sides(pairs: int) -> Tensor:
     return torch.arange(2 * pairs).view(2, -1)
 
 
-def by_token(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def split_into_tokens(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the batch with each of its K response tokens as a separate response.
 
     Functions that return [R] log-probs then return [K], one per token.
@@ -122,7 +122,7 @@ def by_token(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch | {"segments": tokens, "lengths": torch.ones_like(tokens)}
 
 
-def response_numbers(pairs: Tensor) -> Tensor:
+def response_indices(pairs: Tensor) -> Tensor:
     """Return the [2, n] storage indices of the opponent's log-probs, real then synthetic, for [n] pair indices."""
     return torch.stack([2 * pairs, 2 * pairs + 1])
 
@@ -142,5 +142,5 @@ class PairCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         pairs = [Pair(row["prompt"], row["real"], row["synthetic"]) for row in rows]
         batch = shared_prefix_batch(pairs) if self.shared_prefix else padded_batch(pairs, self.pad_token_id)
-        batch["responses"] = response_numbers(torch.tensor([row["index"] for row in rows])).flatten()
+        batch["responses"] = response_indices(torch.tensor([row["index"] for row in rows])).flatten()
         return batch

@@ -45,7 +45,7 @@ class Layout(NamedTuple):
     """Each pair is `prompt | real | synthetic` in one row; otherwise it is two padded sequences."""
     own_logits: bool
     """Use the model's own logits, because the chunked head disagrees with them."""
-    not_shared_because: str | None = None
+    padded_reason: str | None = None
     """Why the layout is padded although shared-prefix was requested."""
 
 
@@ -53,7 +53,7 @@ def choose_layout(
     model: nn.Module,
     rows: Sequence[Sequence[Pair]],
     *,
-    wanted: bool,
+    requested: bool,
     pad_token_id: int,
     device: torch.device | None = None,
     gather: Callable[[Any], list[Any]] = lambda found: [found],
@@ -66,7 +66,7 @@ def choose_layout(
     Args:
         model: as trained, wrapped or not; `install` must have been called.
         rows: the result of `probe`.
-        wanted: whether the shared-prefix layout is requested.
+        requested: whether the shared-prefix layout is requested.
         pad_token_id: for the padded layout.
         device: where the model computes; defaults to its parameters' device, which is wrong if FSDP offloads them.
         gather: returns every rank's argument, in the same order on all ranks.
@@ -83,7 +83,7 @@ def choose_layout(
     # With torch_compile: true, a kernel that fails to compile would run eagerly and allocate [heads, T, T].
     with torch.random.fork_rng(devices), torch._dynamo.config.patch(suppress_errors=False), torch.no_grad():
         try:
-            return _Choice(model, rows, pad_token_id, device, gather).layout(wanted=wanted)
+            return _Choice(model, rows, pad_token_id, device, gather).layout(requested=requested)
         finally:
             model.train(training)
 
@@ -140,20 +140,20 @@ class _Choice:
 
     def _is_exact(self, dtypes: set[torch.dtype]) -> bool:
         """Return whether the model computes in full fp32 or better, without quantization or TF32."""
-        quantised = getattr(self.inner.config, "quantization_config", None) is not None
+        quantized = getattr(self.inner.config, "quantization_config", None) is not None
         tf32 = self.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-        return dtypes <= {torch.float32, torch.float64} and not quantised and not tf32
+        return dtypes <= {torch.float32, torch.float64} and not quantized and not tf32
 
     # --- layouts -----------------------------------------------------------------------------
 
-    def layout(self, *, wanted: bool) -> Layout:
+    def layout(self, *, requested: bool) -> Layout:
         padded = self._deviation(self.padded)
-        reason = unsupported_reason(self.model) if wanted else None
-        if wanted and reason is None:
+        reason = unsupported_reason(self.model) if requested else None
+        if requested and reason is None:
             reason = self._shared_prefix_fault(padded)
-        if not wanted or reason is not None:
+        if not requested or reason is not None:
             self._require_padded(padded)
-        return Layout(wanted and reason is None, self.own_logits, reason)
+        return Layout(requested and reason is None, self.own_logits, reason)
 
     def _require_padded(self, deviation: Deviation) -> None:
         if deviation.per_root_token > self.tolerance.high:

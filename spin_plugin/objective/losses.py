@@ -34,7 +34,7 @@ class Loss(NamedTuple):
     """-l'(z), the weight of a pair's gradient."""
     formula: str
     source: str
-    use: str
+    when: str
     """When to choose it; shown in the reference."""
 
 
@@ -44,28 +44,28 @@ LOSSES: dict[str, Loss] = {
         lambda z: (-z).sigmoid(),
         formula="log(1 + exp(-z))",
         source="arXiv 2401.01335, equation 4.7; used in all its experiments",
-        use="Default. Starts at ln 2; a pair's gradient fades as its margin grows.",
+        when="Default. Starts at ln 2; a pair's gradient fades as its margin grows.",
     ),
     "hinge": Loss(
         lambda z: (1 - z).relu(),
         lambda z: (z < 1).to(z.dtype),
         formula="max(0, 1 - z)",
         source="arXiv 2401.01335, section 4.1",
-        use="To ignore pairs whose margin has reached 1 and weight all others equally.",
+        when="To ignore pairs whose margin has reached 1 and weight all others equally.",
     ),
     "exponential": Loss(
         lambda z: (-z).exp(),
         lambda z: (-z).exp(),
         formula="exp(-z)",
         source="arXiv 2401.01335, section 4.1",
-        use="To weight misranked pairs most. A single outlier can dominate a step.",
+        when="To weight misranked pairs most. A single outlier can dominate a step.",
     ),
     "correlation": Loss(
         lambda z: 1 - z,
         lambda z: z.new_ones(z.shape),
         formula="1 - z",
         source="arXiv 2401.01335, section 4.1 (integral probability metric)",
-        use="For analysis. Linear, so it never saturates: only the learning rate limits the margin.",
+        when="For analysis. Linear, so it never saturates: only the learning rate limits the margin.",
     ),
 }
 

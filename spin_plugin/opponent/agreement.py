@@ -71,7 +71,7 @@ class Distance(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"vLLM and the policy are {self.mean:.1g} nats a token apart on average (KL {self.kl:.1g}, largest "
+            f"vLLM and the policy are {self.mean:.1g} nats per token apart on average (KL {self.kl:.1g}, largest "
             f"{self.largest:.1g}) in {self.tokens:,} tokens of {self.responses} responses"
         )
 
@@ -94,14 +94,14 @@ def distance(vllm: Sequence[Sequence[float]], policy: Sequence[Tensor]) -> Dista
     return Distance(delta.abs().mean().item(), delta.abs().max().item(), kl, len(delta), len(apart))
 
 
-def require_agreement(found: Distance | None, iteration: int, *, exact: bool, quantised: bool) -> None:
+def require_agreement(found: Distance | None, iteration: int, *, exact: bool, quantized: bool) -> None:
     """Report how far vLLM and the policy are apart; refuse to train if another model generated the responses.
 
     Args:
         found: the result of `distance`.
         iteration: the current iteration.
         exact: both sides compute in fp32 throughout.
-        quantised: training uses another (quantized) form of the base model than vLLM, so only report the distance.
+        quantized: training uses another (quantized) form of the base model than vLLM, so only report the distance.
 
     Raises:
         SpinError: the distance is larger than rounding explains.
@@ -114,7 +114,7 @@ def require_agreement(found: Distance | None, iteration: int, *, exact: bool, qu
         return
     said = f"iteration {iteration}: {found}"
     allowed = EXACT if exact else ROUNDED
-    if quantised:
+    if quantized:
         say(said)
     elif not found.mean <= allowed:  # also refuses NaN
         raise SpinError(

@@ -16,7 +16,7 @@ TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voca
              "*.model", "tekken.json")  # fmt: skip
 
 
-def served_by_vllm(adapter: Path) -> bool:
+def vllm_can_serve(adapter: Path) -> bool:
     """Whether vLLM can serve the adapter without merging it."""
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     return not any(config.get(key) for key in NOT_SERVED)

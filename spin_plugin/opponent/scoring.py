@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spin_plugin.console import SpinError
-from spin_plugin.model.layout import response_numbers
+from spin_plugin.model.layout import response_indices
 from spin_plugin.opponent.store import OpponentStore
 
 SCORING_FACTOR = 4  # without gradients, this many times the tokens fit in memory
@@ -50,7 +50,7 @@ Score = Callable[[Tensor], tuple[Tensor, Tensor]]
 def unscored(rounds: list[Tensor], values: Tensor) -> list[Tensor]:
     """Return the rounds with a NaN value, entire: a pair's value depends slightly on the batch it is in."""
     absent = values.isnan().cpu()
-    return [indices for indices in rounds if absent[response_numbers(indices)].any()]
+    return [indices for indices in rounds if absent[response_indices(indices)].any()]
 
 
 def fill(values: Tensor, store: OpponentStore, rounds: Iterable[Tensor], score: Score, *, write: bool) -> None:

@@ -18,7 +18,7 @@ MIN_PART = 1024  # responses; fewer are not worth a write
 
 
 class OpponentStore:
-    """[R] fp32 log-probs of every response of one split (`layout.response_numbers`).
+    """[R] fp32 log-probs of every response of one split (`layout.response_indices`).
 
     One file, always complete: NaN marks values that are not computed yet.
     """

@@ -185,9 +185,9 @@ def require_complete_adapter(adapter: Path, base_model: str, **hub: Any) -> None
         config, code = AutoConfig.from_pretrained(base_model, **hub), hub.get("trust_remote_code")
         model = model_class(config).from_config(config, trust_remote_code=code)
         model = get_peft_model(model, PeftConfig.from_pretrained(str(adapter)))
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    needed = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     held = {name for file in check_weights(adapter, "adapter_model") for name in check_safetensors(file)}
-    _refuse_missing(adapter, sorted(wanted - held))
+    _refuse_missing(adapter, sorted(needed - held))
 
 
 def _refuse_missing(directory: Path, names: list[str]) -> None:

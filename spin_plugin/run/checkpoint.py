@@ -37,7 +37,7 @@ def check_model_dir(path: Path, *, adapter: bool = False, tokenizer_elsewhere: b
     return check_weights(path, weights)
 
 
-def why_incomplete(checkpoint: Path) -> str | None:
+def incomplete_reason(checkpoint: Path) -> str | None:
     """Return why training cannot resume from a checkpoint, or None if it is complete.
 
     transformers writes trainer_state.json last but does not fsync, so after a power loss the file does not prove that

@@ -61,7 +61,7 @@ class IterationDir:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def logged(self) -> list[dict[str, float]]:
+    def read_log(self) -> list[dict[str, float]]:
         """Return the training log, oldest entry first, without a line truncated by a kill."""
         if not self.metrics.exists():
             return []
@@ -89,7 +89,7 @@ class IterationDir:
 
         Empty before the first log entry. Each entry contains means over `pairs` pairs.
         """
-        entries = self.logged()
+        entries = self.read_log()
         merged = dict(ChainMap(*reversed(entries)))
         trained = [entry for entry in entries if "pairs" in entry]
         last_epoch = [entry for entry in trained if entry["epoch"] > trained[-1]["epoch"] - 1]
@@ -124,7 +124,7 @@ class RunDir:
         return self.root / "weights.json"
 
     @property
-    def waiting(self) -> Path:
+    def barrier(self) -> Path:
         """Files through which the ranks of a distributed run synchronize (processes.py)."""
         return self.root / ".waiting"
 

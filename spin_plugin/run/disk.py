@@ -8,10 +8,10 @@ from spin_plugin.console import SpinError, warn
 
 
 class Space(NamedTuple):
-    """Bytes that an iteration writes: at least `sure`, at most about `likely`."""
+    """Bytes that an iteration writes: at least `minimum`, at most about `expected`."""
 
-    sure: int
-    likely: int
+    minimum: int
+    expected: int
 
 
 def require_space(directory: Path, needed: Space) -> None:
@@ -21,13 +21,13 @@ def require_space(directory: Path, needed: Space) -> None:
         SpinError: the free space is less than the iteration certainly writes.
     """
     free = shutil.disk_usage(directory).free
-    if free < needed.sure:
+    if free < needed.minimum:
         raise SpinError(
             f"output_dir: {free / 1e9:.1f} GB left on the disk of {directory}, but this iteration's model needs "
-            f"{needed.sure / 1e9:.1f} GB; free some space or use an output_dir on another disk"
+            f"{needed.minimum / 1e9:.1f} GB; free some space or use an output_dir on another disk"
         )
-    if free < needed.likely:
+    if free < needed.expected:
         warn(
             f"output_dir: {free / 1e9:.1f} GB left on the disk of {directory}, but this iteration may write "
-            f"{needed.likely / 1e9:.1f} GB including checkpoints; free some space or lower save_total_limit"
+            f"{needed.expected / 1e9:.1f} GB including checkpoints; free some space or lower save_total_limit"
         )

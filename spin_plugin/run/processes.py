@@ -63,7 +63,7 @@ def others() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) - 1
 
 
-def name_of_start() -> str:
+def shared_start_id() -> str:
     """Return a name shared by exactly the ranks of this start.
 
     Raises:
@@ -94,7 +94,7 @@ class Ranks:
     """The ranks of one start, as seen from this one."""
 
     def __init__(self, run: RunDir, start: str) -> None:
-        self.run, self.directory = run, run.waiting / start
+        self.run, self.directory = run, run.barrier / start
         self._pid = os.getpid()
         self.left = threading.Event()
         """Set once this rank no longer depends on the others, nor they on it."""
@@ -123,9 +123,9 @@ class Ranks:
             self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         sys.excepthook = self._after_watcher(sys.excepthook)
 
-    def forget_earlier_starts(self) -> None:
+    def remove_earlier_starts(self) -> None:
         """Remove the files of earlier starts; called by rank 0 once it holds the lock."""
-        for directory in self.run.waiting.glob("*"):
+        for directory in self.run.barrier.glob("*"):
             if directory != self.directory:
                 shutil.rmtree(directory, ignore_errors=True)
 
@@ -263,7 +263,7 @@ def exit_with_error(reason: str, code: int) -> NoReturn:
     os._exit(code)
 
 
-def end_with_launcher() -> None:
+def exit_with_launcher() -> None:
     """Exit this process when its launcher exits.
 
     A killed `accelerate launch` leaves its process running in the background, which would keep the run locked.

@@ -19,7 +19,7 @@ from spin_plugin.generation.job import Job, Prompts, Request, fingerprint_reques
 from spin_plugin.generation.python import vllm_python
 from spin_plugin.generation.shards import Shards
 from spin_plugin.opponent.hub import bytes_of_weights
-from spin_plugin.opponent.merge import merge, served_by_vllm
+from spin_plugin.opponent.merge import merge, vllm_can_serve
 from spin_plugin.opponent.weights import fingerprint, require_complete, require_complete_adapter, require_finite
 from spin_plugin.run.atomic import remove_atomically
 from spin_plugin.run.checkpoint import check_weights
@@ -42,7 +42,7 @@ class Generation:
     opponent: OpponentSpec
     data: DataSpec
     training: TrainingSpec
-    grows: bool
+    has_masters: bool
     """Training keeps 32-bit masters of a 16-bit model, which doubles the size of a checkpoint."""
     real: Real
 
@@ -53,11 +53,11 @@ class Generation:
 
     def prompts(self) -> list[Prompts]:
         """Return the prompts of each split; the eval split is always used entirely."""
-        draw = self.number if self.spin.resample_prompts else 0
-        chosen = choose_prompts(len(self.real.train), self.spin.num_prompts, seed=self.data.seed, draw=draw)
+        sample = self.number if self.spin.resample_prompts else 0
+        chosen = choose_prompts(len(self.real.train), self.spin.num_prompts, seed=self.data.seed, sample=sample)
         prompts = [Prompts("train", self.real.train, chosen)]
         if self.real.eval is not None:
-            chosen = choose_prompts(len(self.real.eval), None, seed=self.data.seed, draw=0)
+            chosen = choose_prompts(len(self.real.eval), None, seed=self.data.seed, sample=0)
             prompts.append(Prompts("eval", self.real.eval, chosen))
         return prompts
 
@@ -111,7 +111,7 @@ def generate_responses(generation: Generation) -> Job:
     job, adapter = generation.job(), generation.opponent.adapter
     directory = generation.run.iteration(generation.number)
     merged = directory.opponent(job.weights)
-    served = adapter is None or (served_by_vllm(adapter) and not merged.exists())
+    served = adapter is None or (vllm_can_serve(adapter) and not merged.exists())
     try:
         _generate(generation, job, None if served else merged)
     except AdapterNotServedError as error:
@@ -160,7 +160,7 @@ def _warn_off_policy(generation: Generation) -> None:
             f"spin.generation: temperature {options.temperature} and top_p {options.top_p} change the opponent's "
             "distribution; SPIN assumes temperature 1 and top_p 1"
         )
-    if generation.opponent.quantised:
+    if generation.opponent.quantized:
         warn("vLLM generates with the unquantized base model plus adapter, but training scores with the quantized one")
 
 
@@ -226,8 +226,10 @@ def _bytes_needed(generation: Generation, responses: int, *, merges: bool) -> Sp
             model = bytes_of_weights(opponent.base_model, opponent.revision)
     tokens = responses * min(generation.data.sequence_len, generation.max_tokens)
     pairs = responses * (1 + spin.history_iterations) * 2 * generation.data.sequence_len
-    trained = 2 * model if generation.grows else model
+    trained = 2 * model if generation.has_masters else model
     optimizer = 2 * trained if training.saves_optimizer else 0  # Adam's two moments
     # 32-bit weights are saved first and then rewritten in 16 bits, except with DeepSpeed
-    sure = trained + model if generation.grows and not training.deepspeed else model
-    return Space(sure=sure, likely=sure + 8 * tokens + 4 * pairs + training.checkpoints * (trained + optimizer))
+    minimum = trained + model if generation.has_masters and not training.deepspeed else model
+    return Space(
+        minimum=minimum, expected=minimum + 8 * tokens + 4 * pairs + training.checkpoints * (trained + optimizer)
+    )

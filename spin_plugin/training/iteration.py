@@ -23,11 +23,11 @@ from spin_plugin.opponent.hub import pin
 from spin_plugin.opponent.merge import merge
 from spin_plugin.opponent.weights import require_finite
 from spin_plugin.run.atomic import flush, remove_atomically, write_atomically
-from spin_plugin.run.checkpoint import check_model_dir, why_incomplete
+from spin_plugin.run.checkpoint import check_model_dir, incomplete_reason
 from spin_plugin.run.directory import IterationDir
-from spin_plugin.run.processes import Ranks, end_with_launcher, name_of_start, rank
+from spin_plugin.run.processes import Ranks, exit_with_launcher, rank, shared_start_id
 from spin_plugin.run.state import RunState
-from spin_plugin.training.precision import keep_masters, needs_no_masters, require_moving_weights
+from spin_plugin.training.precision import keep_masters, needs_no_masters, require_no_lost_updates
 from spin_plugin.training.prepare import PairsOnDisk, open_pairs, prepare_iteration
 from spin_plugin.training.saving import store_in_16_bits
 
@@ -55,14 +55,14 @@ class Iteration:
             SpinError: the directory is in use or belongs to another configuration, or the data is unusable.
         """
         run, number = self.lowered.run, self.lowered.iteration
-        require_moving_weights(self.training)
-        end_with_launcher()
-        self.ranks = Ranks(run, name_of_start())
+        require_no_lost_updates(self.training)
+        exit_with_launcher()
+        self.ranks = Ranks(run, shared_start_id())
         self.ranks.join()
         if self.first:
             self.lock.enter_context(run.locked())
             self._claim()
-            self.ranks.forget_earlier_starts()
+            self.ranks.remove_earlier_starts()
             self.pairs = prepare_iteration(self.cfg, run, self.spin, number)
             if for_training:
                 self._remove_incomplete_checkpoints()  # before the other ranks look for a checkpoint
@@ -107,7 +107,7 @@ class Iteration:
     def _remove_incomplete_checkpoints(self) -> None:
         """Remove checkpoints whose save was interrupted, so that training can resume from every remaining one."""
         for checkpoint in self.directory.checkpoints():
-            if reason := why_incomplete(checkpoint):
+            if reason := incomplete_reason(checkpoint):
                 warn(f"{checkpoint.name}: incomplete, so it is removed: {reason}")
                 remove_atomically(checkpoint)
 
@@ -120,7 +120,7 @@ class Iteration:
             return
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
         # Training writes its summary again at the end.
-        kept = [entry for entry in self.directory.logged() if entry["step"] <= step and "train_runtime" not in entry]
+        kept = [entry for entry in self.directory.read_log() if entry["step"] <= step and "train_runtime" not in entry]
         write_atomically(self.directory.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
         if checkpoint:
             say(f"iteration {self.lowered.iteration}: resuming at step {step}")
@@ -132,14 +132,14 @@ class Iteration:
             len(self.pairs.train),
             micro_batch=self.training.micro_batch_size,
             ranks=self.training.world_size,
-            accumulated=self.training.gradient_accumulation_steps,
+            accumulation=self.training.gradient_accumulation_steps,
         )
         steps = math.ceil(self.training.num_epochs * per_epoch)
         return min(steps, self.training.max_steps or steps)
 
     # --- training ----------------------------------------------------------------------------
 
-    def note_formats(self, model: Any) -> None:
+    def record_fp32_tensors(self, model: Any) -> None:
         """Record which tensors of a 16-bit model are fp32, before Axolotl and the masters change dtypes."""
         if self.training.in_16_bits and not self.training.deepspeed:
             self.fp32_tensors = [name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32]
@@ -196,7 +196,7 @@ class Iteration:
                 # on a GPU fp32 can mean TF32, here or in vLLM
                 exact={name.removeprefix("torch.") for name in precision if name} == {"float32"}
                 and not any(values.is_cuda for values in logps),
-                quantised=opponent.quantised or opponent.fp8,
+                quantized=opponent.quantized or opponent.fp8,
             )
 
     def _warn_of_warmup(self, warmup: int) -> None:
@@ -252,7 +252,7 @@ class Iteration:
 
     def _require_no_watchdog(self) -> None:
         """Refuse training that Axolotl's loss watchdog stopped, which otherwise looks complete."""
-        step = max((entry["step"] for entry in self.directory.logged()), default=0)
+        step = max((entry["step"] for entry in self.directory.read_log()), default=0)
         if self.training.loss_watchdog and step < self.steps:
             raise SpinError(
                 f"loss_watchdog_threshold: training stopped at step {step} of {self.steps}; lower the learning_rate "

@@ -52,7 +52,7 @@ WAYS_OUT = (
 # --- before vLLM starts --------------------------------------------------------------------------
 
 
-def require_moving_weights(training: TrainingSpec) -> None:
+def require_no_lost_updates(training: TrainingSpec) -> None:
     """Refuse to train 16-bit weights with an optimizer that rounds small updates away.
 
     Raises:
@@ -130,7 +130,7 @@ def keep_masters(training: TrainingSpec, model: nn.Module) -> None:
             parameter.data = torch.empty_like(loaded, dtype=torch.float32) if empty else loaded.float()
 
 
-def keep_results_in_32_bits(accelerator: Any) -> None:
+def keep_outputs_in_fp32(accelerator: Any) -> None:
     """Stop FSDP2 under accelerate from casting model outputs to bf16, which rounds log-probs of 500 to steps of 2."""
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     policy = getattr(plugin, "mixed_precision_policy", None)

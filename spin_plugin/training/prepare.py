@@ -78,7 +78,7 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
             opponent=read_opponent(cfg),
             data=data,
             training=training,
-            grows=keeps_masters(training) and stored_dtype(cfg) in ("bfloat16", "float16"),
+            has_masters=keeps_masters(training) and stored_dtype(cfg) in ("bfloat16", "float16"),
             real=real,
         )
     )
@@ -88,7 +88,7 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
         _set_training_aside(directory, number, reason)
         write_dir_atomically(directory.pairs, partial(_write_pairs, run, spin, data.sequence_len, real, sources, key))
     found = open_pairs(directory)
-    say(f"iteration {number}: {found.stats['train'].described()}")
+    say(f"iteration {number}: {found.stats['train'].summary()}")
     if not len(found.train):
         raise SpinError(
             "no pairs left to train on (see the statistics above); if all responses are identical to the real ones, "

@@ -21,7 +21,7 @@ from spin_plugin.run.atomic import write_atomically
 from spin_plugin.run.checkpoint import check_safetensors
 
 
-def mend_times(checkpoints: list[Path]) -> None:
+def fix_mtimes(checkpoints: list[Path]) -> None:
     """Give checkpoints, sorted by step, ascending modification times that are not in the future.
 
     transformers 5.16 removes the oldest by modification time (`rotate_checkpoints(use_mtime=True)`).
@@ -34,7 +34,7 @@ def mend_times(checkpoints: list[Path]) -> None:
 
 
 @contextmanager
-def naming_the_disk(directory: str) -> Iterator[None]:
+def disk_errors(directory: str) -> Iterator[None]:
     """Turn the write errors of safetensors and torch into a message with the directory and its free space."""
     try:
         yield

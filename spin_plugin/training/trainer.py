@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from spin_plugin.console import SpinError, console, exit_in_one_line, say
-from spin_plugin.data.order import BalancedSampler, counted, steps_in_epoch
-from spin_plugin.model.forward import install, logps, silence_dropout
-from spin_plugin.model.layout import Pair, by_token
+from spin_plugin.console import SpinError, console, exit_on_error, say
+from spin_plugin.data.order import BalancedSampler, pairs_counted, steps_in_epoch
+from spin_plugin.model.forward import disable_dropout, install, logps
+from spin_plugin.model.layout import Pair, split_into_tokens
 from spin_plugin.model.probe import probe
 from spin_plugin.model.select import Layout, choose_layout
 from spin_plugin.objective.losses import spin_terms
@@ -26,8 +26,8 @@ from spin_plugin.objective.metrics import METRICS, metric_sums
 from spin_plugin.opponent.scoring import fill, scoring_batches, scoring_tokens, unscored
 from spin_plugin.opponent.store import OpponentStore
 from spin_plugin.run.directory import IterationDir
-from spin_plugin.training.precision import keep_results_in_32_bits, require_masters
-from spin_plugin.training.saving import mend_times, naming_the_disk
+from spin_plugin.training.precision import keep_outputs_in_fp32, require_masters
+from spin_plugin.training.saving import disk_errors, fix_mtimes
 from spin_plugin.training.task import TrainingTask
 
 PREFIX = {"train": "spin/", "eval": "eval_spin/"}  # reporters group metrics by the eval_ prefix
@@ -49,11 +49,11 @@ class SpinTrainer(AxolotlTrainer):
         # shared-prefix row.
         kwargs["args"]._n_gpu = min(1, kwargs["args"].n_gpu)
         super().__init__(*args, **kwargs)
-        keep_results_in_32_bits(self.accelerator)
+        keep_outputs_in_fp32(self.accelerator)
         # compute_loss divides by the pairs of the global batch; if transformers also divided by the accumulation steps,
         # a pair's weight would depend on its micro-batch.
         self.model_accepts_loss_kwargs = True
-        dropout = max(silence_dropout(module) for module in self.model.modules())
+        dropout = max(disable_dropout(module) for module in self.model.modules())
         if dropout and self.is_world_process_zero():
             say(f"dropout of {dropout:g} is disabled: the policy must equal the opponent before its first step")
         install(self.model)  # before anything wraps the model
@@ -79,12 +79,12 @@ class SpinTrainer(AxolotlTrainer):
             self.layout = choose_layout(
                 model,
                 probe(lengths, pair, self.args.max_seq_length),
-                wanted=self.task.spin.shared_prefix != "off",
+                requested=self.task.spin.shared_prefix != "off",
                 pad_token_id=self.train_data_collator.pad_token_id,
                 device=self.args.device,
                 gather=lambda found: gather_object([found]),
             )
-        if reason := self.layout.not_shared_because:
+        if reason := self.layout.padded_reason:
             if self.task.spin.shared_prefix == "on":
                 raise SpinError(f"spin.shared_prefix: cannot be on: {reason}; use auto")
             if self.is_world_process_zero():
@@ -120,7 +120,7 @@ class SpinTrainer(AxolotlTrainer):
         for start in range(0, len(pairs), size):
             batch = self._prepare_inputs(self.train_data_collator(pairs[start : start + size]))
             with self.compute_loss_context_manager():
-                responses = self._logps(model, by_token(batch)).split(batch["lengths"].tolist())
+                responses = self._logps(model, split_into_tokens(batch)).split(batch["lengths"].tolist())
             found += [responses[number] for number in batch["sides"][1].tolist()]
         model.train(training)
         return found
@@ -183,10 +183,10 @@ class SpinTrainer(AxolotlTrainer):
         """Return the number of pairs in the global batch, which divides the sum of their losses."""
         args, total = self.args, len(self.train_dataset)
         batch = {"micro_batch": args.per_device_train_batch_size, "ranks": args.world_size}
-        accumulated = args.gradient_accumulation_steps
-        first = self.state.global_step % steps_in_epoch(total, accumulated=accumulated, **batch) * accumulated
+        accumulation = args.gradient_accumulation_steps
+        first = self.state.global_step % steps_in_epoch(total, accumulation=accumulation, **batch) * accumulation
         for number, inputs in enumerate(batch_samples, first):
-            inputs["counted"] = counted(total, number=number, rank=args.process_index, **batch)
+            inputs["counted"] = pairs_counted(total, number=number, rank=args.process_index, **batch)
         pairs = torch.tensor(sum(inputs["counted"] for inputs in batch_samples), device=device)
         return self.accelerator.reduce(pairs, "sum")
 
@@ -217,7 +217,7 @@ class SpinTrainer(AxolotlTrainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         """Return only the loss: evaluation has no logits to gather."""
-        inputs["counted"] = counted(
+        inputs["counted"] = pairs_counted(
             len(self.eval_dataset),
             number=self._eval_batches,
             micro_batch=self.args.per_device_eval_batch_size,
@@ -230,16 +230,16 @@ class SpinTrainer(AxolotlTrainer):
 
     # --- saving ------------------------------------------------------------------------------
 
-    @exit_in_one_line
+    @exit_on_error
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         if self.args.should_save:
-            mend_times(IterationDir(Path(self.args.output_dir)).checkpoints())
-        with naming_the_disk(self.args.output_dir):
+            fix_mtimes(IterationDir(Path(self.args.output_dir)).checkpoints())
+        with disk_errors(self.args.output_dir):
             super()._save_checkpoint(*args, **kwargs)
 
-    @exit_in_one_line
+    @exit_on_error
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        with naming_the_disk(output_dir or self.args.output_dir):
+        with disk_errors(output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call)
 
     # --- logging -----------------------------------------------------------------------------
@@ -286,7 +286,7 @@ class _ScoreBeforeFirstStep(TrainerCallback):
     def __init__(self, trainer: SpinTrainer) -> None:
         self.trainer = trainer
 
-    @exit_in_one_line
+    @exit_on_error
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

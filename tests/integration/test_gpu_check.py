@@ -109,13 +109,13 @@ def test_tolerance_matches_the_rounding_error_of_the_loss(check: Any, beta: floa
 def test_distance_is_read_from_the_log_of_the_run(check: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for iteration, mean in enumerate((3e-7, 0.02)):
         found = Distance(mean=mean, largest=0.3, kl=1e-4, tokens=900, responses=60)
-        require_agreement(found, iteration, exact=False, quantised=False)
+        require_agreement(found, iteration, exact=False, quantized=False)
     assert check.apart_in(f"something\n{capsys.readouterr().out}") == 0.02
     assert check.apart_in("no word of it") is None
-    assert math.isnan(check.apart_in("vLLM and the policy are nan nats a token apart"))
+    assert math.isnan(check.apart_in("vLLM and the policy are nan nats per token apart"))
 
 
-AGREED = "spin: iteration 1: vLLM and the policy are 0.002 nats a token apart in the responses\n"
+AGREED = "spin: iteration 1: vLLM and the policy are 0.002 nats per token apart in the responses\n"
 
 
 @pytest.mark.parametrize(

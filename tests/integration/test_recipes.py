@@ -249,7 +249,7 @@ def test_recipe_runs(runs: Path, name: str) -> None:
     run, iterations = run_of(name, runs), SETUPS[name].iterations
     assert run.finished() == iterations
     for number in range(iterations):
-        first = run.iteration(number).logged()[0]
+        first = run.iteration(number).read_log()[0]
         assert first["spin/loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert first["spin/reward_margin"] == pytest.approx(0, abs=1e-5)
         resolved = yaml.safe_load(run.iteration(number).config.read_text())

@@ -54,7 +54,7 @@ def test_vllm_is_killed_in_both_attempts(
     lines = (tmp_path / "log").read_text().splitlines()
     assert process.returncode == 1, "\n".join(lines[-50:])
     assert len(killed) == 2
-    for kind, said in (("warning", "once more with less memory"), ("error", "run the same command again")):
+    for kind, said in (("warning", "once more with less memory"), ("error", "rerun the same command")):
         (line,) = [line for line in lines if line.startswith(f"spin: {kind}: ") and "vLLM stopped" in line]
         assert "killed by signal 9" in line
         assert said in line

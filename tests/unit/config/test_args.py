@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from spin_plugin.args import (
     IN_VLLM_BLOCK,
+    PLUGIN_VLLM_KEYS,
     RUN_WIDE_KEYS,
-    SET_BY_THE_PLUGIN,
     VLLM_SERVER_KEYS,
     Block,
     GenerationArgs,
@@ -162,7 +162,7 @@ def test_key_that_is_not_a_string() -> None:
     assert error_of({1: 2}).startswith("spin.1: ")
 
 
-@pytest.mark.parametrize("key", sorted(SET_BY_THE_PLUGIN))
+@pytest.mark.parametrize("key", sorted(PLUGIN_VLLM_KEYS))
 def test_vllm_argument_set_by_the_plugin_is_rejected(key: str) -> None:
     assert f"vllm_kwargs.{key}: set by the plugin" in error_of({"generation": {"vllm_kwargs": {key: 1}}})
 

@@ -5,7 +5,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from spin_plugin.data.order import BalancedSampler, balanced, counted, steps_in_epoch
+from spin_plugin.data.order import BalancedSampler, balanced, pairs_counted, steps_in_epoch
 
 
 def test_balanced_by_hand() -> None:
@@ -57,9 +57,9 @@ def test_every_pair_counts_once_in_accelerates_batches(ranks: int, micro_batch: 
         seen = []
         for rank in range(ranks):
             assigned = list(BatchSamplerShard(batches, ranks, rank)) if ranks > 1 else list(batches)
-            for accumulated in (1, 2, 3):
-                steps = steps_in_epoch(pairs, micro_batch=micro_batch, ranks=ranks, accumulated=accumulated)
-                assert steps == -(-len(assigned) // accumulated)
+            for accumulation in (1, 2, 3):
+                steps = steps_in_epoch(pairs, micro_batch=micro_batch, ranks=ranks, accumulation=accumulation)
+                assert steps == -(-len(assigned) // accumulation)
             for number, batch in enumerate(assigned):
-                seen += batch[: counted(pairs, number=number, micro_batch=micro_batch, rank=rank, ranks=ranks)]
+                seen += batch[: pairs_counted(pairs, number=number, micro_batch=micro_batch, rank=rank, ranks=ranks)]
         assert sorted(seen) == list(range(pairs))

@@ -114,10 +114,10 @@ def test_rows_without_an_example_are_counted(tmp_path: Path) -> None:
     counts = write_examples(rows, tmp_path / "x.arrow", turns="all", sequence_len=6)
     assert counts == ExampleCounts(rows=5, examples=2, no_response=1, no_prompt=1, too_long=2, ends=Counter({END: 2}))
     assert open_table(tmp_path / "x.arrow")["prompt"][:] == [[10, 11, 12], [10]]
-    described = counts.described()
-    assert described.startswith("2 prompts from 5 rows; skipped ")
+    summary = counts.summary()
+    assert summary.startswith("2 prompts from 5 rows; skipped ")
     for part in ("1 without a trained response", "1 without a prompt", "2 over sequence_len"):
-        assert part in described
+        assert part in summary
 
 
 def test_first_turn_without_a_prompt_does_not_hide_the_later_ones(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_first_turn_without_a_prompt_does_not_hide_the_later_ones(tmp_path: Path
 
 
 def test_skipped_rows_are_not_mentioned_if_there_are_none() -> None:
-    assert ExampleCounts(rows=1200, examples=1200).described() == "1,200 prompts from 1,200 rows"
+    assert ExampleCounts(rows=1200, examples=1200).summary() == "1,200 prompts from 1,200 rows"
 
 
 def test_no_rows_yield_an_empty_table(tmp_path: Path) -> None:
@@ -204,24 +204,24 @@ def test_last_token_of_a_truncated_row_is_not_an_end_token() -> None:
 
 
 def test_chosen_prompts_are_sorted_unique_and_reproducible() -> None:
-    chosen = choose_prompts(1000, 100, seed=42, draw=0)
+    chosen = choose_prompts(1000, 100, seed=42, sample=0)
     assert len(chosen) == 100
     assert (np.diff(chosen) > 0).all()
     assert chosen.min() >= 0
     assert chosen.max() < 1000
-    assert np.array_equal(chosen, choose_prompts(1000, 100, seed=42, draw=0))
+    assert np.array_equal(chosen, choose_prompts(1000, 100, seed=42, sample=0))
 
 
-@pytest.mark.parametrize(("seed", "draw"), [(43, 0), (42, 1), (0, 42)])
-def test_seed_and_draw_choose_other_prompts(seed: int, draw: int) -> None:
+@pytest.mark.parametrize(("seed", "sample"), [(43, 0), (42, 1), (0, 42)])
+def test_seed_and_sample_choose_other_prompts(seed: int, sample: int) -> None:
     assert not np.array_equal(
-        choose_prompts(1000, 100, seed=42, draw=0), choose_prompts(1000, 100, seed=seed, draw=draw)
+        choose_prompts(1000, 100, seed=42, sample=0), choose_prompts(1000, 100, seed=seed, sample=sample)
     )
 
 
-@pytest.mark.parametrize("wanted", [None, 10, 11, 10_000])
-def test_all_prompts_are_chosen_if_num_prompts_is_large_or_unset(wanted: int | None) -> None:
-    assert choose_prompts(10, wanted, seed=1, draw=3).tolist() == list(range(10))
+@pytest.mark.parametrize("count", [None, 10, 11, 10_000])
+def test_all_prompts_are_chosen_if_num_prompts_is_large_or_unset(count: int | None) -> None:
+    assert choose_prompts(10, count, seed=1, sample=3).tolist() == list(range(10))
 
 
 # --- pairs -------------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ def test_statistics_by_hand(examples: Dataset, tmp_path: Path) -> None:
         synthetic_p95=pytest.approx(8.8),
     )
     assert len(pairs) == 5
-    assert stats.described() == (
+    assert stats.summary() == (
         "5 pairs from 8 synthetic responses, real 3.2 tokens (p95 4), synthetic 4.0 (p95 9), truncated 37.5%, "
         "equal 12.5% (dropped), empty 12.5%, over sequence_len 12.5%"
     )
@@ -373,7 +373,7 @@ def test_no_responses_yield_an_empty_table_and_statistics(examples: Dataset, tmp
     stats, pairs = paired(examples, [], tmp_path)
     assert stats == PairStats()
     assert len(pairs) == 0
-    assert "0 pairs from 0 synthetic responses" in stats.described()
+    assert "0 pairs from 0 synthetic responses" in stats.summary()
 
 
 def test_statistics_round_trip_through_the_file(tmp_path: Path) -> None:

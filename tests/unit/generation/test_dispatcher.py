@@ -253,7 +253,7 @@ def test_crash_is_explained_and_finished_shards_are_kept(use: Use, shards: Shard
     message = error_of(shards)
     assert message.startswith("vLLM stopped after 300 of 600 responses: RuntimeError: the device is on fire; ")
     assert str(shards.log_of(0)) in message
-    assert "run the same command again" in message
+    assert "rerun the same command" in message
     assert "Traceback" in shards.log_of(0).read_text()
     assert shards.missing(JOB) == [1, 2]
     assert not shards.requests.exists()

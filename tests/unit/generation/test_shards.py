@@ -166,7 +166,7 @@ def test_every_flipped_bit_is_detected_or_harmless(shards: Shards) -> None:
     ],
 )
 def test_shards_are_kept_if_only_engine_options_change(shards: Shards, change: dict[str, Any]) -> None:
-    shards.note(vllm="0.25.0")
+    shards.update_manifest(vllm="0.25.0")
     shards.prepare(replace(JOB, **change))
     assert shards.missing(JOB) == []
 
@@ -187,7 +187,7 @@ def test_shards_are_kept_if_only_engine_options_change(shards: Shards, change: d
 def test_shards_of_another_job_are_set_aside_with_a_warning(
     shards: Shards, change: dict[str, Any], description: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shards.note(revision="a" * 40)
+    shards.update_manifest(revision="a" * 40)
     other, aside = replace(JOB, **change), shards.directory.with_name(".replaced-synthetic")
     for _ in range(2):  # the second call has nothing to set aside
         shards.prepare(other)
@@ -229,7 +229,7 @@ def test_only_the_latest_nonempty_shards_set_aside_are_kept(shards: Shards) -> N
 
 
 def test_note_adds_fields_to_the_manifest(shards: Shards) -> None:
-    shards.note(vllm="0.25.0")
+    shards.update_manifest(vllm="0.25.0")
     manifest = shards.manifest()
     assert manifest is not None
     assert (manifest["vllm"], manifest["weights"]) == ("0.25.0", "abc")

@@ -247,7 +247,7 @@ def test_unsupported_head_falls_back_to_the_models_own_logits() -> None:
     torch.manual_seed(1)
     model = CustomHead(AutoConfig.for_model("llama", **SMALL))
     install(model)
-    layout = choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD)
+    layout = choose_layout(model, [PAIRS], requested=True, pad_token_id=PAD)
     assert layout == (False, True, "CustomHead is not one of transformers' own models")
     batch = padded_batch(PAIRS, PAD)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten(0, 1)
@@ -260,7 +260,7 @@ def test_head_that_is_part_of_the_decoder_falls_back() -> None:
     changes = {"num_local_experts": 2, "intermediate_size_mlp": 96}
     model = make("llama4_text", **changes)
     install(model)
-    assert choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD).own_logits
+    assert choose_layout(model, [PAIRS], requested=True, pad_token_id=PAD).own_logits
 
 
 def test_shared_prefix_with_wrong_values_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,17 +268,17 @@ def test_shared_prefix_with_wrong_values_is_rejected(monkeypatch: pytest.MonkeyP
     model = make()
     install(model)
     monkeypatch.setattr(forward, "shared_prefix_inputs", lambda spans, tokens: {"spans": None})
-    layout = choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD)
+    layout = choose_layout(model, [PAIRS], requested=True, pad_token_id=PAD)
     assert not layout.shared_prefix
     reason = "log-probs of LlamaForCausalLM in the shared-prefix layout differ from one sequence at a time by"
-    assert reason in str(layout.not_shared_because)
+    assert reason in str(layout.padded_reason)
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_shared_prefix_is_not_used_unless_requested() -> None:
     model = make().train()
     install(model)
-    assert choose_layout(model, [PAIRS], wanted=False, pad_token_id=PAD) == (False, False, None)
+    assert choose_layout(model, [PAIRS], requested=False, pad_token_id=PAD) == (False, False, None)
     assert model.config._attn_implementation == "sdpa"
     assert model.training
 
@@ -286,5 +286,5 @@ def test_shared_prefix_is_not_used_unless_requested() -> None:
 def test_layouts_agree_across_chunks() -> None:
     model = make()
     install(model)
-    assert choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD).shared_prefix
+    assert choose_layout(model, [PAIRS], requested=True, pad_token_id=PAD).shared_prefix
     torch.testing.assert_close(logps(model, shared_prefix_batch(PAIRS)), logps(model, padded_batch(PAIRS, PAD)))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from families import PAD, PROBE_ROWS, build, judge
+from families import PAD, PROBE_ROWS, build, compare_layouts
 from torch import Tensor, nn
 
 from spin_plugin.console import SpinError
@@ -78,14 +78,14 @@ FAMILIES: list[tuple[str, dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("family", "changes", "chosen", "reason"), FAMILIES)
 def test_family(family: str, changes: dict[str, Any], chosen: str, reason: str) -> None:
-    verdict = judge(family, **changes)
+    verdict = compare_layouts(family, **changes)
     assert verdict.chosen == chosen
     assert verdict.right, verdict
     assert re.search(reason, verdict.reason or ""), verdict
 
 
 def choose(model: nn.Module, *, wanted: bool = True, **options: Any) -> Layout:
-    return choose_layout(model, PROBE_ROWS, wanted=wanted, pad_token_id=PAD, **options)
+    return choose_layout(model, PROBE_ROWS, requested=wanted, pad_token_id=PAD, **options)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_model_that_is_wrong_in_both_layouts_is_refused_even_if_padded_is_reques
     model = build("doge")
     install(model)
     with pytest.raises(SpinError, match="use another base_model"):
-        choose(model, wanted=False)
+        choose(model, requested=False)
 
 
 def test_ignored_window_is_detected_in_16_bits() -> None:
@@ -115,7 +115,7 @@ def test_ignored_window_is_detected_if_only_the_longest_pair_reaches_it() -> Non
     for rows, shared in (([short], True), ([short, longest], False)):
         model = build("olmoe", sliding_window=100)
         install(model)
-        assert choose_layout(model, rows, wanted=True, pad_token_id=PAD).shared_prefix is shared
+        assert choose_layout(model, rows, requested=True, pad_token_id=PAD).shared_prefix is shared
 
 
 # --- faults that must be caught ------------------------------------------------------------------
@@ -127,13 +127,13 @@ def test_correct_values_with_wrong_gradients_are_rejected(llama_model: Any, monk
     layout = choose(llama_model)
     assert not layout.shared_prefix
     reason = "gradients of LlamaForCausalLM in the shared-prefix layout differ from one sequence at a time by"
-    assert reason in str(layout.not_shared_because)
+    assert reason in str(layout.padded_reason)
 
 
 def test_nan_is_rejected(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     by_pair = attention._by_pair
     monkeypatch.setattr(attention, "_by_pair", lambda *states: by_pair(*states) * torch.nan)
-    assert "differ from one sequence at a time by inf" in str(choose(llama_model).not_shared_because)
+    assert "differ from one sequence at a time by inf" in str(choose(llama_model).padded_reason)
 
 
 def fail(*_states: Any) -> Tensor:
@@ -160,7 +160,7 @@ def test_kernel_whose_backward_fails_is_rejected(llama_model: Any, monkeypatch: 
     by_pair = attention._by_pair
     monkeypatch.setattr(attention, "_by_pair", lambda *states: Fails.apply(by_pair(*states)))
     monkeypatch.setattr(select, "_takes_gradients", lambda _model: False)  # as with DeepSpeed: forward only
-    assert "LookupError" in str(choose(llama_model).not_shared_because)
+    assert "LookupError" in str(choose(llama_model).padded_reason)
 
 
 def test_running_out_of_memory_is_not_a_kernel_failure(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,8 @@ def run(rank, failing):
     mesh = distributed.init_device_mesh("cpu", (2,))
     for layer in [*model.model.layers, model]:
         fully_shard(layer, mesh=mesh)
-    layout = choose_layout(model, PROBE_ROWS, wanted=True, pad_token_id=PAD, device=torch.device("cpu"), gather=gather)
+    options = {"pad_token_id": PAD, "device": torch.device("cpu"), "gather": gather}
+    layout = choose_layout(model, PROBE_ROWS, requested=True, **options)
     assert all(parameter.grad is None for parameter in model.parameters())
     print(failing, rank, tuple(layout), flush=True)
 

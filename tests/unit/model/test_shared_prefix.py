@@ -152,7 +152,7 @@ def test_shared_prefix_equals_padded(architecture: str) -> None:
     """Both equal the unmodified model's own logits in the padded layout."""
     model = make(architecture)
     expected, gradients = step(model, padded_batch(PAIRS, PAD), own_logits=True)
-    layout = choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD)
+    layout = choose_layout(model, [PAIRS], requested=True, pad_token_id=PAD)
     assert layout == (True, False, None)
     for batch in (shared_prefix_batch(PAIRS), padded_batch(PAIRS, PAD)):
         if architecture == "gemma2" and "spans" not in batch:
@@ -193,7 +193,7 @@ def test_lora(targets: list[str], tied: bool) -> None:
     model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     install(model)
     expected, gradients = step(model, padded_batch(PAIRS, PAD), own_logits=True)
-    assert choose_layout(model, [PAIRS], wanted=True, pad_token_id=PAD) == (True, False, None)
+    assert choose_layout(model, [PAIRS], requested=True, pad_token_id=PAD) == (True, False, None)
     found, found_gradients = step(model, shared_prefix_batch(PAIRS))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert distance(found_gradients, gradients) < 1e-5

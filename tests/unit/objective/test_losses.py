@@ -136,7 +136,7 @@ def test_pairs_may_share_a_response() -> None:
 
 def test_every_entry_is_documented() -> None:
     """The reference is generated from these fields."""
-    assert all(loss.formula and loss.source and loss.use for loss in LOSSES.values())
+    assert all(loss.formula and loss.source and loss.when for loss in LOSSES.values())
     assert all(metric.formula and metric.meaning for metric in METRICS.values())
 
 

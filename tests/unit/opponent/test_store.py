@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spin_plugin.console import SpinError
-from spin_plugin.model.layout import response_numbers
+from spin_plugin.model.layout import response_indices
 from spin_plugin.opponent.scoring import SCORING_FACTOR, fill, scoring_batches, scoring_tokens, unscored
 from spin_plugin.opponent.store import MIN_PART, PARTS, OpponentStore
 
@@ -28,7 +28,7 @@ TRUTH = torch.stack([-LENGTHS.float(), -LENGTHS * 2.5], dim=1).flatten()
 
 
 def score(indices: Tensor) -> tuple[Tensor, Tensor]:
-    responses = response_numbers(indices).flatten()
+    responses = response_indices(indices).flatten()
     return responses, TRUTH[responses]
 
 
@@ -138,7 +138,7 @@ def test_damaged_values_are_never_used(store: OpponentStore, damage: bytes | str
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_logps_that_are_not_finite_are_refused_and_not_stored(store: OpponentStore, value: float) -> None:
     def broken(indices: Tensor) -> tuple[Tensor, Tensor]:
-        responses = response_numbers(indices).flatten()
+        responses = response_indices(indices).flatten()
         return responses, torch.full((len(responses),), value)
 
     with pytest.raises(SpinError, match="not finite"):

@@ -15,7 +15,7 @@ from tiny import SMALL, byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from spin_plugin.console import SpinError
-from spin_plugin.run.checkpoint import check_model_dir, check_safetensors, why_incomplete
+from spin_plugin.run.checkpoint import check_model_dir, check_safetensors, incomplete_reason
 
 
 def refused(check: Callable[[], None], *parts: str | Path) -> None:
@@ -231,9 +231,9 @@ def checkpoint(saved: Path, tmp_path: Path) -> Path:
 
 
 def test_checkpoint_of_transformers_is_complete(checkpoint: Path) -> None:
-    assert why_incomplete(checkpoint) is None
+    assert incomplete_reason(checkpoint) is None
     (checkpoint / "model.safetensors").rename(checkpoint / "adapter_model.safetensors")
-    assert why_incomplete(checkpoint) is None, "an adapter's checkpoint"
+    assert incomplete_reason(checkpoint) is None, "an adapter's checkpoint"
 
 
 @pytest.mark.parametrize(
@@ -243,18 +243,18 @@ def test_checkpoint_of_transformers_is_complete(checkpoint: Path) -> None:
 def test_checkpoint_with_a_truncated_file_is_incomplete(checkpoint: Path, name: str, kept: float) -> None:
     content = (checkpoint / name).read_bytes()
     (checkpoint / name).write_bytes(content[: int(len(content) * kept)])
-    assert name in str(why_incomplete(checkpoint))
+    assert name in str(incomplete_reason(checkpoint))
 
 
 @pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt"])
 def test_checkpoint_without_one_of_its_files_is_incomplete(checkpoint: Path, name: str) -> None:
     """Without optimizer state, as `save_only_model` leaves it, a checkpoint cannot be resumed."""
     (checkpoint / name).unlink()
-    assert why_incomplete(checkpoint)
+    assert incomplete_reason(checkpoint)
 
 
 def test_checkpoint_of_another_step_is_incomplete(checkpoint: Path) -> None:
-    assert "another step" in str(why_incomplete(checkpoint.rename(checkpoint.with_name("checkpoint-3"))))
+    assert "another step" in str(incomplete_reason(checkpoint.rename(checkpoint.with_name("checkpoint-3"))))
 
 
 @pytest.mark.parametrize("kind", ["deepspeed", "fsdp"])
@@ -266,9 +266,9 @@ def test_sharded_checkpoints_are_complete(checkpoint: Path, kind: str) -> None:
     for directory in directories:
         (checkpoint / directory).mkdir()
         torch.save({}, checkpoint / directory / "rank_0_states.pt")
-    assert why_incomplete(checkpoint) is None
+    assert incomplete_reason(checkpoint) is None
     (checkpoint / directories[-1] / "rank_0_states.pt").write_bytes(b"PK half")
-    assert "rank_0_states.pt" in str(why_incomplete(checkpoint))
+    assert "rank_0_states.pt" in str(incomplete_reason(checkpoint))
 
 
 JSON = st.recursive(

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from spin_plugin.console import DISK, SpinError, exit_in_one_line
+from spin_plugin.console import DISK_ERRORS, SpinError, exit_on_error
 from spin_plugin.run.atomic import write_atomically
 from spin_plugin.run.directory import IterationDir, RunDir
 from spin_plugin.run.disk import Space, require_space
@@ -40,7 +40,7 @@ FULL = """
     from pathlib import Path
     import numpy as np
     from spin_plugin.generation.shards import Shards
-    from spin_plugin.console import exit_in_one_line
+    from spin_plugin.console import exit_on_error
     from spin_plugin.run.directory import RunDir
     from spin_plugin.run.state import RunState
     from spin_plugin.run.atomic import write_dir_atomically, write_atomically
@@ -73,7 +73,7 @@ FULL = """
         "opponent": store,
     }
     try:
-        exit_in_one_line(WRITERS["%s"])()
+        exit_on_error(WRITERS["%s"])()
     finally:
         after = {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file()}
         assert after == before, (sorted(after), sorted(before))
@@ -102,11 +102,11 @@ def test_full_disk_while_saving_a_checkpoint_is_reported(tmp_path: Path) -> None
         import sys, torch
         from safetensors.torch import save_file
         from spin_plugin.console import SpinError
-        from spin_plugin.training.saving import naming_the_disk
+        from spin_plugin.training.saving import disk_errors
         tensors = {"a": torch.zeros(1_000_000)}
         for save in (lambda file: save_file(tensors, file), lambda file: torch.save(tensors, file)):
             try:
-                with naming_the_disk(sys.argv[1]):
+                with disk_errors(sys.argv[1]):
                     save(sys.argv[1] + "/file")
             except SpinError as error:
                 print(error)
@@ -138,10 +138,10 @@ def test_read_only_directory_is_refused_before_any_work(tmp_path: Path) -> None:
     program = """
         import subprocess, sys
         from pathlib import Path
-        from spin_plugin.console import exit_in_one_line
+        from spin_plugin.console import exit_on_error
         from spin_plugin.run.directory import RunDir
         subprocess.run(["mount", "-o", "remount,ro", sys.argv[1]], check=True)
-        exit_in_one_line(RunDir(Path(sys.argv[1]) / "outputs/run").require_writable)()
+        exit_on_error(RunDir(Path(sys.argv[1]) / "outputs/run").require_writable)()
     """
     done = on_a_disk(tmp_path, "1m", program)
     assert done.returncode == 1
@@ -156,9 +156,9 @@ def test_output_dir_below_a_file(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("number", sorted(DISK), ids=lambda number: errno.errorcode[number])
+@pytest.mark.parametrize("number", sorted(DISK_ERRORS), ids=lambda number: errno.errorcode[number])
 def test_disk_error_is_one_line(capsys: pytest.CaptureFixture[str], number: int) -> None:
-    @exit_in_one_line
+    @exit_on_error
     def write() -> None:
         raise OSError(number, os.strerror(number), "/outputs/run.json")
 
@@ -166,11 +166,11 @@ def test_disk_error_is_one_line(capsys: pytest.CaptureFixture[str], number: int)
         write()
     assert stopped.value.code == 1
     (line,) = capsys.readouterr().out.splitlines()
-    assert line == f"spin: error: /outputs/run.json: {os.strerror(number)}; {DISK[number]}"
+    assert line == f"spin: error: /outputs/run.json: {os.strerror(number)}; {DISK_ERRORS[number]}"
 
 
 def test_other_os_errors_keep_their_traceback() -> None:
-    @exit_in_one_line
+    @exit_on_error
     def buggy() -> None:
         raise FileNotFoundError(errno.ENOENT, "gone")
 
@@ -183,12 +183,12 @@ def test_other_os_errors_keep_their_traceback() -> None:
 
 def test_space_is_checked_before_work_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     free = shutil.disk_usage(tmp_path).free
-    require_space(tmp_path, Space(sure=0, likely=free // 2))
+    require_space(tmp_path, Space(minimum=0, expected=free // 2))
     assert capsys.readouterr().out == ""
-    require_space(tmp_path, Space(sure=0, likely=4 * free))
+    require_space(tmp_path, Space(minimum=0, expected=4 * free))
     assert "save_total_limit" in capsys.readouterr().out
     with pytest.raises(SpinError, match="output_dir"):
-        require_space(tmp_path, Space(sure=4 * free, likely=4 * free))
+        require_space(tmp_path, Space(minimum=4 * free, expected=4 * free))
 
 
 # --- clock changes -----------------------------------------------------------------------------
@@ -199,14 +199,14 @@ def test_clock_change_does_not_change_the_newest_checkpoint(tmp_path: Path, hour
     """transformers sorts checkpoints by mtime before it deletes the oldest; the clock changes after the second one."""
     from transformers.trainer_utils import sort_checkpoints
 
-    from spin_plugin.training.saving import mend_times
+    from spin_plugin.training.saving import fix_mtimes
 
     now = time.time()
     for step, age in ((7, 30), (14, 20), (100, 10)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         moment = now - age - (hours * 3600 if step < 100 else 0)
         os.utime(tmp_path / f"checkpoint-{step}", (moment, moment))
-    mend_times(IterationDir(tmp_path).checkpoints())
+    fix_mtimes(IterationDir(tmp_path).checkpoints())
     (tmp_path / "checkpoint-107").mkdir()
     names = [Path(path).name for path in sort_checkpoints(str(tmp_path), use_mtime=True)]
     assert names == ["checkpoint-7", "checkpoint-14", "checkpoint-100", "checkpoint-107"]

@@ -14,8 +14,8 @@ subprocess.run([sys.executable, "-c", sys.argv[1]])
 """
 TRAINING = """
 import subprocess, sys, time
-from spin_plugin.run.processes import end_with_launcher
-end_with_launcher()
+from spin_plugin.run.processes import exit_with_launcher
+exit_with_launcher()
 helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
 print("ready", flush=True)
 time.sleep(300)

@@ -32,7 +32,7 @@ processes.POLL_SECONDS = 0.05
 ranks = processes.Ranks(RunDir(Path({run!r})), {start!r})
 ranks.join()
 if processes.rank() == 0:
-    ranks.forget_earlier_starts()
+    ranks.remove_earlier_starts()
 print("joined", flush=True)
 for line in sys.stdin:
     exec(line)

@@ -15,7 +15,7 @@ from spin_plugin.generation.shards import Shards
 def test_missing_responses_are_refused(tmp_path: Path, missing: str) -> None:
     shards = Shards(tmp_path / "synthetic")
     shards.directory.mkdir()
-    shards.note(requests=SHARD + 10)
+    shards.update_manifest(requests=SHARD + 10)
     for number, count in ((0, SHARD), (1, 10)):
         shards.write(number, ({"example": place} for place in range(count)))
     assert len(list(shards.responses())) == SHARD + 10
@@ -29,14 +29,14 @@ def test_missing_responses_are_refused(tmp_path: Path, missing: str) -> None:
 def test_dropout_is_disabled_in_modules_and_attributes() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from spin_plugin.model.forward import silence_dropout
+    from spin_plugin.model.forward import disable_dropout
 
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, attention_dropout=0.25, **small)).train()
     model.add_module("extra", nn.Dropout(0.5))
     tokens = torch.arange(16)[None]
     assert not torch.equal(model(tokens).logits, model(tokens).logits)
-    rates = [silence_dropout(module) for module in model.modules()]
+    rates = [disable_dropout(module) for module in model.modules()]
     assert max(rates) == 0.5
     assert min(rates) == 0.0
     assert torch.equal(model(tokens).logits, model(tokens).logits)

@@ -20,10 +20,10 @@ from spin_plugin.console import SpinError
 from spin_plugin.run.directory import RunDir
 from spin_plugin.training.precision import (
     keep_masters,
-    keep_results_in_32_bits,
+    keep_outputs_in_fp32,
     needs_no_masters,
     require_masters,
-    require_moving_weights,
+    require_no_lost_updates,
 )
 from spin_plugin.training.saving import round_masters, rounded_stochastically, store_in_16_bits
 
@@ -50,7 +50,7 @@ def config(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> TrainingSpec:
 )
 def test_keys_that_round_updates_away_are_refused(changes: dict[str, Any], key: str) -> None:
     with pytest.raises(SpinError, match=f"^{key}: "):
-        require_moving_weights(config(**changes))
+        require_no_lost_updates(config(**changes))
 
 
 @pytest.mark.parametrize(
@@ -66,16 +66,16 @@ def test_keys_that_round_updates_away_are_refused(changes: dict[str, Any], key: 
     ],
 )
 def test_other_configurations_are_accepted(changes: dict[str, Any]) -> None:
-    require_moving_weights(config(**changes))
+    require_no_lost_updates(config(**changes))
 
 
 def test_deepspeed_file_is_read(tmp_path: Path) -> None:
     file = tmp_path / "zero.json"
     file.write_text(json.dumps({"bf16": {"enabled": True}}))
-    require_moving_weights(config(deepspeed=str(file)))
+    require_no_lost_updates(config(deepspeed=str(file)))
     file.write_text("[]")
     with pytest.raises(SpinError, match=r"deepspeed: .*zero\.json must contain a JSON object"):
-        require_moving_weights(config(deepspeed=str(file)))
+        require_no_lost_updates(config(deepspeed=str(file)))
 
 
 @pytest.mark.parametrize(
@@ -209,13 +209,11 @@ def test_fsdp_outputs_stay_in_fp32() -> None:
 
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     plugin.set_mixed_precision("bf16")
-    assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16, (
-        "otherwise keep_results_in_32_bits can be removed"
-    )
-    keep_results_in_32_bits(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16, "otherwise keep_outputs_in_fp32 can be removed"
+    keep_outputs_in_fp32(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
     assert plugin.mixed_precision_policy.output_dtype is None
     assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
-    keep_results_in_32_bits(SimpleNamespace(state=SimpleNamespace()))
+    keep_outputs_in_fp32(SimpleNamespace(state=SimpleNamespace()))
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -317,7 +315,11 @@ def test_stored_weights_move_as_in_fp32(trained: Path, llama: Path, name: str) -
 def test_two_processes_match_the_losses_of_one(trained: Path, name: str) -> None:
     """Step by step, within the effect of rounding in another order in 16 bits."""
     curves = [
-        [entry["spin/loss"] for entry in RunDir(trained / setup / "run").iteration(0).logged() if "spin/loss" in entry]
+        [
+            entry["spin/loss"]
+            for entry in RunDir(trained / setup / "run").iteration(0).read_log()
+            if "spin/loss" in entry
+        ]
         for setup in ("bf16", name)
     ]
     assert curves[1] == pytest.approx(curves[0], abs=0.03)
