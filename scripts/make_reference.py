@@ -13,7 +13,9 @@ from typing import Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from spin_plugin.args import (
+    FREE,
     PLUGIN_VLLM_KEYS,
+    RUN_WIDE,
     RUN_WIDE_KEYS,
     VLLM_SERVER_KEYS,
     Block,
@@ -21,6 +23,7 @@ from spin_plugin.args import (
     SpinArgs,
     VllmArgs,
 )
+from spin_plugin.config.identity import FIXED_VLLM_KEYS
 from spin_plugin.objective.losses import LOSSES
 from spin_plugin.objective.metrics import METRICS
 
@@ -71,11 +74,21 @@ def choices(field: FieldInfo) -> str:
     return yaml_type(field.annotation)
 
 
+def may_change(block: type[Block], name: str) -> str:
+    """Say when an option may change once its run has started."""
+    if block is VllmArgs:
+        return "never" if name in FIXED_VLLM_KEYS else "on resume"
+    if name in block.marked(FREE):
+        return "on resume"
+    return "never" if name in block.marked(RUN_WIDE) else "in `schedule`"
+
+
 def table(block: type[Block]) -> str:
-    lines = ["| key | type | default | bounds | meaning |", "|---|---|---|---|---|"]
+    lines = ["| key | type | default | bounds | may change | meaning |", "|---|---|---|---|---|---|"]
     for name, field in block.model_fields.items():
         meaning = " ".join((field.description or "").split())
-        lines.append(f"| `{name}` | {choices(field)} | {default(field)} | {bounds(field)} | {meaning} |")
+        cells = (f"`{name}`", choices(field), default(field), bounds(field), may_change(block, name), meaning)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -94,7 +107,8 @@ def reference() -> str:
             "|---|---|---|---|",
             *(f"| `{name}` | `{loss.formula}` | {loss.when} | {loss.source} |" for name, loss in LOSSES.items()),
             "",
-            f"An entry of `schedule` cannot change {keys(RUN_WIDE_KEYS)}.",
+            f"An entry of `schedule` cannot change Axolotl's {keys(RUN_WIDE_KEYS)}. Options that may change on resume "
+            "do not affect the result; `iterations` can be raised, and future entries of `schedule` changed.",
             "",
             "## `spin.generation`",
             "",

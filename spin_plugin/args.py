@@ -29,7 +29,7 @@ PLUGIN_VLLM_KEYS = frozenset(
     }
 )  # fmt: skip
 
-# Keys that `schedule` cannot override, because they define the run as a whole.
+# Keys of Axolotl that `schedule` cannot override, because they define the run as a whole.
 RUN_WIDE_KEYS = frozenset(
     {
         "base_model",
@@ -41,17 +41,13 @@ RUN_WIDE_KEYS = frozenset(
         "test_datasets",
         "val_set_size",
         "chat_template",
-        "iterations",
-        "schedule",
         "vllm",
         "adapter",
-        "adapter_chain",
         "lora_r",
         "lora_alpha",
         "lora_target_modules",
         "lora_target_linear",
         "lora_modules_to_save",
-        "turns",
         # the data is tokenized, and its prompts are sampled, once per run
         "sequence_len",
         "seed",
@@ -68,10 +64,23 @@ RUN_WIDE_KEYS = frozenset(
 )
 
 
+# When an option may change, where its field says nothing: from iteration to iteration by `schedule`, otherwise never.
+FREE: dict[str, Any] = {"free": True}
+"""When a run resumes, because it does not affect the result."""
+RUN_WIDE: dict[str, Any] = {"run_wide": True}
+"""Not in `schedule`."""
+
+
 class Block(BaseModel):
     """Base class of the blocks. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    @classmethod
+    def marked(cls, mark: dict[str, Any]) -> set[str]:
+        """Return the names of the options that carry a mark, `FREE` or `RUN_WIDE`."""
+        extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
+        return {name for name, extra in extras.items() if isinstance(extra, dict) and mark.items() <= extra.items()}
 
 
 class GenerationArgs(Block):
@@ -93,15 +102,15 @@ class GenerationArgs(Block):
     seed: int | None = Field(default=None, ge=0)
     """Sampling seed. Default: the top-level `seed`."""
 
-    vllm_python: str | None = None
+    vllm_python: str | None = Field(default=None, json_schema_extra=FREE)
     """Python interpreter of the environment in which vLLM is installed. Default: the environment variable
     `SPIN_VLLM_PYTHON`; otherwise the current interpreter if it can import vLLM; otherwise `.venv-vllm/bin/python` in
     the working directory or in the plugin's checkout."""
 
-    backend: Literal["local", "ray"] = "local"
+    backend: Literal["local", "ray"] = Field(default="local", json_schema_extra=FREE)
     """How vLLM is started: `local` on this machine, `ray` on all machines of a Ray cluster."""
 
-    ray_address: str | None = None
+    ray_address: str | None = Field(default=None, json_schema_extra=FREE)
     """Address of an existing Ray cluster; requires `backend: ray`. Default: start Ray on this machine."""
 
     vllm_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -162,7 +171,7 @@ class VllmArgs(Block):
 class SpinArgs(Block):
     """The `spin:` block."""
 
-    iterations: int = Field(default=4, ge=1, le=100)
+    iterations: int = Field(default=4, ge=1, le=100, json_schema_extra=FREE | RUN_WIDE)
     """Number of self-play iterations. Each generates synthetic responses with the latest model, then trains on the
     pairs. The paper runs 4."""
 
@@ -184,7 +193,7 @@ class SpinArgs(Block):
     resample_prompts: bool = False
     """Sample a new set of `num_prompts` prompts in each iteration instead of reusing the first one."""
 
-    turns: Literal["first", "last", "all"] = "all"
+    turns: Literal["first", "last", "all"] = Field(default="all", json_schema_extra=RUN_WIDE)
     """Which assistant turns to generate and train on, among those that SFT would train on. Each turn's prompt is the
     real conversation before it."""
 
@@ -192,17 +201,17 @@ class SpinArgs(Block):
     """Whether to keep pairs whose two responses are identical. Their gradient is exactly zero, but dropping them makes
     an epoch shorter (see docs/measurements.md)."""
 
-    shared_prefix: Literal["auto", "on", "off"] = "auto"
+    shared_prefix: Literal["auto", "on", "off"] = Field(default="auto", json_schema_extra=FREE)
     """Whether to run each pair as one unpadded row (prompt, real response, synthetic response), which computes the
     prompt once. `auto` falls back to the padded layout, and logs the reason, for models that do not support it; `on`
     rejects those models; `off` always pads."""
 
-    adapter_chain: Literal["continue", "merge"] = "continue"
+    adapter_chain: Literal["continue", "merge"] = Field(default="continue", json_schema_extra=RUN_WIDE)
     """How iterations build on each other with `adapter: lora` or `qlora`. `continue` keeps training the previous
     iteration's adapter; `merge` merges it into the base model and trains a new one, at the cost of a full model on disk
     per iteration."""
 
-    schedule: list[dict[str, Any]] = Field(default_factory=list)
+    schedule: list[dict[str, Any]] = Field(default_factory=list, json_schema_extra=FREE | RUN_WIDE)
     """Overrides per iteration: one mapping of Axolotl or `spin` keys for each iteration; `{}` overrides nothing."""
 
     generation: GenerationArgs = Field(default_factory=GenerationArgs)
@@ -232,7 +241,7 @@ class SpinArgs(Block):
         for number, entry in enumerate(self.schedule):
             if "rl_beta" in entry:
                 raise ValueError(f"schedule[{number}].rl_beta: write `beta` instead")
-            if fixed := sorted(RUN_WIDE_KEYS & entry.keys()):
+            if fixed := sorted((RUN_WIDE_KEYS | SpinArgs.marked(RUN_WIDE)) & entry.keys()):
                 raise ValueError(f"schedule[{number}].{fixed[0]} cannot change between iterations; remove it")
         return self
 

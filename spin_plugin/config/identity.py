@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from spin_plugin.args import FREE, GenerationArgs, SpinArgs
+
 # Keys that do not affect the result, so that they may change when a run resumes.
 FREE_KEYS = frozenset(
     {
@@ -25,8 +27,6 @@ FREE_KEYS = frozenset(
 )  # fmt: skip
 FREE_PREFIXES = ("wandb_", "use_wandb", "mlflow_", "use_mlflow", "comet_", "use_comet", "trackio_", "use_trackio",
                  "use_tensorboard", "use_otel", "otel_", "hub_", "lm_eval_", "eval_", "fsdp", "ddp_")  # fmt: skip
-FREE_SPIN_KEYS = frozenset({"iterations", "schedule", "shared_prefix"})
-FREE_GENERATION_KEYS = frozenset({"vllm_python", "backend", "ray_address"})
 # The only keys of Axolotl's `vllm:` block that affect what vLLM computes.
 FIXED_VLLM_KEYS = frozenset({"dtype", "max_model_len"})
 # Keys of `vllm_kwargs` that affect how vLLM uses memory and devices, not what it computes.
@@ -55,12 +55,12 @@ def _fixed_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     # A step may be split into more, smaller micro-batches to fit into memory; its pairs stay the same.
     factors = [fixed.pop(key, None) for key in ("micro_batch_size", "gradient_accumulation_steps")]
     fixed["micro_batch_size × gradient_accumulation_steps"] = _product(factors)
-    fixed |= {f"spin.{k}": v for k, v in spin.items() if k not in FREE_SPIN_KEYS and k != "generation"}
+    fixed |= {f"spin.{k}": v for k, v in spin.items() if k not in SpinArgs.marked(FREE) | {"generation"}}
     generation = dict(spin.get("generation") or {})
     kwargs = generation.pop("vllm_kwargs", None) or {}
     vllm = {k: v for k, v in (config.get("vllm") or {}).items() if k in FIXED_VLLM_KEYS and v not in (None, "auto")}
     fixed |= {f"vllm.{k}": v for k, v in vllm.items()}
-    fixed |= {f"spin.generation.{k}": v for k, v in generation.items() if k not in FREE_GENERATION_KEYS}
+    fixed |= {f"spin.generation.{k}": v for k, v in generation.items() if k not in GenerationArgs.marked(FREE)}
     return fixed | {f"spin.generation.vllm_kwargs.{k}": v for k, v in kwargs.items() if k not in FREE_VLLM_KWARGS}
 
 

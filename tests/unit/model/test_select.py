@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from families import PAD, PROBE_ROWS, build, compare_layouts
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from spin_plugin.console import SpinError
 from spin_plugin.model import attention, select
@@ -84,8 +85,8 @@ def test_family(family: str, changes: dict[str, Any], chosen: str, reason: str) 
     assert re.search(reason, verdict.reason or ""), verdict
 
 
-def choose(model: nn.Module, *, wanted: bool = True, **options: Any) -> Layout:
-    return choose_layout(model, PROBE_ROWS, requested=wanted, pad_token_id=PAD, **options)
+def choose(model: nn.Module, *, requested: bool = True, **options: Any) -> Layout:
+    return choose_layout(model, PROBE_ROWS, requested=requested, pad_token_id=PAD, **options)
 
 
 @pytest.fixture
@@ -222,7 +223,7 @@ def test_noise_in_training_mode_does_not_reject_shared_prefix(llama_model: Any) 
 
 
 def test_compiled_model_is_compared_uncompiled(llama_model: Any) -> None:
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     assert choose(torch.compile(llama_model, backend=counter)).shared_prefix
     assert counter.frame_count == 0
 
