@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ import pytest
 # test used one of the cores.
 os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1"}
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+# Tokenize in the process itself: a worker imports all of Axolotl for a handful of rows, and from `datasets` 5 on even a
+# single one is a process of its own.
+os.environ["AXOLOTL_DATASET_NUM_PROC"] = "0" if int(version("datasets").partition(".")[0]) >= 5 else "1"
 
 from tiny import chat_rows, make_model, write_jsonl
 

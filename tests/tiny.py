@@ -135,7 +135,6 @@ def spin_config(directory: Path, model: Path, data: Path, **changes: Any) -> dic
         "chat_template": "chatml",
         "eot_tokens": ["<|im_end|>"],
         "sequence_len": 160,
-        "dataset_num_proc": 1,  # avoids Axolotl's worker processes, which import everything for a handful of rows
         "micro_batch_size": 4,
         "gradient_accumulation_steps": 1,
         "num_epochs": 1,

@@ -173,7 +173,6 @@ SETUPS = {
 ON_CPU = {
     "bf16": False,
     "tf32": False,
-    "dataset_num_proc": 1,
     "sequence_len": 192,
     "gradient_accumulation_steps": 2,
     "logging_steps": 1,
