@@ -95,7 +95,7 @@ def reached(trial: Trial, phase: str) -> bool:
     """Whether the most recent command has reached a phase."""
     log, started = trial.printed, (trial.directory / "started").stat().st_mtime
     # the ranks rendezvous before the plugin does any work
-    met = sum(_newer([alive], started) for alive in trial.run.glob(".waiting/*/*.alive")) == 2
+    met = sum(_newer([alive], started) for alive in trial.run.glob(".barrier/*/*.alive")) == 2
     return {
         "data": lambda: met if trial.two_ranks else "AXOLOTL" in log.upper(),
         "generation": lambda: _newer(trial.iteration.glob("synthetic/shard-*"), started),

@@ -65,7 +65,7 @@ class TwoRanks:
         printed = self.logs[1 - rank].read_text(errors="replace")
         errors = [line for line in printed.splitlines() if line.startswith("spin: error: ")]
         wrong = []
-        if code_of(other) == 0 and any(self.directory.glob(f"run/.waiting/*/{1 - rank}.saved")):
+        if code_of(other) == 0 and any(self.directory.glob(f"run/.barrier/*/{1 - rank}.saved")):
             self.seconds = 0.0  # it had saved and no longer depended on the other
         elif code_of(other) != 1:
             wrong.append(f"exit code {code_of(other)} of the other rank")

@@ -126,7 +126,7 @@ class RunDir:
     @property
     def barrier(self) -> Path:
         """Files through which the ranks of a distributed run synchronize (processes.py)."""
-        return self.root / ".waiting"
+        return self.root / ".barrier"
 
     def iteration(self, number: int) -> IterationDir:
         return IterationDir(self.root / f"iteration-{number}")

@@ -2,7 +2,7 @@
 
 They synchronize through files in the run directory because a collective would time out while vLLM generates for hours:
 
-    .waiting/START/         one directory per start, so that files of an earlier start are ignored
+    .barrier/START/         one directory per start, so that files of an earlier start are ignored
       0.alive, 1.alive …    touched by each rank's heartbeat process while the rank is alive
       1.gone                renamed from 1.alive by the heartbeat process if the rank exits without leaving
       prepared              rank 0 has prepared the iteration
@@ -268,11 +268,17 @@ def exit_with_launcher() -> None:
 
     A killed `accelerate launch` leaves its process running in the background, which would keep the run locked.
     """
-    launcher = os.getppid()
-    with suppress(OSError):  # without /proc there is no watcher
-        command = Path(f"/proc/{launcher}/cmdline").read_bytes().decode(errors="replace").split("\0")[:3]
-        if LAUNCHERS & {Path(word).name for word in command}:
-            threading.Thread(target=_exit_after, args=(launcher,), daemon=True).start()
+    if process := launcher():
+        threading.Thread(target=_exit_after, args=(process.pid,), daemon=True).start()
+
+
+def launcher() -> psutil.Process | None:
+    """Return the process of `accelerate launch` or `torchrun` that started this one, if one did."""
+    with suppress(psutil.Error):
+        parent = psutil.Process().parent()
+        if parent and LAUNCHERS & {Path(word).name for word in parent.cmdline()[:3]}:
+            return parent
+    return None
 
 
 def _exit_after(launcher: int) -> None:

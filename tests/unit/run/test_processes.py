@@ -151,7 +151,7 @@ def test_rank_that_leaves_does_not_stop_the_others(start: Start) -> None:
     third.kill()
     first.run("ranks.wait_for_saved(); time.sleep(2)")
     assert first.lines == ["joined", "done"]
-    assert sorted(path.name for path in first.log.parent.glob("run/.waiting/start/*")) == [
+    assert sorted(path.name for path in first.log.parent.glob("run/.barrier/start/*")) == [
         "0.alive", "1.saved", "2.saved",
     ]  # fmt: skip
 
@@ -217,7 +217,7 @@ def test_own_error_is_shown_unchanged(start: Start) -> None:
 
 def test_files_of_other_starts_are_ignored(start: Start, tmp_path: Path) -> None:
     """Files of an earlier start, and of a second one that fails because the directory is in use."""
-    earlier = tmp_path / "run/.waiting/earlier"
+    earlier = tmp_path / "run/.barrier/earlier"
     earlier.mkdir(parents=True)
     (earlier / "1.gone").touch()
     first, second, third = start()
