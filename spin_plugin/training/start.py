@@ -10,6 +10,7 @@ from spin_plugin.config.specs import read_opponent, read_training
 from spin_plugin.console import say
 from spin_plugin.run.processes import rank
 from spin_plugin.training.iteration import Iteration
+from spin_plugin.training.threads import use_all_cores
 
 
 def start_iteration(cfg: Any, lowered: Lowered, other_plugins: Iterable[Any], *, for_training: bool) -> Iteration:
@@ -36,6 +37,7 @@ def start_iteration(cfg: Any, lowered: Lowered, other_plugins: Iterable[Any], *,
     refuse_other_trainers(cfg, other_plugins)
     if first:
         announce(lowered, read_opponent(cfg), read_training(cfg))
+    use_all_cores()
     iteration = Iteration(cfg, lowered)
     iteration.prepare(for_training=for_training)
     return iteration
