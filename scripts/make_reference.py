@@ -13,13 +13,12 @@ from typing import Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from spin_plugin.args import (
-    FREE,
     PLUGIN_VLLM_KEYS,
-    RUN_WIDE,
     RUN_WIDE_KEYS,
     VLLM_SERVER_KEYS,
     Block,
     GenerationArgs,
+    Mark,
     SpinArgs,
     VllmArgs,
 )
@@ -30,7 +29,7 @@ from spin_plugin.objective.metrics import METRICS
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 HEAD = """# The `spin:` block
 
-Generated from `spin_plugin/args.py` by `scripts/make_reference.py`; do not edit.
+Generated from the options, losses and metrics in the code by `scripts/make_reference.py`; do not edit.
 
 An unknown key raises an error that suggests the closest known one.
 """
@@ -78,9 +77,9 @@ def may_change(block: type[Block], name: str) -> str:
     """Say when an option may change once its run has started."""
     if block is VllmArgs:
         return "never" if name in FIXED_VLLM_KEYS else "on resume"
-    if name in block.marked(FREE):
+    if name in block.marked(Mark.FREE):
         return "on resume"
-    return "never" if name in block.marked(RUN_WIDE) else "in `schedule`"
+    return "never" if name in block.marked(Mark.RUN_WIDE) else "in `schedule`"
 
 
 def table(block: type[Block]) -> str:
@@ -107,8 +106,8 @@ def reference() -> str:
             "|---|---|---|---|",
             *(f"| `{name}` | `{loss.formula}` | {loss.when} | {loss.source} |" for name, loss in LOSSES.items()),
             "",
-            f"An entry of `schedule` cannot change Axolotl's {keys(RUN_WIDE_KEYS)}. Options that may change on resume "
-            "do not affect the result; `iterations` can be raised, and future entries of `schedule` changed.",
+            f"An entry of `schedule` cannot change Axolotl's {keys(RUN_WIDE_KEYS)}. Changes on resume do not affect "
+            "what is already done: `iterations` can be raised, and entries of `schedule` changed for later iterations.",
             "",
             "## `spin.generation`",
             "",

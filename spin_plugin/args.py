@@ -4,7 +4,8 @@ docs/reference.md is generated from these classes (`python scripts/make_referenc
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from enum import Enum, auto
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -64,11 +65,13 @@ RUN_WIDE_KEYS = frozenset(
 )
 
 
-# When an option may change, where its field says nothing: from iteration to iteration by `schedule`, otherwise never.
-FREE: dict[str, Any] = {"free": True}
-"""When a run resumes, because it does not affect the result."""
-RUN_WIDE: dict[str, Any] = {"run_wide": True}
-"""Not in `schedule`."""
+class Mark(Enum):
+    """When an option may change. Without a mark: from iteration to iteration by `schedule`, but not on resume."""
+
+    FREE = auto()
+    """On resume, because it does not affect the result."""
+    RUN_WIDE = auto()
+    """Not by `schedule`."""
 
 
 class Block(BaseModel):
@@ -77,10 +80,9 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     @classmethod
-    def marked(cls, mark: dict[str, Any]) -> set[str]:
-        """Return the names of the options that carry a mark, `FREE` or `RUN_WIDE`."""
-        extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
-        return {name for name, extra in extras.items() if isinstance(extra, dict) and mark.items() <= extra.items()}
+    def marked(cls, mark: Mark) -> set[str]:
+        """Return the names of the options that carry a mark."""
+        return {name for name, field in cls.model_fields.items() if mark in field.metadata}
 
 
 class GenerationArgs(Block):
@@ -102,15 +104,15 @@ class GenerationArgs(Block):
     seed: int | None = Field(default=None, ge=0)
     """Sampling seed. Default: the top-level `seed`."""
 
-    vllm_python: str | None = Field(default=None, json_schema_extra=FREE)
+    vllm_python: Annotated[str | None, Mark.FREE] = None
     """Python interpreter of the environment in which vLLM is installed. Default: the environment variable
     `SPIN_VLLM_PYTHON`; otherwise the current interpreter if it can import vLLM; otherwise `.venv-vllm/bin/python` in
     the working directory or in the plugin's checkout."""
 
-    backend: Literal["local", "ray"] = Field(default="local", json_schema_extra=FREE)
+    backend: Annotated[Literal["local", "ray"], Mark.FREE] = "local"
     """How vLLM is started: `local` on this machine, `ray` on all machines of a Ray cluster."""
 
-    ray_address: str | None = Field(default=None, json_schema_extra=FREE)
+    ray_address: Annotated[str | None, Mark.FREE] = None
     """Address of an existing Ray cluster; requires `backend: ray`. Default: start Ray on this machine."""
 
     vllm_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -171,7 +173,7 @@ class VllmArgs(Block):
 class SpinArgs(Block):
     """The `spin:` block."""
 
-    iterations: int = Field(default=4, ge=1, le=100, json_schema_extra=FREE | RUN_WIDE)
+    iterations: Annotated[int, Mark.FREE, Mark.RUN_WIDE] = Field(default=4, ge=1, le=100)
     """Number of self-play iterations. Each generates synthetic responses with the latest model, then trains on the
     pairs. The paper runs 4."""
 
@@ -193,7 +195,7 @@ class SpinArgs(Block):
     resample_prompts: bool = False
     """Sample a new set of `num_prompts` prompts in each iteration instead of reusing the first one."""
 
-    turns: Literal["first", "last", "all"] = Field(default="all", json_schema_extra=RUN_WIDE)
+    turns: Annotated[Literal["first", "last", "all"], Mark.RUN_WIDE] = "all"
     """Which assistant turns to generate and train on, among those that SFT would train on. Each turn's prompt is the
     real conversation before it."""
 
@@ -201,17 +203,17 @@ class SpinArgs(Block):
     """Whether to keep pairs whose two responses are identical. Their gradient is exactly zero, but dropping them makes
     an epoch shorter (see docs/measurements.md)."""
 
-    shared_prefix: Literal["auto", "on", "off"] = Field(default="auto", json_schema_extra=FREE)
+    shared_prefix: Annotated[Literal["auto", "on", "off"], Mark.FREE] = "auto"
     """Whether to run each pair as one unpadded row (prompt, real response, synthetic response), which computes the
     prompt once. `auto` falls back to the padded layout, and logs the reason, for models that do not support it; `on`
     rejects those models; `off` always pads."""
 
-    adapter_chain: Literal["continue", "merge"] = Field(default="continue", json_schema_extra=RUN_WIDE)
+    adapter_chain: Annotated[Literal["continue", "merge"], Mark.RUN_WIDE] = "continue"
     """How iterations build on each other with `adapter: lora` or `qlora`. `continue` keeps training the previous
     iteration's adapter; `merge` merges it into the base model and trains a new one, at the cost of a full model on disk
     per iteration."""
 
-    schedule: list[dict[str, Any]] = Field(default_factory=list, json_schema_extra=FREE | RUN_WIDE)
+    schedule: Annotated[list[dict[str, Any]], Mark.FREE, Mark.RUN_WIDE] = Field(default_factory=list)
     """Overrides per iteration: one mapping of Axolotl or `spin` keys for each iteration; `{}` overrides nothing."""
 
     generation: GenerationArgs = Field(default_factory=GenerationArgs)
@@ -241,7 +243,7 @@ class SpinArgs(Block):
         for number, entry in enumerate(self.schedule):
             if "rl_beta" in entry:
                 raise ValueError(f"schedule[{number}].rl_beta: write `beta` instead")
-            if fixed := sorted((RUN_WIDE_KEYS | SpinArgs.marked(RUN_WIDE)) & entry.keys()):
+            if fixed := sorted((RUN_WIDE_KEYS | SpinArgs.marked(Mark.RUN_WIDE)) & entry.keys()):
                 raise ValueError(f"schedule[{number}].{fixed[0]} cannot change between iterations; remove it")
         return self
 

@@ -114,7 +114,7 @@ class Verdict(NamedTuple):
     right: bool
     """The chosen layout agrees or, for a refused model, the padded layout indeed disagrees."""
     reason: str | None
-    nats_a_token: float
+    nats_per_token: float
     """Largest difference of a response's log-probability, in nats per token."""
     gradient: float
     """Relative difference of all gradients."""

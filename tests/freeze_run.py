@@ -2,8 +2,8 @@
 
     python tests/freeze_run.py tests/data/run-0.2
 
-tests/integration/test_frozen_run.py continues it, which is the promise that runs of this version go on. Rerun this only
-together with `run.state.FORMAT`, for a new minor version; paths in it are relative to its directory.
+tests/integration/test_frozen_run.py continues it: every later version with the same `run.state.FORMAT` must be able to.
+Rerun this only when that changes, for a new minor version. Paths in it are relative to its directory.
 """
 
 import shutil
@@ -24,7 +24,7 @@ def main(directory: Path) -> None:
     directory.mkdir(parents=True)
     make_model(directory / "model", **ONE_HEAD)
     write_jsonl(directory / "chat.jsonl", chat_rows(12))
-    changes = {"output_dir": "run", "val_set_size": 4, "plugins": None}
+    changes = {"output_dir": "run", "val_set_size": 4}
     write_config(directory, spin_config(directory, Path("model"), Path("chat.jsonl"), **changes))
     subprocess.run(["axolotl", "train", "config.yml"], cwd=directory, check=True)
     for pattern in UNUSED:

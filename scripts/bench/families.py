@@ -63,7 +63,7 @@ def main() -> None:
     for family in options.families:
         found = verdict(family)
         verdicts.append(found)
-        numbers = f"{found['nats_a_token']:8.1e} {found['gradient']:8.1e}" if "gradient" in found else ""
+        numbers = f"{found['nats_per_token']:8.1e} {found['gradient']:8.1e}" if "gradient" in found else ""
         right = LABELS[found["right"]]
         line = f"{family:26} {found['chosen']:10} {right:6} {numbers:18} {found['reason'] or ''}"
         sys.stdout.write(f"{line.rstrip()}\n")

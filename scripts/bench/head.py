@@ -62,7 +62,7 @@ def measure(name: str, dtype: torch.dtype, rows: int, hidden: int, vocabulary: i
 
     def gradients(head: Callable[..., Tensor], *leaves: Tensor) -> tuple[Tensor, ...]:
         logps = head(*leaves, targets)
-        return logps.detach(), *torch.autograd.grad((logps.to(leaves[0].dtype).float() * direction).sum(), leaves)
+        return logps.detach(), *torch.autograd.grad((logps.double() * direction).sum(), leaves)
 
     seconds, before = [], peak()
     for _ in range(RUNS):

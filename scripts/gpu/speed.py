@@ -98,13 +98,13 @@ def kernels_row(setting: Setting) -> Found:
     ]
     total = sum(time for time, _ in taken)
     first = sorted(taken, reverse=True)[:KERNELS]
-    dearest = [f"{time / total:6.1%} {time / 1000:9.2f} ms  {name}" for time, name in first]
-    return Found(len(dearest) == KERNELS, {"ms of all": total / 1000, "dearest": dearest})
+    slowest = [f"{time / total:6.1%} {time / 1000:9.2f} ms  {name}" for time, name in first]
+    return Found(len(slowest) == KERNELS, {"ms of all": total / 1000, "slowest": slowest})
 
 
 def kernels(setting: Setting) -> Iterator[Case]:
     """Profile of a step."""
-    yield "dearest of a step", partial(kernels_row, setting)
+    yield "slowest kernels of a step", partial(kernels_row, setting)
 
 
 def waits_row(setting: Setting) -> Found:

@@ -21,7 +21,7 @@ from spin_plugin.generation.shards import Shards
 WORKER = Path(__file__).with_name("vllm_worker.py")
 RAY_WORKER = Path(__file__).with_name("ray_worker.py")
 POLL_INTERVAL = 1.0  # seconds
-LESS_MEMORY = "half as many sequences at a time"
+LESS_MEMORY = "half as many sequences at a time, a smaller cache"
 
 
 class AdapterNotServedError(SpinError):

@@ -1,8 +1,8 @@
 """The LM head, applied only to the K hidden states that predict a response token, in chunks.
 
 Memory does not grow with vocabulary x tokens. torch's `linear_cross_entropy` does the same from 2.13 on, but it rounds
-log-probs to the weights' 16 bits (0.03 to 0.06 a token), has no soft-capping, and always computes the logits again in
-backward (`scripts/bench/head.py`).
+log-probs to the weights' 16 bits (an error of 0.03 per token), has no soft-capping, and always computes the logits
+again in backward (`scripts/bench/head.py`).
 
 `forward.install` puts this inside the model's own forward, so that DDP, FSDP, DeepSpeed and autocast see an ordinary
 call; `select` finds models whose head differs, which then use their own logits.

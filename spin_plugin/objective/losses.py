@@ -87,7 +87,7 @@ def spin_terms(policy: Tensor, opponent: Tensor, sides: Tensor, *, beta: float, 
     """Compute the loss and rewards of each pair.
 
     Args:
-        policy: [R] summed log-probs of every response under the main player.
+        policy: [R] summed log-probs of every response under the policy (the paper's main player).
         opponent: [R] the same under the opponent; no gradient flows into it.
         sides: [2, B] index of the real (row 0) and the synthetic (row 1) response of each pair.
         beta: the paper's lambda.

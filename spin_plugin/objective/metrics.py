@@ -98,7 +98,7 @@ def metric_sums(terms: SpinTerms, policy: Tensor, lengths: Tensor, sides: Tensor
 
     Args:
         terms: the result of `spin_terms`.
-        policy: [R] summed log-probs of every response under the main player.
+        policy: [R] summed log-probs of every response under the policy.
         lengths: [R] response lengths in tokens.
         sides: [2, B] index of the real (row 0) and the synthetic (row 1) response of each pair.
         loss: a key of `LOSSES`.

@@ -17,7 +17,7 @@ LARGE = 1 << 30  # bytes that take seconds to read
 
 
 class Facts(NamedTuple):
-    """What one reading of a safetensors file yields."""
+    """What reading a safetensors file yields."""
 
     stamp: list[int]
     """Size, modification time and change time (ns), and inode."""
@@ -106,14 +106,19 @@ def _read_cache(cache: Path) -> dict[str, Facts]:
 
 def _read(file: Path) -> Facts:
     """Digest a file and look for a tensor that is not finite."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     check_safetensors(file)
     stamp = _stamp(file)
     with open(file, "rb") as content:
         sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-    with safe_open(file, framework="pt") as tensors:
-        broken = next((name for name in sorted(tensors.keys()) if not _is_finite(tensors.get_tensor(name))), None)
+    if _stamp(file) != stamp:
+        raise SpinError(f"{file}: changed while it was read; wait until it is copied")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            broken = next((name for name in sorted(tensors.keys()) if not _is_finite(tensors.get_tensor(name))), None)
+    except SafetensorError as error:  # the header fits the file's size and is still wrong
+        raise SpinError(f"{file} is not a readable safetensors file ({error}); copy it again") from None
     return Facts(stamp, sha256, broken)
 
 
@@ -125,9 +130,9 @@ def _is_finite(tensor: Any) -> bool:
     """
     import torch
 
-    if not tensor.is_floating_point() or not tensor.numel():
+    if not tensor.is_floating_point() or not tensor.numel() or "float4" in str(tensor.dtype):  # 4 bits have no NaN
         return True
-    if tensor.dtype.itemsize == 1:  # torch 2.14 has no comparison for 8 bits
+    if tensor.dtype.itemsize == 1:  # torch 2.14 cannot compare 8 bits
         tensor = tensor.float()
     return bool(torch.stack(tensor.aminmax()).isfinite().all())
 

@@ -93,9 +93,11 @@ class IterationDir:
         merged = dict(ChainMap(*reversed(entries)))
         trained = [entry for entry in entries if "pairs" in entry]
         last_epoch = [entry for entry in trained if entry["epoch"] > trained[-1]["epoch"] - 1]
-        if pairs := sum(entry["pairs"] for entry in last_epoch):
+        if last_epoch:
             for name in filter(lambda name: name.startswith("spin/"), merged):
-                merged[name] = sum(entry[name] * entry["pairs"] for entry in last_epoch) / pairs
+                # a resumed iteration can lack a metric that a later version added
+                having = [entry for entry in last_epoch if name in entry]
+                merged[name] = sum(entry[name] * entry["pairs"] for entry in having) / sum(e["pairs"] for e in having)
         return {name: value for name, value in merged.items() if name != "pairs"}
 
     def checkpoints(self) -> list[Path]:
@@ -167,9 +169,9 @@ class RunDir:
         """Lock the directory against other runs (`lock.locked`) and remove leftovers of a kill."""
         self.root.mkdir(parents=True, exist_ok=True)
         with locked(self.root):
-            for left in (".prepared-*", f"{TRASH}*", f"iteration-*/{TRASH}*"):
+            for left in (".prepared-*", ".*.tmp", f"{TRASH}*", f"iteration-*/{TRASH}*", "iteration-*/.*.tmp"):
                 for trash in self.root.glob(left):
-                    shutil.rmtree(trash, ignore_errors=True)
+                    trash.unlink() if trash.is_file() else shutil.rmtree(trash, ignore_errors=True)
             yield
 
     def started(self) -> list[int]:

@@ -27,7 +27,12 @@ from spin_plugin.run.checkpoint import check_model_dir, incomplete_reason
 from spin_plugin.run.directory import IterationDir
 from spin_plugin.run.processes import Ranks, exit_with_launcher, rank, shared_start_id
 from spin_plugin.run.state import RunState
-from spin_plugin.training.precision import keep_masters, needs_no_masters, require_no_lost_updates
+from spin_plugin.training.precision import (
+    keep_4bit_weights_trainable,
+    keep_masters,
+    needs_no_masters,
+    require_no_lost_updates,
+)
 from spin_plugin.training.prepare import PairsOnDisk, open_pairs, prepare_iteration
 from spin_plugin.training.saving import store_in_16_bits
 
@@ -147,6 +152,7 @@ class Iteration:
     def keep_masters(self, model: Any) -> None:
         """Convert the trained weights to fp32, before anything wraps the model."""
         keep_masters(self.training, model)
+        keep_4bit_weights_trainable(model)
 
     def collator_class_and_arguments(self) -> tuple[type[PairCollator], dict[str, Any]]:
         return PairCollator, {}

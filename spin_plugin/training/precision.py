@@ -130,6 +130,17 @@ def keep_masters(training: TrainingSpec, model: nn.Module) -> None:
             parameter.data = torch.empty_like(loaded, dtype=torch.float32) if empty else loaded.float()
 
 
+def keep_4bit_weights_trainable(model: nn.Module) -> None:
+    """Stop bitsandbytes from packing 4-bit weights for CPUs with AVX512-BF16 when they are used in evaluation mode.
+
+    The packed form has no gradient, and bitsandbytes 0.50 keeps it when training begins: layers below would not learn.
+    """
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def keep_outputs_in_fp32(accelerator: Any) -> None:
     """Stop FSDP2 under accelerate from casting model outputs to bf16, which rounds log-probs of 500 to steps of 2."""
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)

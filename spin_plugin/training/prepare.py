@@ -60,7 +60,7 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
         number: the iteration.
 
     Raises:
-        SpinError: the data is unusable, or vLLM is missing or died.
+        SpinError: the data is unusable, or vLLM is missing or exited.
     """
     directory = run.iteration(number)
     directory.path.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,7 @@ def attention_verdict(light: Any, layer: Any, tokens: int) -> str:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("fault", ["window", "neighbour", "scaling"])
+@pytest.mark.parametrize("fault", ["window", "neighbor", "scaling"])
 def test_broken_attention_is_wrong(light: Any, monkeypatch: pytest.MonkeyPatch, dtype: str, fault: str) -> None:
     """A window one key too large, a synthetic response that sees a real token, a slightly wrong scale."""
     attend, layer = light.core.attend, light.core.Layer(dtype, 64)
@@ -75,7 +75,7 @@ def test_broken_attention_is_wrong(light: Any, monkeypatch: pytest.MonkeyPatch, 
     def broken(*states: Any, spans: Any, sliding_window: int | None, softcap: float | None) -> Any:
         if fault == "window" and sliding_window:
             sliding_window += 1
-        if fault == "neighbour":
+        if fault == "neighbor":
             wrong = spans.spans + torch.tensor([0, 1, -1, 0])  # the prompt ends one token late
             spans = light.core.SharedPrefix(wrong, spans.tokens)
         scaling = 0.14 if fault == "scaling" else None

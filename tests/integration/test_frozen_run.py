@@ -1,4 +1,4 @@
-"""A run that version 0.2.0 started goes on with this version. `tests/freeze_run.py` wrote it, the real command."""
+"""A run that version 0.2.0 started continues under this version. `tests/freeze_run.py` wrote it."""
 
 import math
 import shutil
@@ -36,7 +36,7 @@ def test_every_file_of_the_frozen_run_is_read(frozen: Path, command: Callable[..
 
 
 @pytest.mark.slow
-def test_frozen_run_goes_on(frozen: Path, run_jobs: Callable[..., None]) -> None:
+def test_frozen_run_continues(frozen: Path, run_jobs: Callable[..., None]) -> None:
     run = RunDir(frozen / "run")
     kept = [run.real, run.iteration(0).synthetic, run.iteration(0).pairs]
     before = [content(directory) for directory in kept]

@@ -30,7 +30,7 @@ def invoke(*arguments: str | Path) -> Result:
 
 # --- train -------------------------------------------------------------------------------------
 
-# Replaces `axolotl train`, which only the slow tests run: logs its arguments, then acts according to `behaviour`.
+# Replaces `axolotl train`, which only the slow tests run: logs its arguments, then acts according to `behavior`.
 STAND_IN = """#!{python}
 import json, os, subprocess, sys
 sys.path[:0] = {paths!r}
@@ -40,14 +40,14 @@ from spin_plugin.run.state import RunState
 directory = Path({directory!r})
 with open(directory / "calls", "a") as calls:
     calls.write(json.dumps(sys.argv[1:]) + "\\n")
-behaviour = (directory / "behaviour").read_text()
-if behaviour == "wait":  # like accelerate's launcher, which does not forward signals
+behavior = (directory / "behavior").read_text()
+if behavior == "wait":  # like accelerate's launcher, which does not forward signals
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     (directory / "pids").write_text(json.dumps([os.getpid(), child.pid]))
     sys.exit(child.wait())
-if behaviour == "fail":
+if behavior == "fail":
     sys.exit(3)
-if behaviour == "finish":
+if behavior == "finish":
     run = RunDir(directory / "run")
     run.root.mkdir(exist_ok=True)
     run.write_state(RunState({{}}, [{{"iteration": n}} for n in range(run.finished() + 1)], "0"))
@@ -60,7 +60,7 @@ def config(tmp_path: Path, llama: Path, chat_data: Path, monkeypatch: pytest.Mon
     stand_in = tmp_path / "axolotl"
     stand_in.write_text(STAND_IN.format(python=sys.executable, paths=[str(ROOT)], directory=str(tmp_path)))
     stand_in.chmod(0o755)
-    (tmp_path / "behaviour").write_text("finish")
+    (tmp_path / "behavior").write_text("finish")
     monkeypatch.setattr(train_module, "_axolotl", lambda: str(stand_in))
     return write_config(tmp_path, spin_config(tmp_path, llama, chat_data, spin={"iterations": 3}))
 
@@ -96,13 +96,13 @@ def test_launcher_arguments_are_passed_on(config: Path, arguments: list[str]) ->
 
 
 def test_first_failure_stops_with_its_exit_code(config: Path) -> None:
-    config.with_name("behaviour").write_text("fail")
+    config.with_name("behavior").write_text("fail")
     assert invoke("train", config).exit_code == 3
     assert len(calls(config)) == 1
 
 
 def test_unfinished_iteration_is_an_error_despite_exit_code_0(config: Path) -> None:
-    config.with_name("behaviour").write_text("nothing")
+    config.with_name("behavior").write_text("nothing")
     done = invoke("train", config)
     assert done.exit_code == 1
     assert "iteration 0 was not finished" in done.output
@@ -111,7 +111,7 @@ def test_unfinished_iteration_is_an_error_despite_exit_code_0(config: Path) -> N
 
 def test_sigterm_stops_training(config: Path) -> None:
     """Docker and Slurm signal only the first process, and the launcher does not forward it."""
-    config.with_name("behaviour").write_text("wait")
+    config.with_name("behavior").write_text("wait")
     program = (
         "import sys; from spin_plugin.cli import spin; module = sys.modules['spin_plugin.cli.train'];"
         f"module._axolotl = lambda: {str(config.with_name('axolotl'))!r}; spin(['train', {str(config)!r}])"

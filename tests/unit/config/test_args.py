@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from spin_plugin.args import (
     IN_VLLM_BLOCK,
     PLUGIN_VLLM_KEYS,
-    RUN_WIDE,
     RUN_WIDE_KEYS,
     VLLM_SERVER_KEYS,
     Block,
     GenerationArgs,
+    Mark,
     SpinArgs,
     VllmArgs,
 )
@@ -250,7 +250,7 @@ def test_schedule_must_have_one_entry_per_iteration(entries: int) -> None:
     )
 
 
-@pytest.mark.parametrize("key", sorted(RUN_WIDE_KEYS | SpinArgs.marked(RUN_WIDE)))
+@pytest.mark.parametrize("key", sorted(RUN_WIDE_KEYS | SpinArgs.marked(Mark.RUN_WIDE)))
 def test_schedule_cannot_change_a_run_wide_key(key: str) -> None:
     assert f"schedule[1].{key} cannot change between iterations" in error_of(
         {"iterations": 2, "schedule": [{}, {key: 1}]}

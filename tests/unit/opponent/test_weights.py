@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +72,32 @@ def test_every_finite_number_passes(tmp_path: Path, dtype: torch.dtype) -> None:
     integers = {f"{kind}": torch.full((9,), -1, dtype=kind) for kind in (torch.int8, torch.int32, torch.int64)}
     save_file({"a": extremes.to(dtype), "empty": torch.ones(0), **integers}, tmp_path / "w.safetensors")
     require_finite([tmp_path / "w.safetensors"])
+
+
+def raw_file(path: Path, header: dict[str, Any], data: bytes) -> Path:
+    """Write a safetensors file with any header."""
+    content = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(content)) + content + data)
+    return path
+
+
+def test_4_bit_numbers_are_always_finite(tmp_path: Path) -> None:
+    header = {"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}
+    require_finite([raw_file(tmp_path / "w.safetensors", header, b"\xff\xff")])
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]},
+        {"dtype": "NEW", "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+    ],
+    ids=["shape", "dtype", "hole"],
+)
+def test_wrong_header_is_reported(tmp_path: Path, entry: dict[str, Any]) -> None:
+    with pytest.raises(SpinError, match="is not a readable safetensors file"):
+        require_finite([raw_file(tmp_path / "w.safetensors", {"a": entry}, bytes(8))])
 
 
 # --- each file is read once --------------------------------------------------------------------

@@ -469,6 +469,14 @@ def test_checkpoints_are_sorted_by_step(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_metric_that_a_later_version_added_is_the_mean_over_its_entries(tmp_path: Path) -> None:
+    directory = IterationDir(tmp_path)
+    lines = [{"step": 1, "epoch": 0.5, "pairs": 4, "spin/loss": 0.7}]
+    lines.append({"step": 2, "epoch": 1.0, "pairs": 4, "spin/loss": 0.5, "spin/new": 3.0})
+    directory.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert directory.last_metrics() == {"step": 2, "epoch": 1.0, "spin/loss": 0.6, "spin/new": 3.0}
+
+
 def test_last_metrics_are_the_newest_of_each_name(tmp_path: Path) -> None:
     directory = IterationDir(tmp_path)
     assert directory.last_metrics() == {}

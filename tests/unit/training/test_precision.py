@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from axolotl.utils.dict import DictDefault
+from bitsandbytes.nn import Linear4bit
 from conftest import Jobs
 from safetensors.torch import load_file, save_file
 from tiny import FSDP2, LORA, chat_rows, spin_config, write_config, write_jsonl, zero
@@ -19,6 +20,7 @@ from spin_plugin.config.specs import TrainingSpec, read_training
 from spin_plugin.console import SpinError
 from spin_plugin.run.directory import RunDir
 from spin_plugin.training.precision import (
+    keep_4bit_weights_trainable,
     keep_masters,
     keep_outputs_in_fp32,
     needs_no_masters,
@@ -94,6 +96,24 @@ def test_only_optimizers_that_keep_small_updates_need_no_masters(changes: dict[s
 
 
 # --- masters -----------------------------------------------------------------------------------------
+
+
+def test_4bit_weights_pass_gradients_on_after_evaluation() -> None:
+    """On a CPU with AVX512-BF16 bitsandbytes would replace them by a form without a gradient."""
+    torch.manual_seed(0)
+    layer = Linear4bit(64, 64, bias=True, quant_type="nf4", compute_dtype=torch.bfloat16)
+    layer.load_state_dict({"weight": torch.randn(64, 64), "bias": torch.zeros(64)})
+    layer = layer.to("cpu")  # quantizes
+    keep_4bit_weights_trainable(layer)
+    states = torch.randn(3, 64)
+    with torch.no_grad():
+        expected = layer.eval()(states)
+    states.requires_grad_()
+    found = layer.train()(states)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert states.grad is not None
+    assert states.grad.abs().sum() > 1
 
 
 def half_model() -> nn.Module:

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 from conftest import ROOT
+
+from spin_plugin.training import threads
+from spin_plugin.training.threads import cores
 
 # What `accelerate launch` does to the environment of the process that it starts.
 LAUNCHER = """
@@ -21,21 +23,35 @@ from spin_plugin.training.threads import use_all_cores
 use_all_cores()
 print(torch.get_num_threads())
 """
-CORES = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False))
 
 
 @pytest.mark.parametrize(
-    ("name", "variables", "expected"),
+    ("name", "variables", "options", "expected"),
     [
-        ("accelerate", {}, CORES),
-        ("accelerate", {"LOCAL_WORLD_SIZE": str(CORES)}, 1),
-        ("accelerate", {"OMP_NUM_THREADS": "1"}, 1),
-        ("shell", {}, 1),  # without a launcher, torch's own choice
+        ("accelerate", {}, [], cores()),
+        ("accelerate", {"LOCAL_WORLD_SIZE": str(cores())}, [], 1),
+        ("accelerate", {"OMP_NUM_THREADS": "1"}, [], 1),
+        ("accelerate", {}, ["--num-cpu-threads-per-process=1"], 1),
+        ("shell", {}, [], 1),  # without a launcher, torch's own choice
     ],
 )
-def test_threads(tmp_path: Path, name: str, variables: dict[str, str], expected: int) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | variables
+def test_threads(tmp_path: Path, name: str, variables: dict[str, str], options: list[str], expected: int) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     (tmp_path / name).write_text(LAUNCHER)
-    command = [sys.executable, str(tmp_path / name), TRAINING]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, str(tmp_path / name), TRAINING, *options]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""} | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert int(done.stdout) == expected
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("100000 100000", 1), ("50000 100000", 1), ("max 100000", cores())])
+def test_quota_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, expected: int) -> None:
+    (tmp_path / "cpu.max").write_text(limit)
+    monkeypatch.setattr(threads, "QUOTA", tmp_path / "cpu.max")
+    assert cores() == expected
