@@ -247,7 +247,8 @@ class SpinTrainer(AxolotlTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each metric's mean since the last log, over all ranks."""
         entry: dict[str, float | None] = {"step": self.state.global_step, "epoch": self.state.epoch}
-        if "loss" in logs and self._pairs["train"]:
+        # A rank whose last micro-batches only held repeated pairs takes part in the sum over all ranks, too.
+        if "loss" in logs and self._sums["train"] is not None:
             metrics, entry["pairs"] = self._drain("train")
             logs |= metrics
         if self.is_world_process_zero():

@@ -45,8 +45,8 @@ SAME = [name for name in (*TOGETHER, *OTHERWISE) if name != "full-lengths"]
 def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, run_jobs: Callable[..., None]) -> Path:
     """A directory with a run of each variant, all from one generation."""
     directory = tmp_path_factory.mktemp("processes")
-    # 19 for training: an epoch's last step is incomplete, and one rank gets a repeated pair, which must not count
-    data = write_jsonl(directory / "chat.jsonl", chat_rows(22))
+    # 21 for training: the last step of an epoch has one pair, so one of two ranks only gets repeated ones
+    data = write_jsonl(directory / "chat.jsonl", chat_rows(24))
     config = spin_config(directory, llama, data, val_set_size=3, eval_strategy="epoch", num_epochs=2)
     config["spin"] |= {"beta": 1.0}
     run_jobs((write_config(directory, config), 1), command="preprocess")
