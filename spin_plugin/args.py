@@ -208,6 +208,11 @@ class SpinArgs(Block):
     prompt once. `auto` falls back to the padded layout, and logs the reason, for models that do not support it; `on`
     rejects those models; `off` always pads."""
 
+    group_prompts: Literal["off", "on"] = "off"
+    """Whether the pairs of a prompt, from `num_generations` and `history_iterations`, stand together in training and
+    share their prompt and real response in one row, so that these are computed once. The order is then random over
+    prompts instead of pairs. `micro_batch_size` should be a multiple of the pairs per prompt."""
+
     adapter_chain: Annotated[Literal["continue", "merge"], Mark.RUN_WIDE] = "continue"
     """How iterations build on each other with `adapter: lora` or `qlora`. `continue` keeps training the previous
     iteration's adapter; `merge` merges it into the base model and trains a new one, at the cost of a full model on disk
@@ -227,7 +232,7 @@ class SpinArgs(Block):
             raise ValueError(f"unknown loss {value!r}; use one of {', '.join(LOSSES)}")
         return value
 
-    @field_validator("shared_prefix", mode="before")
+    @field_validator("shared_prefix", "group_prompts", mode="before")
     @classmethod
     def accept_yaml_booleans(cls, value: object) -> object:
         """Map booleans back to `on` and `off`, which YAML parses as true and false when unquoted."""

@@ -7,7 +7,7 @@ import random
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from spin_plugin.model.attention import enable
 from spin_plugin.model.forward import install, logps
-from spin_plugin.model.layout import Pair, padded_batch, shared_prefix_batch
+from spin_plugin.model.layout import Pair, groups_of, padded_batch, response_spans, sequences_of, shared_prefix_batch
 from spin_plugin.objective.losses import spin_terms
 
 MEDIANS, SIGMA = (120, 245, 200), 0.6  # prompt, real, synthetic
@@ -36,7 +36,8 @@ Side = Callable[[Any, Batches, argparse.Namespace], list[Step]]
 # --- the same pairs and weights for every side -----------------------------------------------------
 
 
-def sample_pairs(count: int, vocabulary: int, seed: int) -> list[Pair]:
+def sample_pairs(count: int, vocabulary: int, seed: int, responses: int = 1) -> list[Pair]:
+    """Sample pairs, `responses` in a row with the same prompt and real response."""
     rng = random.Random(seed)
 
     def length(median: int, longest: int) -> int:
@@ -45,12 +46,14 @@ def sample_pairs(count: int, vocabulary: int, seed: int) -> list[Pair]:
     def tokens(count: int) -> list[int]:
         return [rng.randrange(3, vocabulary) for _ in range(count)]
 
-    def pair() -> Pair:
+    def group() -> list[Pair]:
         prompt = length(MEDIANS[0], LONGEST_PROMPT)
-        responses = [[*tokens(length(median, LONGEST - prompt) - 1), EOS] for median in MEDIANS[1:]]
-        return Pair(tokens(prompt), *responses)
+        medians = [MEDIANS[1], *[MEDIANS[2]] * responses]
+        real, *synthetic = ([*tokens(length(median, LONGEST - prompt) - 1), EOS] for median in medians)
+        shared = tokens(prompt)
+        return [Pair(shared, real, response) for response in synthetic]
 
-    return [pair() for _ in range(count)]
+    return [pair for _ in range(count // responses) for pair in group()]
 
 
 def make_model(options: argparse.Namespace) -> LlamaForCausalLM:
@@ -93,31 +96,58 @@ def to_device(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
 # --- the sides ----------------------------------------------------------------------------------
 
 
-def our_step(model: nn.Module, batch: dict[str, Tensor], options: argparse.Namespace) -> Step:
+def our_step(
+    model: nn.Module, batch: dict[str, Tensor], options: argparse.Namespace, *, own_logits: bool = False
+) -> Step:
     opponent: list[Tensor] = []
 
     def score() -> None:
         with torch.no_grad(), autocast(options):
-            opponent[:] = [logps(model.eval(), batch)]
+            opponent[:] = [logps(model.eval(), batch, own_logits=own_logits)]
 
     def train() -> None:
         with autocast(options):
-            policy = logps(model.train(), batch)
+            policy = logps(model.train(), batch, own_logits=own_logits)
             loss = spin_terms(policy, opponent[0], batch["sides"], beta=BETA, loss="logistic").loss.mean()
         loss.backward()
 
     return [(0.5, score), (1.0, train)]
 
 
-def ours(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list[Step]:
-    install(model)
-    enable(model)
-    return [our_step(model, to_device(shared_prefix_batch(pairs), options.device), options) for pairs in batches]
+def unpadded_batch(pairs: list[Pair]) -> dict[str, Tensor]:
+    """Build one row of all sequences `prompt | response`, without padding and without anything shared."""
+    batch = padded_batch(pairs, PAD)
+    real_tokens = batch["attention_mask"].bool()
+    places = real_tokens.flatten().cumsum(0) - 1  # of the padded batch's tokens in the row
+    spans, start = [], 0
+    for prompt, response in sequences_of(groups_of(pairs, grouped=False)):
+        spans += response_spans(start, len(prompt), [len(response)])
+        start += len(prompt) + len(response)
+    return batch | {
+        "input_ids": batch["input_ids"][real_tokens][None],
+        "position_ids": torch.arange(real_tokens.shape[1]).expand_as(real_tokens)[real_tokens][None],
+        "keep": places[batch["keep"]],
+        "spans": torch.tensor(spans),
+    }
 
 
-def padded(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list[Step]:
-    install(model)
-    return [our_step(model, to_device(padded_batch(pairs, PAD), options.device), options) for pairs in batches]
+def own(layout: Callable[[list[Pair]], dict[str, Tensor]], *, shares: bool, own_logits: bool = False) -> Side:
+    """Return a side that trains with our code on one layout.
+
+    Args:
+        layout: builds the batch.
+        shares: whether the layout needs shared-prefix attention.
+        own_logits: compute all logits of the padded layout instead of the chunked head.
+    """
+
+    def side(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list[Step]:
+        install(model)
+        if shares:
+            enable(model)
+        built = (to_device(layout(pairs), options.device) for pairs in batches)
+        return [our_step(model, batch, options, own_logits=own_logits) for batch in built]
+
+    return side
 
 
 def official(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list[Step]:
@@ -154,8 +184,12 @@ def word_tokenizer(words: list[str]) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>")
 
 
-def trl(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list[Step]:
-    """TRL's real trainer, from dataset to training step."""
+def trl(model: nn.Module, batches: Batches, options: argparse.Namespace, *, precompute: bool = False) -> list[Step]:
+    """TRL's real trainer, from dataset to training step.
+
+    Args:
+        precompute: use TRL's `precompute_ref_log_probs`; the time of that, half a forward, is added as for our sides.
+    """
     from datasets import Dataset, disable_progress_bars
     from trl import DPOConfig, DPOTrainer
 
@@ -167,11 +201,12 @@ def trl(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list
         output_dir=tempfile.mkdtemp(),
         use_cpu=options.device == "cpu",
         bf16=options.dtype == "bfloat16",
+        precompute_ref_log_probs=precompute,
         report_to=[],
     )
     trainer = DPOTrainer(
         model,
-        frozen_copy(model, options),
+        None if precompute else frozen_copy(model, options),
         config,
         train_dataset=Dataset.from_list(rows),
         processing_class=word_tokenizer(words),
@@ -184,11 +219,17 @@ def trl(model: nn.Module, batches: Batches, options: argparse.Namespace) -> list
     def train(batch: dict[str, Any]) -> None:
         trainer.training_step(trainer.model_wrapped, dict(batch))
 
+    def score(inputs: dict[str, Tensor]) -> None:
+        with torch.no_grad(), autocast(options):
+            model.eval()(**inputs, use_cache=False)
+
     def step(first: int, pairs: list[Pair]) -> Step:
         batch = trainer.data_collator([trainer.train_dataset[row] for row in range(first, first + len(pairs))])
         ours = padded_batch(pairs, PAD)
         assert torch.equal(batch["input_ids"], ours["input_ids"]), "trl uses other tokens"
-        return [(1.0, partial(train, batch))]
+        inputs = {name: batch[name].to(options.device) for name in ("input_ids", "attention_mask")}
+        scoring = [(0.5, partial(score, inputs))] if precompute else []
+        return [*scoring, (1.0, partial(train, batch))]
 
     firsts = accumulate(map(len, batches), initial=0)
     return [step(first, pairs) for first, pairs in zip(firsts, batches, strict=False)]
@@ -213,8 +254,9 @@ def floor(model: nn.Module, batches: Batches, options: argparse.Namespace) -> li
         loss.backward()
 
     def step(pairs: list[Pair]) -> Step:
-        sizes = [sum(map(len, pair)) for pair in pairs]
-        tokens = torch.tensor([[token for pair in pairs for part in pair for token in part]], device=options.device)
+        rows = [[*group.prompt, *group.real, *chain(*group.synthetic)] for group in groups_of(pairs, grouped=True)]
+        sizes = [len(row) for row in rows]
+        tokens = torch.tensor([[token for row in rows for token in row]], device=options.device)
         positions = torch.cat([torch.arange(size) for size in sizes])[None].to(options.device)
         return [
             (1.0, partial(train, {"input_ids": tokens, "position_ids": positions, "labels": tokens, "sizes": sizes}))
@@ -223,4 +265,14 @@ def floor(model: nn.Module, batches: Batches, options: argparse.Namespace) -> li
     return [step(pairs) for pairs in batches]
 
 
-SIDES: dict[str, Side] = {"ours": ours, "padded": padded, "trl": trl, "official": official, "floor": floor}
+SIDES: dict[str, Side] = {
+    "ours": own(partial(shared_prefix_batch, grouped=True), shares=True),
+    "pairs": own(shared_prefix_batch, shares=True),
+    "unpadded": own(unpadded_batch, shares=True),
+    "padded": own(partial(padded_batch, pad_token_id=PAD), shares=False),
+    "logits": own(partial(padded_batch, pad_token_id=PAD), shares=False, own_logits=True),
+    "trl": trl,
+    "trl_precomputed": partial(trl, precompute=True),
+    "official": official,
+    "floor": floor,
+}

@@ -2,17 +2,25 @@
 
     python scripts/bench/step.py [--pairs 8] [--rounds 5] [--threads 2] [--json FILE]
     python scripts/bench/step.py --preset 1b --pairs 8 32 --json FILE      (one GPU)
+    python scripts/bench/step.py --responses 2 --sides ours pairs unpadded padded logits official trl trl_precomputed
 
 Needs torch and transformers (and PYTHONPATH=. if spin-plugin is not installed); without trl its side is skipped.
 `--dtype bfloat16`, the default of `--preset 1b`, matches training: fp32 weights, bf16 matmuls. All sides use the same
 pairs and the same random weights. Lengths are log-normal (median prompt 120, real 245, synthetic 200 tokens, sigma 0.6)
 and truncated as in the paper's recipe, prompts at 512 and sequences at 1024 tokens. Each round has its own pairs.
 
-    ours      shared-prefix layout and chunked head, plus half a forward for the opponent (scored once for two epochs)
+    ours      shared-prefix layout and chunked head, plus half a forward for the opponent (scored once for two epochs);
+              with `--responses`, all synthetic responses of a prompt in one row
+    pairs     the same with a row per pair
+    unpadded  the same with one row of separate sequences, so that nothing is shared
     padded    the same with the padded layout
+    logits    the same with all logits at once instead of the chunked head
     trl       DPOTrainer.training_step of the installed trl, at its defaults, with a reference model
+    trl_precomputed  the same with `precompute_ref_log_probs`, plus half a forward
     official  reimplemented from its description: padded to the longest, two forwards, full fp32 log-softmax
     floor     forward and backward of the causal LM loss on the same unique tokens in one row, pairs kept apart
+
+`factors` splits the median time of TRL over ours into steps from each side to the next; their product is the whole.
 
 A step is forward and backward, without optimizer and collator. Ratios are medians over rounds, which are interleaved on
 a CPU. Memory is that of the first round's step on top of the models, measured in its own process; the reference models
@@ -34,7 +42,7 @@ from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +50,18 @@ import torch
 import transformers
 from sides import PAD, SIDES, Batches, Step, make_model, sample_pairs
 
-from spin_plugin.model.layout import Pair, padded_batch
+from spin_plugin.model.layout import Pair, groups_of, padded_batch, shared_prefix_batch
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {"layers": 6, "hidden": 512, "vocab": 32_000, "dtype": "float32"},
     "1b": {"layers": 16, "hidden": 2048, "vocab": 128_256, "dtype": "bfloat16"},  # Llama 3.2 1B's shape
 }
+# What each side lacks that the next one has.
+FACTORS = {
+    "trl": "implementation", "official": "half a reference forward", "logits": "head", "padded": "no padding",
+    "unpadded": "a row per pair", "pairs": "a row per prompt", "ours": "",
+}  # fmt: skip
+DEFAULT_SIDES = ("ours", "padded", "trl", "official", "floor")
 # Dense bf16 FLOPS with fp32 accumulation from the data sheets, by part of the GPU's name; the first match wins.
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
@@ -146,9 +160,11 @@ def memory_in_own_process(side: str, pairs: int, arguments: list[str]) -> dict[s
 def training_flops(options: argparse.Namespace, pairs: list[Pair], passes: float) -> float:
     """Return the model FLOPs of `passes` passes over the unique tokens, with the head only at response tokens."""
     tokens, kept, seen = 0, 0, 0
-    for prompt, real, synthetic in (map(len, pair) for pair in pairs):
-        tokens, kept = tokens + prompt + real + synthetic, kept + real + synthetic
-        seen += (prompt + real) * (prompt + real + 1) // 2 + synthetic * prompt + synthetic * (synthetic + 1) // 2
+    for group in groups_of(pairs, grouped=True):
+        prompt, real, synthetic = len(group.prompt), len(group.real), [len(response) for response in group.synthetic]
+        tokens, kept = tokens + prompt + real + sum(synthetic), kept + real + sum(synthetic)
+        seen += (prompt + real) * (prompt + real + 1) // 2
+        seen += sum(length * prompt + length * (length + 1) // 2 for length in synthetic)
     model = make_model(argparse.Namespace(**(vars(options) | {"device": "meta"})))
     body = sum(parameter.numel() for layer in model.model.layers for parameter in layer.parameters())
     products = body * tokens + options.vocab * options.hidden * kept + 2 * options.hidden * seen * options.layers
@@ -196,8 +212,14 @@ def summary(
     def memory_ratio(of: str, to: str) -> float | None:
         return round(memory[of]["step"] / memory[to]["step"], 3) if {of, to} <= memory.keys() else None
 
+    medians = {side: statistics.median(values) for side, values in seconds.items()}
+    sides = list(FACTORS) if medians.keys() >= FACTORS.keys() else []
     return {
         "ours_vs_trl": time_ratio("trl", "ours"),
+        "ours_vs_trl_precomputed": time_ratio("trl_precomputed", "ours"),
+        "grouped_vs_pairs": time_ratio("pairs", "ours"),
+        "memory_vs_pairs": memory_ratio("ours", "pairs"),
+        "factors": {FACTORS[slower]: round(medians[slower] / medians[faster], 3) for slower, faster in pairwise(sides)},
         "ours_vs_official": time_ratio("official", "ours"),
         "time_vs_floor": time_ratio("ours", "floor"),
         "memory_vs_trl": memory_ratio("ours", "trl"),
@@ -205,7 +227,7 @@ def summary(
         "mfu": {side: utilization(side, values, options, batches) for side, values in seconds.items()},
         "machine": machine(options),
         "options": {name: value for name, value in vars(options).items() if name not in ("json", "memory_of")},
-        "unique_tokens": [sum(sum(map(len, pair)) for pair in pairs) for pairs in batches[1:]],
+        "unique_tokens": [shared_prefix_batch(pairs, grouped=True)["input_ids"].numel() for pairs in batches[1:]],
         "padded_tokens": [padded_batch(pairs, PAD)["input_ids"].numel() for pairs in batches[1:]],
         "seconds": seconds,
         "bytes": memory,
@@ -215,14 +237,16 @@ def summary(
 def report(result: dict[str, Any], pairs: int) -> Iterator[str]:
     yield result["machine"]
     yield f"unique tokens {result['unique_tokens']}, padded {result['padded_tokens']}"
-    sizes, speeds = f"{'side':<10}{'pairs':>6}{'of':>4}", f"{'s/step':>9}{'pairs/s':>9}{'MFU':>6}"
+    sizes, speeds = f"{'side':<16}{'pairs':>6}{'of':>4}", f"{'s/step':>9}{'pairs/s':>9}{'MFU':>6}"
     yield f"{sizes}{speeds}{'GiB/step':>10}{'GiB more models':>17}"
     for side, values in result["seconds"].items():
         seconds, used, mfu = statistics.median(values), result["bytes"][side], result["mfu"][side]
         gib, share = (used["step"] / 2**30, used["reference"] / 2**30), "-" if mfu is None else f"{mfu:.0%}"
-        sizes = f"{side:<10}{used['micro_batch']:>6}{pairs:>4}"
+        sizes = f"{side:<16}{used['micro_batch']:>6}{pairs:>4}"
         yield f"{sizes}{seconds:>9.3f}{pairs / seconds:>9.2f}{share:>6}{gib[0]:>10.2f}{gib[1]:>17.2f}"
-    yield "  ".join(f"{name} {value}" for name, value in result.items() if "_vs_" in name)
+    yield "  ".join(f"{name} {value}" for name, value in result.items() if "_vs_" in name and value is not None)
+    if result["factors"]:
+        yield " × ".join(f"{name} {value}" for name, value in result["factors"].items())
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -236,13 +260,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, for all sides")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--responses", type=int, default=1, help="synthetic responses per prompt; divides --pairs")
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, help="default: all if --responses > 1, else the usual ones"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     for name, value in PRESETS[options.preset].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    if options.sides is None:
+        options.sides = list(SIDES if options.responses > 1 else DEFAULT_SIDES)
+    if any(pairs % options.responses for pairs in options.pairs):
+        parser.error("--responses must divide --pairs")
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     return options
@@ -250,7 +281,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
     """Measure all sides with `options.pairs` pairs and print the results."""
-    batches = [sample_pairs(options.pairs, options.vocab, seed) for seed in range(1 + options.rounds)]
+    batches = [
+        sample_pairs(options.pairs, options.vocab, seed, options.responses) for seed in range(1 + options.rounds)
+    ]
     memory = {side: memory_in_own_process(side, options.pairs, arguments) for side in options.sides}
     sizes = {side: used["micro_batch"] for side, used in memory.items()}
     # On a GPU one after the other: all models at once would not leave the memory that each was measured with.
@@ -269,11 +302,11 @@ def main(arguments: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     each = [argparse.Namespace(**(vars(options) | {"pairs": pairs})) for pairs in options.pairs]
     if options.memory_of:
-        batches = [sample_pairs(each[0].pairs, options.vocab, 0)]
+        batches = [sample_pairs(each[0].pairs, options.vocab, 0, options.responses)]
         measure = partial(measure_memory, options.memory_of, each[0], batches)
         sys.stdout.write(json.dumps(halve_until_it_fits(measure, each[0].pairs)) + "\n")
         return
-    sides = [side for side in options.sides if side != "trl" or find_spec("trl")]
+    sides = [side for side in options.sides if not side.startswith("trl") or find_spec("trl")]
     if len(sides) < len(options.sides):
         sys.stdout.write("trl is not installed, side skipped\n")
     results = []

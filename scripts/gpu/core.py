@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from spin_plugin.model.attention import Scores, SharedPrefix, attend, dense_attention, dense_mask
 from spin_plugin.model.forward import logps
-from spin_plugin.model.layout import padded_batch
+from spin_plugin.model.layout import padded_batch, response_spans
 
 KEY_HEADS = 2
 SOFTCAP = 2.0  # scores have magnitude 1, so the cap matters
@@ -48,15 +48,25 @@ def layers(quick: bool) -> Iterator[tuple[Layer, tuple[int, ...]]]:
     yield Layer("fp32", softcap=SOFTCAP), (usual,)
 
 
-def spans_of(tokens: int) -> list[list[int]]:
-    """Spans [B, 4] of pairs that fill a row: one up to 100 tokens, else of uneven lengths, the last one long."""
+def spans_of(tokens: int) -> list[tuple[int, int, int, int]]:
+    """Spans [R, 4] of prompts that fill a row: one up to 100 tokens, else of uneven lengths, the last one long.
+
+    The second and the last prompt have two synthetic responses, all others one.
+    """
+    rows, left = [], tokens
+    while left > 100 and len(rows) < 12:
+        size = min(100 + 37 * len(rows), left // 2)
+        rows.append([size // 4, size // 2, size - size // 4 - size // 2])
+        left -= size
+    rows.append([left // 2, left // 4, left - left // 2 - left // 4])
+    for prompt in {1, len(rows) - 1} & {*range(len(rows))}:
+        *others, last = rows[prompt]
+        rows[prompt] = [*others, last - last // 2, last // 2] if last > 1 else rows[prompt]
     spans, start = [], 0
-    while tokens - start > 100 and len(spans) < 12:
-        size = min(100 + 37 * len(spans), (tokens - start) // 2)
-        spans.append([start, size // 4, size // 2, size - size // 4 - size // 2])
-        start += size
-    left = tokens - start
-    return [*spans, [start, left // 2, left // 4, left - left // 2 - left // 4]]
+    for prompt, *responses in rows:
+        spans += response_spans(start, prompt, responses)
+        start += prompt + sum(responses)
+    return spans
 
 
 def values_and_gradients(attention: Callable[..., Tensor], states: list[Tensor], force: Tensor) -> list[Tensor]:

@@ -5,7 +5,7 @@ it. The keyword `spans` (see `spin_plugin.model.layout.shared_prefix_batch`), wh
 attention layer, selects shared-prefix attention. Without it `attend` is plain SDPA, so the same model also accepts
 padded batches.
 
-The fast paths are two SDPA calls per pair on CPU, and FlexAttention with a block mask on CUDA. `dense_mask` and
+The fast paths are one SDPA call per response on CPU, and FlexAttention with a block mask on CUDA. `dense_mask` and
 `dense_attention` are their slow reference.
 """
 
@@ -34,18 +34,16 @@ def dense_mask(spans: Tensor, tokens: int, window: int | None = None) -> Tensor:
     """Return [T, T] boolean: whether a query (row) may attend to a key (column).
 
     Args:
-        spans: [B, 4] as in `shared_prefix_batch`.
+        spans: [R, 4] as in `shared_prefix_batch`.
         tokens: T.
         window: the sliding window in positions, if any.
     """
     mask = torch.zeros(tokens, tokens, dtype=torch.bool)
-    for start, prompt, real, synthetic in spans.tolist():
-        middle = start + prompt + real
-        for response in (range(start + prompt, middle), range(middle, middle + synthetic)):
-            sequence = [*range(start, start + prompt), *response]
-            for position, query in enumerate(sequence):
-                first = 0 if window is None else max(0, position + 1 - window)
-                mask[query, sequence[first : position + 1]] = True
+    for start, prompt, response, length in spans.tolist():
+        sequence = [*range(start, start + prompt), *range(response, response + length)]
+        for position, query in enumerate(sequence):
+            first = 0 if window is None else max(0, position + 1 - window)
+            mask[query, sequence[first : position + 1]] = True
     return mask
 
 
@@ -75,7 +73,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sco
 
 
 class SharedPrefix:
-    """The spans [B, 4] of a row of T tokens, with the masks derived from them cached for all layers."""
+    """The spans [R, 4] of a row of T tokens, with the masks derived from them cached for all layers."""
 
     def __init__(self, spans: Tensor, tokens: int) -> None:
         self.spans, self.tokens = spans, tokens
@@ -88,16 +86,17 @@ class SharedPrefix:
 
     def ranges(self, window: int | None) -> Ranges:
         """Return the mask as ranges of keys. For prompt and real tokens, the own range covers all visible keys."""
-        start, prompt, real, synthetic = self.spans.int().unbind(1)
-        pair = torch.repeat_interleave(prompt + real + synthetic, output_size=self.tokens)  # avoids a sync
+        start, prompt, response, length = self.spans.int().unbind(1)
+        gap = response - start - prompt  # tokens of other responses in between; 0 after the prompt
+        own_tokens = torch.where(gap == 0, prompt + length, length)
+        index = torch.repeat_interleave(own_tokens, output_size=self.tokens)  # a known size avoids a sync
         token = torch.arange(self.tokens, dtype=torch.int32, device=self.spans.device)
-        start, prompt, real = start[pair], prompt[pair], real[pair]
-        second = token >= start + prompt + real
-        prompt_from, prompt_to = start, torch.where(second, start + prompt, start)
-        own_from = torch.where(second, start + prompt + real, start)
+        start, prompt, response, gap = start[index], prompt[index], response[index], gap[index]
+        prompt_from, prompt_to = start, torch.where(gap == 0, start, start + prompt)
+        own_from = torch.where(gap == 0, start, response)
         if window is not None:
-            # Between the prompt and a synthetic token, the real response does not count towards the distance.
-            prompt_from = prompt_from.maximum(token - real + 1 - window)
+            # The responses in between do not count towards the distance.
+            prompt_from = prompt_from.maximum(token - gap + 1 - window)
             own_from = own_from.maximum(token + 1 - window)
         return Ranges(prompt_from, prompt_to, own_from)
 
@@ -128,7 +127,7 @@ def attend(
 
     Args:
         attention_mask, dropout: used for padded batches only; dropout would make the policy differ from the opponent.
-        spans: [B, 4] of a shared-prefix row, preferably wrapped in one `SharedPrefix` for all layers.
+        spans: [R, 4] of a shared-prefix row, preferably wrapped in one `SharedPrefix` for all layers.
 
     Raises:
         ValueError: the model uses attention sinks or a position bias with the shared-prefix layout.
@@ -146,20 +145,20 @@ def attend(
 
 
 def _by_pair(query: Tensor, key: Tensor, value: Tensor, shared: SharedPrefix, scores: Scores) -> Tensor:
-    """Compute [1, H, T, D] with two SDPA calls per pair, each only over the visible keys.
+    """Compute [1, H, T, D] with one SDPA call per response, each only over the visible keys.
 
     Uses `split` because the gradient of a slice is as long as the row, which would take half the time.
     """
-    sizes = [size for _, prompt, real, synthetic in shared.rows for size in (prompt + real, synthetic)]
+    follows = [response == start + prompt for start, prompt, response, _ in shared.rows]  # its prompt directly
+    sizes = [length + prompt * first for (_, prompt, _, length), first in zip(shared.rows, follows, strict=True)]
     parts = zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True)
     outputs = []
-    for _, prompt, *_ in shared.rows:
-        first_query, first_key, first_value = next(parts)
-        outputs.append(_causal(first_query, first_key, first_value, scores))
-        second_query, second_key, second_value = next(parts)
-        keys = torch.cat([first_key[:, :, :prompt], second_key], dim=2)
-        values = torch.cat([first_value[:, :, :prompt], second_value], dim=2)
-        outputs.append(_causal(second_query, keys, values, scores))
+    for (_, prompt, *_), first, (own_query, *own) in zip(shared.rows, follows, parts, strict=True):
+        if first:
+            prefix, visible = [states[:, :, :prompt] for states in own], own
+        else:
+            visible = [torch.cat(states, dim=2) for states in zip(prefix, own, strict=True)]
+        outputs.append(_causal(own_query, visible[0], visible[1], scores))
     return torch.cat(outputs, dim=2)
 
 

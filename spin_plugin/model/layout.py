@@ -1,19 +1,24 @@
 """Build the model's input tensors for a micro-batch of pairs, in one of two layouts.
 
-Padded layout: 2B sequences `prompt | response`, the real ones first, padded on the right to the longest.
+Padded layout: one sequence `prompt | response` per response, the real ones first, padded on the right to the longest.
 
 Shared-prefix layout: one row with `prompt | real | synthetic` of each pair back to back, without padding and with
 each prompt only once. It needs the attention of `spin_plugin.model.attention`.
+
+With `grouped`, consecutive pairs with the same prompt and real response share these in both layouts: the row becomes
+`prompt | real | synthetic 1 | … | synthetic n`, and the B pairs have G real and B synthetic responses, R = G + B.
+Otherwise G = B.
 
 Both layouts have:
     keep: [K] positions whose logits predict a response token, as indices into the flattened [rows * width].
     targets: [K] the predicted tokens.
     segments: [K] which of the R responses each token belongs to.
-    lengths: [R] response lengths in tokens.
+    lengths: [R] response lengths in tokens, the real ones first.
     sides: [2, B] index of the real (row 0) and the synthetic (row 1) response of each pair.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -28,15 +33,37 @@ class Pair(NamedTuple):
     synthetic: Sequence[int]
 
 
-def padded_batch(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, Tensor]:
+class Group(NamedTuple):
+    """Token ids of pairs that share their prompt and real response."""
+
+    prompt: Sequence[int]
+    real: Sequence[int]
+    synthetic: list[Sequence[int]]
+
+
+def groups_of(pairs: Sequence[Pair], *, grouped: bool) -> list[Group]:
+    """Return one group per run of pairs with the same prompt and real response, or one per pair if not `grouped`."""
+    if not grouped:
+        return [Group(pair.prompt, pair.real, [pair.synthetic]) for pair in pairs]
+    runs = groupby(pairs, key=lambda pair: (list(pair.prompt), list(pair.real)))
+    return [Group(prompt, real, [pair.synthetic for pair in run]) for (prompt, real), run in runs]
+
+
+def sequences_of(groups: Sequence[Group]) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """Return the prompt and response of each of the R responses, the real ones first."""
+    real = [(group.prompt, group.real) for group in groups]
+    return real + [(group.prompt, response) for group in groups for response in group.synthetic]
+
+
+def padded_batch(pairs: Sequence[Pair], pad_token_id: int, *, grouped: bool = False) -> dict[str, Tensor]:
     """Build the padded layout of B pairs.
 
     Returns:
-        input_ids, attention_mask: [2B, L]; keep, targets, segments: [K], with `keep` indexing the
-        flattened [2B * L]; lengths: [2B]; sides: [2, B].
+        input_ids, attention_mask: [R, L]; keep, targets, segments: [K], with `keep` indexing the
+        flattened [R * L]; lengths: [R]; sides: [2, B].
     """
-    sequences = [(pair.prompt, pair.real) for pair in pairs] + [(pair.prompt, pair.synthetic) for pair in pairs]
-    return _sequences(sequences, pad_token_id) | {"sides": _sides(len(pairs))}
+    groups = groups_of(pairs, grouped=grouped)
+    return _sequences(sequences_of(groups), pad_token_id) | {"sides": _sides(groups)}
 
 
 def single_batch(prompt: Sequence[int], response: Sequence[int]) -> dict[str, Tensor]:
@@ -74,43 +101,66 @@ def _sequences(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], pad_tok
     }
 
 
-def shared_prefix_batch(pairs: Sequence[Pair]) -> dict[str, Tensor]:
+def response_spans(start: int, prompt: int, responses: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """Return the `spans` of a group at position `start`: [1 + n, 4], the real response first.
+
+    Args:
+        start: position of the prompt's first token in the row.
+        prompt: tokens of the prompt.
+        responses: tokens of the real and of each synthetic response; none is 0.
+    """
+    spans, position = [], start + prompt
+    for tokens in responses:
+        spans.append((start, prompt, position, tokens))
+        position += tokens
+    return spans
+
+
+def shared_prefix_batch(pairs: Sequence[Pair], *, grouped: bool = False) -> dict[str, Tensor]:
     """Build the shared-prefix layout of B pairs with T tokens in total.
 
     Returns:
-        input_ids, position_ids: [1, T], with both responses positioned directly after the prompt; spans: [B, 4] start
-        of each pair and the lengths of its prompt, real and synthetic response; keep, targets, segments: [K];
-        lengths: [2B]; sides: [2, B].
+        input_ids, position_ids: [1, T], with every response positioned directly after the prompt; spans: [R, 4] in the
+        row's order, for each response the start and length of its prompt, then its own start and length; keep,
+        targets, segments: [K]; lengths: [R]; sides: [2, B].
     """
-    tokens, positions, keep, targets, spans, start = [], [], [], [], [], 0
-    for pair in pairs:
-        prompt, real, synthetic = (len(part) for part in pair)
-        end = prompt + real
-        tokens += [torch.as_tensor(part, dtype=torch.long) for part in pair]
-        positions += [torch.arange(end), torch.arange(prompt, prompt + synthetic)]
-        # The prompt's last position predicts the first token of both responses.
-        before_synthetic = torch.arange(end - 1, end + synthetic - 1)
-        before_synthetic[:1] = prompt - 1
-        keep.append((torch.arange(prompt - 1, end - 1) + start, before_synthetic + start))
-        targets.append((tokens[-2], tokens[-1]))
-        spans.append((start, prompt, real, synthetic))
-        start += end + synthetic
-    lengths = torch.tensor(spans)[:, 2:].T.flatten()
+    groups = groups_of(pairs, grouped=grouped)
+    tokens, positions, spans, start = [], [], [], 0
+    keep: list[list[Tensor]] = [[], []]  # of real and synthetic responses
+    targets: list[list[Tensor]] = [[], []]
+    for group in groups:
+        prompt, responses = len(group.prompt), [group.real, *group.synthetic]
+        tokens.append(torch.as_tensor(group.prompt, dtype=torch.long))
+        positions.append(torch.arange(prompt))
+        spans += response_spans(start, prompt, [len(response) for response in responses])
+        for number, response in enumerate(responses):
+            _, _, first, length = spans[number - len(responses)]
+            tokens.append(torch.as_tensor(response, dtype=torch.long))
+            positions.append(torch.arange(prompt, prompt + length))
+            before = torch.arange(first - 1, first + length - 1)
+            before[:1] = start + prompt - 1  # the prompt's last position predicts every response's first token
+            keep[number > 0].append(before)
+            targets[number > 0].append(tokens[-1])
+        start = spans[-1][2] + spans[-1][3]
+    chosen = targets[0] + targets[1]
+    lengths = torch.tensor([len(response) for response in chosen])
     return {
         "input_ids": torch.cat(tokens)[None],
         "position_ids": torch.cat(positions)[None],
         "spans": torch.tensor(spans),
-        "keep": torch.cat([side[row] for row in range(2) for side in keep]),
-        "targets": torch.cat([side[row] for row in range(2) for side in targets]),
+        "keep": torch.cat(keep[0] + keep[1]),
+        "targets": torch.cat(chosen),
         "segments": torch.arange(lengths.numel()).repeat_interleave(lengths),
         "lengths": lengths,
-        "sides": _sides(len(pairs)),
+        "sides": _sides(groups),
     }
 
 
-def _sides(pairs: int) -> Tensor:
-    """Return [2, B] `sides` for responses ordered real first, then synthetic."""
-    return torch.arange(2 * pairs).view(2, -1)
+def _sides(groups: Sequence[Group]) -> Tensor:
+    """Return [2, B] `sides` for the real responses of all groups, followed by the synthetic ones."""
+    sizes = torch.tensor([len(group.synthetic) for group in groups])
+    real = torch.arange(len(groups)).repeat_interleave(sizes)
+    return torch.stack([real, len(groups) + torch.arange(len(real))])
 
 
 def split_into_tokens(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -133,14 +183,20 @@ class PairCollator:
     The collator is created before the model is wrapped and its layout chosen; the trainer sets `shared_prefix` later.
     """
 
-    def __init__(self, tokenizer: Any, **_padding: Any) -> None:
+    def __init__(self, tokenizer: Any, *, grouped: bool = False, **_padding: Any) -> None:
         # Axolotl passes its padding options to every collator; none applies here.
-        self.shared_prefix = False
+        self.shared_prefix, self.grouped = False, grouped
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = tokenizer.eos_token_id if pad is None else pad
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the batch and `responses` [R], the storage indices of the opponent's log-probs."""
         pairs = [Pair(row["prompt"], row["real"], row["synthetic"]) for row in rows]
-        batch = shared_prefix_batch(pairs) if self.shared_prefix else padded_batch(pairs, self.pad_token_id)
-        batch["responses"] = response_indices(torch.tensor([row["index"] for row in rows])).flatten()
+        if self.shared_prefix:
+            batch = shared_prefix_batch(pairs, grouped=self.grouped)
+        else:
+            batch = padded_batch(pairs, self.pad_token_id, grouped=self.grouped)
+        batch["responses"] = torch.empty_like(batch["lengths"])
+        # Up to rounding, the pairs of a group store the same value for their real response: any of them will do.
+        batch["responses"][batch["sides"]] = response_indices(torch.tensor([row["index"] for row in rows]))
         return batch

@@ -1,5 +1,6 @@
 """Probe pairs for comparing the layouts, and the tolerances of that comparison."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,25 +18,38 @@ MAX_ROW_PAIRS = 12
 # --- probe pairs ---------------------------------------------------------------------------------
 
 
-def probe(lengths: Tensor, pair: Callable[[int], Pair], longest: int | None = None) -> list[list[Pair]]:
+def probe(
+    lengths: Tensor, pair: Callable[[int], Pair], longest: int | None = None, *, grouped: bool = False
+) -> list[list[Pair]]:
     """Select a few rows of pairs on which to compare the layouts; the same on every rank.
 
     Args:
         lengths: [N] tokens of every pair, its prompt counted once.
         pair: returns the pair at an index.
         longest: limit for the tokens of a prompt plus one response, if any.
+        grouped: whether pairs of one prompt share a row.
 
     Returns:
         First a row as short as possible that spans several attention blocks, which is also used for gradients. Then
         the shortest pair, a pair with a sequence at least as long as any in the data, and, unless it is the first row,
-        a row of several pairs.
+        a row of several pairs. If `grouped`, a prompt with several synthetic responses comes first.
     """
     enough = torch.where(lengths >= MIN_ROW_TOKENS, lengths, torch.iinfo(lengths.dtype).max)
     together = int((lengths[:MAX_ROW_PAIRS].cumsum(0) < MIN_ROW_TOKENS).sum()) + 1
     several = [pair(index) for index in range(min(len(lengths), max(3, min(together, MAX_ROW_PAIRS))))]
     blocks = [pair(int(enough.argmin()))] if (lengths >= MIN_ROW_TOKENS).any() else several
     rows = [blocks, [pair(int(lengths.argmin()))], [_lengthened(pair(int(lengths.argmax())), longest)]]
-    return rows if blocks is several else [*rows, several]
+    if blocks is not several:
+        rows.append(several)
+    if grouped:  # first, because its gradients are compared
+        rows.insert(0, _one_prompt(several, longest))
+    return rows
+
+
+def _one_prompt(pairs: list[Pair], longest: int | None) -> list[Pair]:
+    """Return the first pair's prompt and real response with the synthetic responses of all pairs."""
+    space = None if longest is None else max(1, longest - len(pairs[0].prompt))
+    return [pairs[0]._replace(synthetic=pair.synthetic[:space]) for pair in pairs]
 
 
 def _lengthened(pair: Pair, longest: int | None) -> Pair:
@@ -78,3 +92,12 @@ class Tolerance(NamedTuple):
 
 EXACT = Tolerance(1e-3, 1e-3, 1e-3)
 ROUGH = Tolerance(0.25, 1.0, 0.3)  # 16 bits: 0.05 nats per token is common, more if routing picks another expert
+
+
+def squares(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, float]:
+    """Return the squared distance of two sets of gradients (0 if missing) and the squared norm of `expected`."""
+    distance = sum(
+        float((found.get(name, torch.zeros_like(own)) - own).square().sum()) for name, own in expected.items()
+    )
+    norm = sum(float(own.square().sum()) for own in expected.values())
+    return (distance if math.isfinite(distance) else math.inf), norm

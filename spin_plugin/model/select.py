@@ -19,8 +19,16 @@ from torch.distributed.tensor import DTensor
 from spin_plugin.console import SpinError
 from spin_plugin.model.attention import enable
 from spin_plugin.model.forward import logps
-from spin_plugin.model.layout import Pair, padded_batch, shared_prefix_batch, single_batch
-from spin_plugin.model.probe import EXACT, ROUGH, Deviation, Tolerance
+from spin_plugin.model.layout import (
+    Group,
+    Pair,
+    groups_of,
+    padded_batch,
+    sequences_of,
+    shared_prefix_batch,
+    single_batch,
+)
+from spin_plugin.model.probe import EXACT, ROUGH, Deviation, Tolerance, squares
 from spin_plugin.model.support import causal_lm, family, needs_own_logits, unsupported_reason
 from spin_plugin.model.tracing import attention_calls, linear_dtypes
 
@@ -42,7 +50,7 @@ class Layout(NamedTuple):
     """How a model computes the log-probs of pairs."""
 
     shared_prefix: bool
-    """Each pair is `prompt | real | synthetic` in one row; otherwise it is two padded sequences."""
+    """Prompts are followed by all their responses in one row; otherwise every response is a padded sequence."""
     own_logits: bool
     """Use the model's own logits, because the chunked head disagrees with them."""
     padded_reason: str | None = None
@@ -55,6 +63,7 @@ def choose_layout(
     *,
     requested: bool,
     pad_token_id: int,
+    grouped: bool = False,
     device: torch.device | None = None,
     gather: Callable[[Any], list[Any]] = lambda found: [found],
 ) -> Layout:
@@ -68,6 +77,7 @@ def choose_layout(
         rows: the result of `probe`.
         requested: whether the shared-prefix layout is requested.
         pad_token_id: for the padded layout.
+        grouped: whether pairs of one prompt share their prompt and real response.
         device: where the model computes; defaults to its parameters' device, which is wrong if FSDP offloads them.
         gather: returns every rank's argument, in the same order on all ranks.
 
@@ -83,7 +93,7 @@ def choose_layout(
     # With torch_compile: true, a kernel that fails to compile would run eagerly and allocate [heads, T, T].
     with torch.random.fork_rng(devices), torch._dynamo.config.patch(suppress_errors=False), torch.no_grad():
         try:
-            return _Choice(model, rows, pad_token_id, device, gather).layout(requested=requested)
+            return _Choice(model, rows, pad_token_id, grouped, device, gather).layout(requested=requested)
         finally:
             model.train(training)
 
@@ -96,25 +106,26 @@ class _Choice:
         model: nn.Module,
         rows: Sequence[Sequence[Pair]],
         pad_token_id: int,
+        grouped: bool,
         device: torch.device,
         gather: Callable[[Any], list[Any]],
     ) -> None:
         self.model, self.inner, self.device, self.gather = model, causal_lm(model), device, gather
         self.name = family(self.inner).__name__
         self.own_logits = needs_own_logits(self.inner)
-        self.padded = [self._on_device(padded_batch(row, pad_token_id)) for row in rows]
-        self.shared = [self._on_device(shared_prefix_batch(row)) for row in rows]
-        self.alone = [self._alone(row) for row in rows]
+        self.padded = [self._on_device(padded_batch(row, pad_token_id, grouped=grouped)) for row in rows]
+        self.shared = [self._on_device(shared_prefix_batch(row, grouped=grouped)) for row in rows]
+        self.groups = [groups_of(row, grouped=grouped) for row in rows]
+        self.alone = [self._alone(groups) for groups in self.groups]
         self.tolerance = self._choose_head(rows[0][0])
         self.expected = [torch.cat([self._logps(batch) for batch in batches]) for batches in self.alone]
 
     def _on_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
-    def _alone(self, row: Sequence[Pair]) -> list[Batch]:
-        """Return every response of a row as its own sequence, real responses first as in the other layouts."""
-        responses = [(pair.prompt, pair.real) for pair in row] + [(pair.prompt, pair.synthetic) for pair in row]
-        return [self._on_device(single_batch(prompt, response)) for prompt, response in responses]
+    def _alone(self, groups: Sequence[Group]) -> list[Batch]:
+        """Return every response of a row as its own sequence."""
+        return [self._on_device(single_batch(*sequence)) for sequence in sequences_of(groups)]
 
     def _logps(self, batch: Batch) -> Tensor:
         return logps(self.model, batch, own_logits=self.own_logits)
@@ -165,7 +176,7 @@ class _Choice:
     def _shared_prefix_fault(self, padded: Deviation) -> str | None:
         """Return why shared-prefix is rejected, or None and leave its attention enabled."""
         before = self.inner.config._attn_implementation
-        expected = self._gradients(self.alone[0], self.expected[0])
+        expected = self._gradients()
         enable(self.model)
         reason = self._kernel_fault() or self._values_fault(padded) or self._gradients_fault(expected)
         if reason is not None:
@@ -220,31 +231,32 @@ class _Choice:
 
     # --- gradients ---------------------------------------------------------------------------
 
-    def _gradients(self, batches: list[Batch], expected: Tensor) -> dict[str, Tensor] | None:
+    def _gradients(self) -> dict[str, Tensor] | None:
         """Return the gradients of the first row, computed one sequence at a time, or None if they are no reference."""
         if not _takes_gradients(self.model):
             return None
         self.model.zero_grad(set_to_none=True)
         found = [
             Deviation.of(self._backward(batch, weight), value[None], batch["lengths"])
-            for batch, weight, value in zip(batches, self._weights(len(batches)), expected, strict=True)
+            for batch, weight, value in zip(self.alone[0], self._weights(), self.expected[0], strict=True)
         ]
         gradients = self._take_gradients()
         # In training mode some routers add noise; the gradients are then not comparable.
         return gradients if self._worst(found).per_root_token <= self.tolerance.low else None
 
-    def _weights(self, responses: int) -> Tensor:
-        """Return the [R] weights of a row's responses in the sum that is differentiated."""
-        return torch.tensor(SIDE_WEIGHTS, device=self.device).repeat_interleave(responses // 2)
+    def _weights(self) -> Tensor:
+        """Return the [R] weights of the first row's responses in the sum that is differentiated."""
+        real, synthetic = SIDE_WEIGHTS
+        responses, groups = len(self.alone[0]), len(self.groups[0])
+        return torch.tensor([real] * groups + [synthetic] * (responses - groups), device=self.device)
 
     def _gradients_fault(self, expected: dict[str, Tensor] | None) -> str | None:
         if expected is None:
             return None
-        weights = self._weights(len(self.alone[0]))
-        if reason := self._failure(lambda: self._backward(self.shared[0], weights)):
+        if reason := self._failure(lambda: self._backward(self.shared[0], self._weights())):
             self.model.zero_grad(set_to_none=True)
             return reason
-        local = _squares(self._take_gradients(), expected)
+        local = squares(self._take_gradients(), expected)
         difference, size = (sum(part) for part in zip(*self.gather(local), strict=True))
         if difference <= self.tolerance.gradient**2 * size:
             return None
@@ -281,15 +293,6 @@ def _takes_gradients(model: nn.Module) -> bool:
     """
     hooked = any(value._post_accumulate_grad_hooks or value._backward_hooks for value in model.parameters())
     return not hooked and not hasattr(model, "backward")
-
-
-def _squares(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, float]:
-    """Return the squared distance of two sets of gradients (0 if missing) and the squared norm of `expected`."""
-    distance = sum(
-        float((found.get(name, torch.zeros_like(own)) - own).square().sum()) for name, own in expected.items()
-    )
-    norm = sum(float(own.square().sum()) for own in expected.values())
-    return (distance if math.isfinite(distance) else math.inf), norm
 
 
 def _first_line(error: Exception) -> str:

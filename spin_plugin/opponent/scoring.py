@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spin_plugin.console import SpinError
+from spin_plugin.data.order import Sizes
 from spin_plugin.model.layout import response_indices
 from spin_plugin.opponent.store import OpponentStore
 
@@ -43,8 +44,32 @@ def scoring_batches(lengths: Tensor, *, tokens: int, world: int) -> list[Tensor]
     return rounds
 
 
+def scoring_rounds(sizes: Sizes, *, tokens: int, world: int) -> list[Tensor]:
+    """Return rounds of [world, n] pair indices as `scoring_batches`, the pairs of one prompt together.
+
+    Prompts with equally many pairs are scored together, so that all ranks score the same number of pairs. A pair
+    counts with all its tokens, as in the padded layout; a prompt that has more than `tokens` is split.
+    """
+    by_prompt = sizes.prompts.argsort(stable=True)
+    counts = sizes.prompts.unique(return_counts=True)[1]
+    most = max(1, tokens // int(sizes.tokens.max()))  # pairs of a prompt that are scored together
+    starts = (counts.cumsum(0) - counts).tolist()
+    parts = [
+        (start + offset, min(most, count - offset))
+        for start, count in zip(starts, counts.tolist(), strict=True)
+        for offset in range(0, count, most)
+    ]
+    first, counts = torch.tensor(parts).unbind(1)
+    rounds = []
+    for count in counts.unique().tolist():
+        pairs = by_prompt[first[counts == count][:, None] + torch.arange(count)]  # [parts, count]
+        part_tokens = sizes.tokens[pairs].sum(1)
+        rounds += [pairs[chosen].flatten(1) for chosen in scoring_batches(part_tokens, tokens=tokens, world=world)]
+    return rounds
+
+
 Score = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Maps a round's [world, n] pair indices to the numbers and log-probs [R] of their responses, from all ranks."""
+"""Maps a round's [world, n] pair indices to the storage indices and log-probs of their responses, from all ranks."""
 
 
 def unscored(rounds: list[Tensor], values: Tensor) -> list[Tensor]:

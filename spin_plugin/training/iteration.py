@@ -155,7 +155,7 @@ class Iteration:
         keep_4bit_weights_trainable(model)
 
     def collator_class_and_arguments(self) -> tuple[type[PairCollator], dict[str, Any]]:
-        return PairCollator, {}
+        return PairCollator, {"grouped": self.pairs.grouped}
 
     def training_arguments(self) -> dict[str, Any]:
         """Keep the pairs' columns, which no model's forward takes; skip the NaN filter, which syncs with the GPU."""

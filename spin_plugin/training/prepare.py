@@ -42,6 +42,8 @@ class PairsOnDisk:
     """Fingerprint of the opponent's weights."""
     revision: str | None = None
     """Commit of a base model on the hub; all ranks load this one."""
+    grouped: bool = False
+    """Whether pairs of one prompt stand together; decided when the pairs are built, so a resume keeps the order."""
 
     def opponent_key(self, split: str) -> str:
         """Return what a split's opponent log-probs depend on: the opponent's weights and every token of the pairs."""
@@ -114,6 +116,7 @@ def open_pairs(directory: IterationDir) -> PairsOnDisk:
         eval=tables["eval"] if len(tables["eval"]) else None,
         stats=read_stats(directory.pairs / "stats.json"),
         opponent_files={split: directory.pairs / f"opponent-{split}.safetensors" for split in SPLITS},
+        grouped=json.loads((directory.pairs / "key").read_text(encoding="utf-8")).get("grouped", False),
         weights=str(manifest.get("weights")),
         revision=manifest.get("revision"),
     )
@@ -175,7 +178,7 @@ def _write_pairs(
             keep_equal=spin.equal_pairs == "keep",
         )
     write_stats(directory / "stats.json", stats)
-    (directory / "key").write_text(json.dumps(key), encoding="utf-8")
+    (directory / "key").write_text(json.dumps(key | {"grouped": spin.group_prompts == "on"}), encoding="utf-8")
 
 
 def _responses(run: RunDir, iterations: list[int], split: str) -> Iterator[Synthetic]:

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from spin_plugin.console import SpinError, console, exit_on_error, say
-from spin_plugin.data.order import BalancedSampler, pairs_counted, steps_in_epoch
+from spin_plugin.console import SpinError, console, exit_on_error, say, warn
+from spin_plugin.data.order import BalancedSampler, Sizes, pair_sizes, pairs_counted, steps_in_epoch
 from spin_plugin.model.forward import disable_dropout, install, logps
-from spin_plugin.model.layout import Pair, split_into_tokens
+from spin_plugin.model.layout import Pair, response_indices, split_into_tokens
 from spin_plugin.model.probe import probe
 from spin_plugin.model.select import Layout, choose_layout
 from spin_plugin.objective.losses import spin_terms
 from spin_plugin.objective.metrics import METRICS, metric_sums
-from spin_plugin.opponent.scoring import fill, scoring_batches, scoring_tokens, unscored
+from spin_plugin.opponent.scoring import fill, scoring_rounds, scoring_tokens, unscored
 from spin_plugin.opponent.store import OpponentStore
 from spin_plugin.run.directory import IterationDir
 from spin_plugin.training.precision import keep_outputs_in_fp32, require_masters
@@ -74,13 +74,14 @@ class SpinTrainer(AxolotlTrainer):
             row = self.train_dataset[index]
             return Pair(row["prompt"], row["real"], row["synthetic"])
 
-        lengths = token_counts(self.train_dataset)
+        grouped = self.task.pairs.grouped
         with self.compute_loss_context_manager():
             self.layout = choose_layout(
                 model,
-                probe(lengths, pair, self.args.max_seq_length),
+                probe(self._sizes(self.train_dataset).tokens, pair, self.args.max_seq_length, grouped=grouped),
                 requested=self.task.spin.shared_prefix != "off",
                 pad_token_id=self.train_data_collator.pad_token_id,
+                grouped=grouped,
                 device=self.args.device,
                 gather=lambda found: gather_object([found]),
             )
@@ -140,26 +141,31 @@ class SpinTrainer(AxolotlTrainer):
     @torch.no_grad()
     def _score(self, model: nn.Module, pairs: Dataset, split: str, store: OpponentStore) -> None:
         """Compute and store the missing log-probs, each rank its share."""
-        state, training = self.accelerator, model.training
+        accelerator, training = self.accelerator, model.training
 
         def score(indices: Tensor) -> tuple[Tensor, Tensor]:
-            share = indices[state.process_index].tolist()
-            batch = self._prepare_inputs(self.train_data_collator([pairs[index] for index in share]))
+            share = indices[accelerator.process_index]
+            batch = self._prepare_inputs(self.train_data_collator([pairs[index] for index in share.tolist()]))
             with self.compute_loss_context_manager():
-                values = self._logps(model, batch)
-            responses, gathered = state.gather((batch["responses"], values))
+                values = self._logps(model, batch)[batch["sides"]]  # every pair stores both of its responses
+            stored = response_indices(share).to(values.device)
+            responses, gathered = accelerator.gather((stored.flatten(), values.flatten()))
             return responses, gathered
 
-        tokens = scoring_tokens(token_counts(self.train_dataset), micro_batch=self.args.per_device_train_batch_size)
-        rounds = scoring_batches(token_counts(pairs), tokens=tokens, world=state.num_processes)
+        train = self._sizes(self.train_dataset).tokens
+        tokens = scoring_tokens(train, micro_batch=self.args.per_device_train_batch_size)
+        rounds = scoring_rounds(self._sizes(pairs), tokens=tokens, world=accelerator.num_processes)
         left = unscored(rounds, self.opponent[split])
         model.eval()
         tracked = self._with_progress(left, f"opponent's log-probs ({split})")
-        fill(self.opponent[split], store, tracked, score, write=state.is_main_process)
+        fill(self.opponent[split], store, tracked, score, write=accelerator.is_main_process)
         model.train(training)
-        if state.is_main_process:
+        if accelerator.is_main_process:
             say(f"opponent's log-probs of {len(pairs):,} {split} pairs stored")
-        state.wait_for_everyone()
+        accelerator.wait_for_everyone()
+
+    def _sizes(self, pairs: Dataset) -> Sizes:
+        return pair_sizes(pairs, grouped=self.task.pairs.grouped)
 
     def _with_progress(self, rounds: list[Tensor], title: str) -> Iterable[Tensor]:
         shown = console.is_terminal and self.accelerator.is_main_process
@@ -169,9 +175,11 @@ class SpinTrainer(AxolotlTrainer):
         """Random order with steps balanced by tokens, unless the configuration sets another order."""
         pairs = self.train_dataset if train_dataset is None else train_dataset
         if self.args.curriculum_sampling or self.args.train_sampling_strategy != "random":
+            if self.task.pairs.grouped and self.is_world_process_zero():
+                warn("spin.group_prompts: has no effect in this order; remove curriculum_sampling or group_by_length")
             return super()._get_train_sampler(pairs)
         return BalancedSampler(
-            token_counts(pairs),
+            self._sizes(pairs),
             micro_batch=self.args.per_device_train_batch_size,
             groups=self.args.gradient_accumulation_steps * self.args.world_size,
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
@@ -274,11 +282,6 @@ class SpinTrainer(AxolotlTrainer):
         ).tolist()
         self._sums[split], self._pairs[split] = None, 0
         return {PREFIX[split] + name: total / pairs for name, total in zip(METRICS, totals, strict=True)}, int(pairs)
-
-
-def token_counts(pairs: Dataset) -> Tensor:
-    """[N] tokens in each pair."""
-    return torch.as_tensor(pairs.with_format("numpy")["length"][:])
 
 
 class _ScoreBeforeFirstStep(TrainerCallback):

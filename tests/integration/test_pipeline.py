@@ -163,16 +163,22 @@ def test_accumulation_changes_nothing(
         torch.testing.assert_close(tensor, weights[1][name], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("grouped", ["off", "on"])
 def test_shared_prefix_and_padded_runs_follow_the_same_trajectory(
-    tmp_path: Path, llama: Path, chat_data: Path, run_jobs: Callable[..., None]
+    tmp_path: Path, llama: Path, chat_data: Path, run_jobs: Callable[..., None], grouped: str
 ) -> None:
-    """Two iterations with either layout, with held-out prompts: the same responses, losses and weights."""
+    """Two iterations with either layout, with held-out prompts: the same responses, losses and weights.
+
+    Grouped, a prompt has up to four pairs, in rows of one prompt and in padded sequences.
+    """
     runs = {}
     for choice in ("on", "off"):
         directory = tmp_path / choice
         directory.mkdir()
         config = spin_config(directory, llama, chat_data, val_set_size=4, eval_strategy="epoch")
-        config["spin"] = config["spin"] | {"shared_prefix": choice, "beta": 1.0}
+        config["spin"] = config["spin"] | {"shared_prefix": choice, "beta": 1.0, "group_prompts": grouped}
+        if grouped == "on":
+            config["spin"]["generation"] |= {"num_generations": 2}
         run_jobs(*2 * [(write_config(directory, config), 1)])
         runs[choice] = directory / "run"
     for iteration in (0, 1):

@@ -22,7 +22,7 @@ from spin_plugin.run.directory import RunDir
 pytestmark = pytest.mark.slow
 
 
-ALONE = {"full": {}, "lora": LORA}
+ALONE = {"full": {}, "lora": LORA, "grouped": {}}
 TOGETHER = {
     "full-ddp": {},
     "full-fsdp2": FSDP2,
@@ -30,6 +30,8 @@ TOGETHER = {
     "full-zero3": zero(3),
     "lora-ddp": LORA,
     "lora-fsdp2": LORA | FSDP2,
+    "grouped-ddp": {},
+    "grouped-fsdp2": FSDP2,
 }
 OTHERWISE = {
     "full-checkpointing": {"gradient_checkpointing": True},
@@ -43,20 +45,28 @@ SAME = [name for name in (*TOGETHER, *OTHERWISE) if name != "full-lengths"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, run_jobs: Callable[..., None]) -> Path:
-    """A directory with a run of each variant, all from one generation."""
+    """A directory with a run of each variant, all from one generation, the grouped ones from another."""
     directory = tmp_path_factory.mktemp("processes")
     # 21 for training: the last step of an epoch has one pair, so one of two ranks only gets repeated ones
     data = write_jsonl(directory / "chat.jsonl", chat_rows(24))
     config = spin_config(directory, llama, data, val_set_size=3, eval_strategy="epoch", num_epochs=2)
     config["spin"] |= {"beta": 1.0}
-    run_jobs((write_config(directory, config), 1), command="preprocess")
-    (directory / "run/run.json").unlink()  # the variants' configurations differ
+    # three pairs of a prompt, which fit into the micro-batch of one process but not of two
+    generation = config["spin"]["generation"] | {"num_generations": 3}
+    grouped = config["spin"] | {"group_prompts": "on", "generation": generation}
+    prepared = {"separate": config, "grouped": config | {"spin": grouped}}
+    for name, changed in prepared.items():
+        (directory / name).mkdir()
+        changed["output_dir"] = str(directory / name / "prepared")
+        run_jobs((write_config(directory / name, changed), 1), command="preprocess")
+        (directory / name / "prepared/run.json").unlink()  # the variants' configurations differ
     jobs = []
     for processes, variants in ((1, ALONE | OTHERWISE), (2, TOGETHER)):
         for name, changes in variants.items():
-            shutil.copytree(directory / "run", directory / name / "run")
-            own = config | changes | {"output_dir": str(directory / name / "run"), "micro_batch_size": 4 // processes}
-            jobs.append((write_config(directory / name, own), processes))
+            source = "grouped" if name.startswith("grouped") else "separate"
+            shutil.copytree(directory / source / "prepared", directory / name / "run")
+            own = {"output_dir": str(directory / name / "run"), "micro_batch_size": 4 // processes}
+            jobs.append((write_config(directory / name, prepared[source] | changes | own), processes))
     run_jobs(*jobs)
     return directory
 

@@ -228,6 +228,18 @@ def test_every_key_of_axolotls_vllm_block_is_either_used_or_a_server_key() -> No
     assert VllmArgs.model_fields.keys() == IN_VLLM_BLOCK
 
 
+@pytest.mark.parametrize("key", ["shared_prefix", "group_prompts"])
+@pytest.mark.parametrize(("value", "expected"), [(True, "on"), (False, "off"), ("on", "on"), ("off", "off")])
+def test_on_and_off_may_be_booleans(key: str, value: object, expected: str) -> None:
+    """YAML reads them as such unless they are quoted."""
+    assert getattr(parse_spin_block({key: value}), key) == expected
+
+
+def test_pairs_are_not_grouped_by_default() -> None:
+    assert parse_spin_block({}).group_prompts == "off"
+    assert "group_prompts" in error_of({"group_prompts": "sometimes"})
+
+
 def test_ray_address_without_ray_is_rejected() -> None:
     assert "ray_address requires `backend: ray`" in error_of({"generation": {"ray_address": "auto"}})
     assert parse_spin_block({"generation": {"backend": "ray", "ray_address": "auto"}}).generation.backend == "ray"

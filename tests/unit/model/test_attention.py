@@ -1,8 +1,7 @@
 """The fast attention paths and their masks against the dense reference, and the models that support them."""
 
 import random
-from collections.abc import Callable
-from itertools import accumulate
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,19 +17,32 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from spin_plugin.model import attention, flex
 from spin_plugin.model.attention import Scores, SharedPrefix, attend, dense_attention, dense_mask, enable
 from spin_plugin.model.flex import BLOCK
+from spin_plugin.model.layout import response_spans
 from spin_plugin.model.support import unsupported_reason
 
 WINDOWS = [None, 1, 5, 150]
 
 
 def random_spans(seed: int, *max_lengths: int) -> tuple[Tensor, int]:
-    """Return the spans of a few pairs with prompt, real and synthetic lengths up to these, and the row's length."""
+    """Return the spans of a few prompts with one to three synthetic responses, and the row's length.
+
+    Prompt, real and synthetic responses have up to `max_lengths` tokens.
+    """
     rng = random.Random(seed)
-    spans, start = [], 0
+    prompt, real, synthetic = max_lengths
+    row = []
     for _ in range(rng.randint(1, 4)):
-        lengths = [rng.randint(1, longest) for longest in max_lengths]
-        spans.append([start, *lengths])
-        start += sum(lengths)
+        limits = [prompt, real, *[synthetic] * rng.randint(1, 3)]
+        row.append([rng.randint(1, limit) for limit in limits])
+    return spans_of(row)
+
+
+def spans_of(row: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
+    """Return the spans of prompts with their responses, given their lengths, and the row's length."""
+    spans, start = [], 0
+    for prompt, *responses in row:
+        spans += response_spans(start, prompt, responses)
+        start += prompt + sum(responses)
     return torch.tensor(spans), start
 
 
@@ -40,21 +52,25 @@ def random_states(tokens: int, heads: int = 4, shared_heads: int = 2) -> list[Te
 
 
 def test_dense_mask_by_hand() -> None:
-    """A pair with prompt 0 1, real 2 3 and synthetic 4, then a pair of one token each."""
+    """A prompt 0 1 with real 2 3 and synthetic 4, then a prompt 5 with responses 6, 7 and 8 9."""
     expected = [
-        [1, 0, 0, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 1, 0, 0, 0],
-        [0, 0, 0, 0, 0, 1, 0, 0],
-        [0, 0, 0, 0, 0, 1, 1, 0],
-        [0, 0, 0, 0, 0, 1, 0, 1],
+        [1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1, 0, 0, 1, 1],
     ]
-    spans = torch.tensor([[0, 2, 2, 1], [5, 1, 1, 1]])
-    assert dense_mask(spans, 8).int().tolist() == expected
-    # With a window of 2, the synthetic token sees the prompt's last token but not its first.
-    assert dense_mask(spans, 8, window=2).int()[4].tolist() == [0, 1, 0, 0, 1, 0, 0, 0]
+    spans = torch.tensor([[0, 2, 2, 2], [0, 2, 4, 1], [5, 1, 6, 1], [5, 1, 7, 1], [5, 1, 8, 2]])
+    assert torch.equal(spans_of([[2, 2, 1], [1, 1, 1, 2]])[0], spans)
+    assert dense_mask(spans, 10).int().tolist() == expected
+    # With a window of 2, the first synthetic token sees the prompt's last token but not its first.
+    assert dense_mask(spans, 10, window=2).int()[4].tolist() == [0, 1, 0, 0, 1, 0, 0, 0, 0, 0]
+    assert dense_mask(spans, 10, window=2).int()[9].tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 1, 1]
 
 
 LENGTHS = st.one_of(st.integers(1, 5), st.integers(1, 60), st.integers(120, 140), st.integers(1, 300))
@@ -62,15 +78,14 @@ LENGTHS = st.one_of(st.integers(1, 5), st.integers(1, 60), st.integers(120, 140)
 
 @settings(max_examples=40, deadline=None)
 @given(
-    row=st.lists(st.tuples(LENGTHS, LENGTHS, LENGTHS), min_size=1, max_size=6),
+    row=st.lists(st.lists(LENGTHS, min_size=3, max_size=7), min_size=1, max_size=6),
     window=st.sampled_from([None, 1, 5, 127, 128, 129, 150]),
 )
-@example(row=[(128, 128, 128)], window=None)  # boundaries of pairs and blocks coincide
-@example(row=[(300, 200, 300), (1, 1, 1)], window=150)
-def test_block_mask_is_the_dense_mask(row: list[tuple[int, int, int]], window: int | None) -> None:
+@example(row=[[128, 128, 128]], window=None)  # boundaries of pairs and blocks coincide
+@example(row=[[300, 200, 300, 20], [1, 1, 1]], window=150)
+def test_block_mask_is_the_dense_mask(row: list[list[int]], window: int | None) -> None:
     """Compare the mask function token by token, and the blocks: partial if some keys are visible, full if all are."""
-    *starts, tokens = accumulate((sum(lengths) for lengths in row), initial=0)
-    spans = torch.tensor([(start, *lengths) for start, lengths in zip(starts, row, strict=True)])
+    spans, tokens = spans_of(row)
     dense = dense_mask(spans, tokens, window)
     mask = SharedPrefix(spans, tokens).block_mask(window)
     assert {tensor.dtype for tensor in mask.as_tuple() if isinstance(tensor, Tensor)} == {torch.int32}

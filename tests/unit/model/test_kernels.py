@@ -22,7 +22,7 @@ needs_known_versions = pytest.mark.skipif(
 )
 
 SHORT, LONGER = [40, 30, 14], [200, 50, 50]
-TWO_PAIRS = [[300, 60, 60], [30, 30, 20]]
+TWO_PAIRS = [[300, 60, 60], [30, 30, 20, 40]]  # the second prompt has two synthetic responses
 
 
 def run_script(script: str, *arguments: str) -> list[dict[str, Any]]:

@@ -49,6 +49,18 @@ def test_probe_of_long_pairs() -> None:
     assert len(shorter.prompt) + len(shorter.real) == 2500
 
 
+@pytest.mark.parametrize("longest", [None, 120])
+def test_probe_of_grouped_pairs_begins_with_one_prompt(longest: int | None) -> None:
+    """With several synthetic responses; no sequence is longer than those of the data."""
+    lengths = [200, 150, 20, 110]
+    pairs = [pair_of(length) for length in lengths]
+    first, *rest = probe(torch.tensor(lengths), pairs.__getitem__, longest, grouped=True)
+    assert rest == probe(torch.tensor(lengths), pairs.__getitem__, longest)
+    assert len(first) > 1
+    assert {(*pair.prompt, *pair.real) for pair in first} == {(*pairs[0].prompt, *pairs[0].real)}
+    assert longest is None or all(len(pair.prompt) + len(pair.synthetic) <= longest for pair in first)
+
+
 def test_probe_of_short_pairs_builds_a_row_of_several_blocks() -> None:
     rows = probed([40] * 100)
     assert rows[0] == [40] * 8

@@ -3,6 +3,7 @@
 import copy
 import random
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -101,7 +102,7 @@ def test_shared_prefix_batch_by_hand() -> None:
     expected = {
         "input_ids": [[1, 2, 10, 11, 12, 13, 3, 20, 30, 31]],
         "position_ids": [[0, 1, 2, 3, 4, 2, 0, 1, 1, 2]],
-        "spans": [[0, 2, 3, 1], [6, 1, 1, 2]],
+        "spans": [[0, 2, 2, 3], [0, 2, 5, 1], [6, 1, 7, 1], [6, 1, 8, 2]],
         "keep": [1, 2, 3, 6, 1, 6, 8],
         "targets": [10, 11, 12, 20, 13, 30, 31],
         "segments": [0, 0, 0, 1, 2, 3, 3],
@@ -110,6 +111,41 @@ def test_shared_prefix_batch_by_hand() -> None:
     }
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_grouped_batches_by_hand() -> None:
+    """Two pairs share prompt and real response; the third is alone.
+
+    index     0 1  2  3  4  5  6 | 7  8  9
+    token     1 2 10 11 12 13 14 | 3 20 30
+    position  0 1  2  3  2  2  3 | 0  1  1
+    """
+    pairs = [Pair([1, 2], [10, 11], [12]), Pair([1, 2], [10, 11], [13, 14]), Pair([3], [20], [30])]
+    shared, padded = shared_prefix_batch(pairs, grouped=True), padded_batch(pairs, PAD, grouped=True)
+    both = {
+        "targets": [10, 11, 20, 12, 13, 14, 30],
+        "segments": [0, 0, 1, 2, 3, 3, 4],
+        "lengths": [2, 1, 1, 2, 1],
+        "sides": [[0, 0, 1], [2, 3, 4]],
+    }
+    expected = both | {
+        "input_ids": [[1, 2, 10, 11, 12, 13, 14, 3, 20, 30]],
+        "position_ids": [[0, 1, 2, 3, 2, 2, 3, 0, 1, 1]],
+        "spans": [[0, 2, 2, 2], [0, 2, 4, 1], [0, 2, 5, 2], [7, 1, 8, 1], [7, 1, 9, 1]],
+        "keep": [1, 2, 7, 1, 1, 5, 7],
+    }
+    assert {name: tensor.tolist() for name, tensor in shared.items()} == expected
+    assert {name: padded[name].tolist() for name in both} == both
+    assert padded["input_ids"].tolist() == [[1, 2, 10, 11], [3, 20, 0, 0], [1, 2, 12, 0], [1, 2, 13, 14], [3, 30, 0, 0]]
+
+
+def test_pairs_of_different_prompts_are_never_grouped() -> None:
+    """Only neighbors with the same prompt and real response are; then nothing differs from separate pairs."""
+    pairs = [Pair([1], [10], [13]), Pair([1], [11], [13]), Pair([2], [10], [13]), Pair([1], [10], [14])]
+    for build in (shared_prefix_batch, partial(padded_batch, pad_token_id=PAD)):
+        apart, together = build(pairs), build(pairs, grouped=True)
+        assert apart.keys() == together.keys()
+        assert all(torch.equal(tensor, together[name]) for name, tensor in apart.items())
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -160,6 +196,46 @@ def test_shared_prefix_equals_padded(architecture: str) -> None:
         found, found_gradients = step(model, batch)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         assert distance(found_gradients, gradients) < 1e-5
+
+
+def group(synthetic: int, seed: int = 0) -> list[Pair]:
+    """Return pairs of one prompt; their responses have one token, equal lengths, or very different ones."""
+    rng = random.Random(seed)
+    prompt, real = ([rng.randrange(3, 250) for _ in range(length)] for length in (5, 7))
+    lengths = [1, 7, 30, 2, 7][:synthetic]
+    return [Pair(prompt, real, [rng.randrange(3, 250) for _ in range(length)]) for length in lengths]
+
+
+@pytest.mark.parametrize("synthetic", [1, 2, 5])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gemma", "gemma2", "phi", "mixtral"])
+def test_grouped_rows_equal_separate_pairs(architecture: str, synthetic: int) -> None:
+    """In values and gradients, also with a prompt of one token and a real response equal to a synthetic one."""
+    pairs = [*group(synthetic), *PAIRS, Pair([7], [8, 9], [8, 9]), Pair([7], [8, 9], [4])]
+    model = make(architecture)
+    expected, gradients = step(model, padded_batch(pairs, PAD), own_logits=True)
+    expected = expected.view(2, -1)
+    assert choose_layout(model, [pairs], requested=True, pad_token_id=PAD, grouped=True) == (True, False, None)
+    for build in (shared_prefix_batch, partial(padded_batch, pad_token_id=PAD)):
+        batch = build(pairs, grouped=True)
+        if architecture == "gemma2" and "spans" not in batch:
+            continue  # `enable` switches the padded layout to SDPA, without soft-capping
+        assert len(batch["lengths"]) == 2 * len(pairs) - synthetic
+        found, found_gradients = step(model, batch)
+        torch.testing.assert_close(found[batch["sides"]], expected, rtol=1e-5, atol=1e-5)
+        assert distance(found_gradients, gradients) < 1e-5
+
+
+def test_synthetic_responses_of_a_prompt_do_not_see_each_other() -> None:
+    model = make()
+    enable(model)
+    pairs = group(5)
+    with torch.no_grad():
+        before = logps(model, shared_prefix_batch(pairs, grouped=True))
+        for changed, pair in enumerate(pairs):
+            others = [*pairs[:changed], pair._replace(synthetic=[5] * len(pair.synthetic)), *pairs[changed + 1 :]]
+            after = logps(model, shared_prefix_batch(others, grouped=True))
+            differs = (after - before).abs() > 1e-6
+            assert differs.tolist() == [number == 1 + changed for number in range(6)]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])

@@ -1,5 +1,6 @@
 """The opponent's log-probs on disk: complete, tied to their pairs and weights, and resumable after a kill."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spin_plugin.console import SpinError
+from spin_plugin.data.order import Sizes
 from spin_plugin.model.layout import response_indices
-from spin_plugin.opponent.scoring import SCORING_FACTOR, fill, scoring_batches, scoring_tokens, unscored
+from spin_plugin.opponent.scoring import (
+    SCORING_FACTOR,
+    fill,
+    scoring_batches,
+    scoring_rounds,
+    scoring_tokens,
+    unscored,
+)
 from spin_plugin.opponent.store import MIN_PART, PARTS, OpponentStore
 
 PAIRS = 5 * MIN_PART + 3
@@ -84,6 +93,39 @@ def test_batches_hold_every_pair_within_the_token_limit(lengths: list[int], toke
     assert sum(indices.numel() for indices in rounds) < len(lengths) + world, "fewer pairs than ranks are scored twice"
     for batch in (batch for indices in rounds for batch in indices.tolist()):
         assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= tokens
+
+
+def test_rounds_of_separate_pairs_are_those_of_scoring_batches() -> None:
+    sizes = Sizes(LENGTHS, LENGTHS // 2, torch.arange(PAIRS))
+    rounds = scoring_rounds(sizes, tokens=16_000, world=2)
+    for found, expected in zip(rounds, scoring_batches(LENGTHS, tokens=16_000, world=2), strict=True):
+        assert torch.equal(found, expected)
+
+
+@given(
+    counts=st.lists(st.integers(1, 4), min_size=1, max_size=40),
+    tokens=st.integers(1, 300),
+    world=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+def test_rounds_split_prompts_only_above_the_token_limit(counts: list[int], tokens: int, world: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    prompts = prompts[torch.randperm(len(prompts), generator=generator)]
+    shared = torch.randint(2, 40, (len(counts),), generator=generator)[prompts]
+    sizes = Sizes(shared + torch.randint(1, 20, shared.shape, generator=generator), shared, prompts)
+    rounds = scoring_rounds(sizes, tokens=tokens, world=world)
+    assert {index for indices in rounds for index in indices.flatten().tolist()} == set(range(len(prompts)))
+    most = max(1, tokens // int(sizes.tokens.max()))
+    rows: Counter[int] = Counter()
+    for indices in rounds:
+        assert indices.shape[0] == world
+        for batch in indices:
+            assert len(batch) == 1 or int(sizes.tokens[batch].sum()) <= tokens
+            rows.update(prompts[batch].unique().tolist())
+    needed = sum(-(-count // most) for count in counts)
+    sizes_of_parts = len({*counts, *range(1, most)})
+    assert rows.total() < needed + world * sizes_of_parts, "the last round of a size can repeat a part for each rank"
 
 
 @pytest.mark.parametrize("killed", [0, 1, 40, 150])
