@@ -76,8 +76,9 @@ def test_broken_attention_is_wrong(light: Any, monkeypatch: pytest.MonkeyPatch, 
         if fault == "window" and sliding_window:
             sliding_window += 1
         if fault == "neighbor":
-            wrong = spans.spans.clone()
-            wrong[wrong[:, 0] + wrong[:, 1] < wrong[:, 2], 1] += 1  # the prompt ends one token late
+            first = (spans.spans[:, 0] + spans.spans[:, 1] == spans.spans[:, 2])[:, None]
+            late = torch.where(first, torch.tensor([0, 1, 1, -1]), torch.tensor([0, 1, 0, 0]))
+            wrong = spans.spans + late  # the prompt ends one token late
             spans = light.core.SharedPrefix(wrong, spans.tokens)
         scaling = 0.14 if fault == "scaling" else None
         return attend(*states, spans=spans, sliding_window=sliding_window, softcap=softcap, scaling=scaling)
