@@ -50,7 +50,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from spin_plugin.model import attention, flex  # noqa: E402
-from spin_plugin.model.layout import response_spans  # noqa: E402
+from spin_plugin.model.layout import row_spans  # noqa: E402
 
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Limit per block in KB, by compute capability."""
@@ -276,11 +276,7 @@ def multiply_bfloat16_as_float32() -> None:
 
 def spans_of(row: list[list[int]]) -> tuple[Tensor, int]:
     """Return the spans of a row of prompts, each with its responses, and the number of tokens."""
-    spans, start = [], 0
-    for prompt, *responses in row:
-        spans += response_spans(start, prompt, responses)
-        start += prompt + sum(responses)
-    return torch.tensor(spans), start
+    return torch.tensor(row_spans(row)), sum(map(sum, row))
 
 
 def random_states(case: Case, tokens: int) -> list[Tensor]:

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from spin_plugin.model.attention import enable
 from spin_plugin.model.forward import install, logps
-from spin_plugin.model.layout import Pair, groups_of, padded_batch, response_spans, sequences_of, shared_prefix_batch
+from spin_plugin.model.layout import Pair, groups_of, padded_batch, row_spans, sequences_of, shared_prefix_batch
 from spin_plugin.objective.losses import spin_terms
 
 MEDIANS, SIGMA = (120, 245, 200), 0.6  # prompt, real, synthetic
@@ -119,15 +119,12 @@ def unpadded_batch(pairs: list[Pair]) -> dict[str, Tensor]:
     batch = padded_batch(pairs, PAD)
     real_tokens = batch["attention_mask"].bool()
     places = real_tokens.flatten().cumsum(0) - 1  # of the padded batch's tokens in the row
-    spans, start = [], 0
-    for prompt, response in sequences_of(groups_of(pairs, grouped=False)):
-        spans += response_spans(start, len(prompt), [len(response)])
-        start += len(prompt) + len(response)
+    sequences = sequences_of(groups_of(pairs, grouped=False))
     return batch | {
         "input_ids": batch["input_ids"][real_tokens][None],
         "position_ids": torch.arange(real_tokens.shape[1]).expand_as(real_tokens)[real_tokens][None],
         "keep": places[batch["keep"]],
-        "spans": torch.tensor(spans),
+        "spans": torch.tensor(row_spans([len(part) for part in sequence] for sequence in sequences)),
     }
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from spin_plugin.model.attention import Scores, SharedPrefix, attend, dense_attention, dense_mask
 from spin_plugin.model.forward import logps
-from spin_plugin.model.layout import padded_batch, response_spans
+from spin_plugin.model.layout import padded_batch, row_spans
 
 KEY_HEADS = 2
 SOFTCAP = 2.0  # scores have magnitude 1, so the cap matters
@@ -62,11 +62,7 @@ def spans_of(tokens: int) -> list[tuple[int, int, int, int]]:
     for prompt in {1, len(rows) - 1} & {*range(len(rows))}:
         *others, last = rows[prompt]
         rows[prompt] = [*others, last - last // 2, last // 2] if last > 1 else rows[prompt]
-    spans, start = [], 0
-    for prompt, *responses in rows:
-        spans += response_spans(start, prompt, responses)
-        start += prompt + sum(responses)
-    return spans
+    return row_spans(rows)
 
 
 def values_and_gradients(attention: Callable[..., Tensor], states: list[Tensor], force: Tensor) -> list[Tensor]:

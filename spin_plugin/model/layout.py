@@ -17,7 +17,7 @@ Both layouts have:
     sides: [2, B] index of the real (row 0) and the synthetic (row 1) response of each pair.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -101,18 +101,19 @@ def _sequences(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], pad_tok
     }
 
 
-def response_spans(start: int, prompt: int, responses: Sequence[int]) -> list[tuple[int, int, int, int]]:
-    """Return the `spans` of a group at position `start`: [1 + n, 4], the real response first.
+def row_spans(row: Iterable[Sequence[int]]) -> list[tuple[int, int, int, int]]:
+    """Return the `spans` [R, 4] of a row.
 
     Args:
-        start: position of the prompt's first token in the row.
-        prompt: tokens of the prompt.
-        responses: tokens of the real and of each synthetic response; none is 0.
+        row: for each prompt its tokens, then those of the real and of each synthetic response; none is 0.
     """
-    spans, position = [], start + prompt
-    for tokens in responses:
-        spans.append((start, prompt, position, tokens))
-        position += tokens
+    spans, start = [], 0
+    for prompt, *responses in row:
+        position = start + prompt
+        for tokens in responses:
+            spans.append((start, prompt, position, tokens))
+            position += tokens
+        start = position
     return spans
 
 
@@ -125,23 +126,23 @@ def shared_prefix_batch(pairs: Sequence[Pair], *, grouped: bool = False) -> dict
         targets, segments: [K]; lengths: [R]; sides: [2, B].
     """
     groups = groups_of(pairs, grouped=grouped)
-    tokens, positions, spans, start = [], [], [], 0
+    rows = [[group.prompt, group.real, *group.synthetic] for group in groups]
+    spans = row_spans([len(part) for part in row] for row in rows)
+    span = iter(spans)
+    tokens, positions = [], []
     keep: list[list[Tensor]] = [[], []]  # of real and synthetic responses
     targets: list[list[Tensor]] = [[], []]
-    for group in groups:
-        prompt, responses = len(group.prompt), [group.real, *group.synthetic]
-        tokens.append(torch.as_tensor(group.prompt, dtype=torch.long))
-        positions.append(torch.arange(prompt))
-        spans += response_spans(start, prompt, [len(response) for response in responses])
+    for prompt_tokens, *responses in rows:
+        tokens.append(torch.as_tensor(prompt_tokens, dtype=torch.long))
+        positions.append(torch.arange(len(prompt_tokens)))
         for number, response in enumerate(responses):
-            _, _, first, length = spans[number - len(responses)]
+            start, prompt, first, length = next(span)
             tokens.append(torch.as_tensor(response, dtype=torch.long))
             positions.append(torch.arange(prompt, prompt + length))
             before = torch.arange(first - 1, first + length - 1)
             before[:1] = start + prompt - 1  # the prompt's last position predicts every response's first token
             keep[number > 0].append(before)
             targets[number > 0].append(tokens[-1])
-        start = spans[-1][2] + spans[-1][3]
     chosen = targets[0] + targets[1]
     lengths = torch.tensor([len(response) for response in chosen])
     return {

@@ -48,7 +48,7 @@ def probe(
 
 def _one_prompt(pairs: list[Pair], longest: int | None) -> list[Pair]:
     """Return the first pair's prompt and real response with the synthetic responses of all pairs."""
-    space = None if longest is None else max(1, longest - len(pairs[0].prompt))
+    space = _space(pairs[0], longest)
     return [pairs[0]._replace(synthetic=pair.synthetic[:space]) for pair in pairs]
 
 
@@ -57,8 +57,12 @@ def _lengthened(pair: Pair, longest: int | None) -> Pair:
 
     No sequence in the data is longer, so a sliding window that the data reaches is noticed.
     """
-    available = None if longest is None else max(1, longest - len(pair.prompt))
-    return pair._replace(real=[*pair.real, *pair.synthetic][:available])
+    return pair._replace(real=[*pair.real, *pair.synthetic][: _space(pair, longest)])
+
+
+def _space(pair: Pair, longest: int | None) -> int | None:
+    """Return how many tokens of a response fit after the pair's prompt; None without a limit."""
+    return None if longest is None else max(1, longest - len(pair.prompt))
 
 
 class Deviation(NamedTuple):

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from spin_plugin.model import attention, flex
 from spin_plugin.model.attention import Scores, SharedPrefix, attend, dense_attention, dense_mask, enable
 from spin_plugin.model.flex import BLOCK
-from spin_plugin.model.layout import response_spans
+from spin_plugin.model.layout import row_spans
 from spin_plugin.model.support import unsupported_reason
 
 WINDOWS = [None, 1, 5, 150]
@@ -39,11 +39,7 @@ def random_spans(seed: int, *max_lengths: int) -> tuple[Tensor, int]:
 
 def spans_of(row: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
     """Return the spans of prompts with their responses, given their lengths, and the row's length."""
-    spans, start = [], 0
-    for prompt, *responses in row:
-        spans += response_spans(start, prompt, responses)
-        start += prompt + sum(responses)
-    return torch.tensor(spans), start
+    return torch.tensor(row_spans(row)), sum(map(sum, row))
 
 
 def random_states(tokens: int, heads: int = 4, shared_heads: int = 2) -> list[Tensor]:
