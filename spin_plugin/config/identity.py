@@ -42,6 +42,7 @@ FREE_VLLM_KWARGS = frozenset(
 def _fixed_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of a configuration that must not change within a run, nested keys joined by dots."""
     spin = config.get("spin") or {}
+    free, free_generation = SpinArgs.marked(Mark.FREE), GenerationArgs.marked(Mark.FREE)
     fixed = {
         key: value
         for key, value in config.items()
@@ -55,12 +56,12 @@ def _fixed_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     # A step may be split into more, smaller micro-batches to fit into memory; its pairs stay the same.
     factors = [fixed.pop(key, None) for key in ("micro_batch_size", "gradient_accumulation_steps")]
     fixed["micro_batch_size × gradient_accumulation_steps"] = _product(factors)
-    fixed |= {f"spin.{k}": v for k, v in spin.items() if k not in SpinArgs.marked(Mark.FREE) | {"generation"}}
+    fixed |= {f"spin.{k}": v for k, v in spin.items() if k not in free and k != "generation"}
     generation = dict(spin.get("generation") or {})
     kwargs = generation.pop("vllm_kwargs", None) or {}
     vllm = {k: v for k, v in (config.get("vllm") or {}).items() if k in FIXED_VLLM_KEYS and v not in (None, "auto")}
     fixed |= {f"vllm.{k}": v for k, v in vllm.items()}
-    fixed |= {f"spin.generation.{k}": v for k, v in generation.items() if k not in GenerationArgs.marked(Mark.FREE)}
+    fixed |= {f"spin.generation.{k}": v for k, v in generation.items() if k not in free_generation}
     return fixed | {f"spin.generation.vllm_kwargs.{k}": v for k, v in kwargs.items() if k not in FREE_VLLM_KWARGS}
 
 

@@ -93,11 +93,10 @@ class IterationDir:
         merged = dict(ChainMap(*reversed(entries)))
         trained = [entry for entry in entries if "pairs" in entry]
         last_epoch = [entry for entry in trained if entry["epoch"] > trained[-1]["epoch"] - 1]
-        if last_epoch:
-            for name in filter(lambda name: name.startswith("spin/"), merged):
-                # a resumed iteration can lack a metric that a later version added
-                having = [entry for entry in last_epoch if name in entry]
-                merged[name] = sum(entry[name] * entry["pairs"] for entry in having) / sum(e["pairs"] for e in having)
+        for name in {name for entry in last_epoch for name in entry if name.startswith("spin/")}:
+            # entries of a version without this metric are left out
+            having = [entry for entry in last_epoch if name in entry]
+            merged[name] = sum(entry[name] * entry["pairs"] for entry in having) / sum(e["pairs"] for e in having)
         return {name: value for name, value in merged.items() if name != "pairs"}
 
     def checkpoints(self) -> list[Path]:

@@ -150,7 +150,7 @@ class Iteration:
             self.fp32_tensors = [name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32]
 
     def keep_masters(self, model: Any) -> None:
-        """Convert the trained weights to fp32, before anything wraps the model."""
+        """Convert the trained weights to fp32 and keep 4-bit ones trainable, before anything wraps the model."""
         keep_masters(self.training, model)
         keep_4bit_weights_trainable(model)
 

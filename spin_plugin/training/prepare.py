@@ -116,7 +116,7 @@ def open_pairs(directory: IterationDir) -> PairsOnDisk:
         eval=tables["eval"] if len(tables["eval"]) else None,
         stats=read_stats(directory.pairs / "stats.json"),
         opponent_files={split: directory.pairs / f"opponent-{split}.safetensors" for split in SPLITS},
-        grouped=json.loads((directory.pairs / "key").read_text(encoding="utf-8")).get("grouped", False),
+        grouped=(_stored_key(directory) or {}).get("grouped", False),
         weights=str(manifest.get("weights")),
         revision=manifest.get("revision"),
     )
@@ -136,13 +136,19 @@ def _pairs_key(run: RunDir, sources: range, job: Job, spin: SpinArgs, sequence_l
     }
 
 
-def _why_rebuild(directory: IterationDir, key: dict[str, Any]) -> str | None:
-    """Return why the pairs must be built; None if those on disk are current."""
+def _stored_key(directory: IterationDir) -> dict[str, Any] | None:
+    """Return the key of the pairs on disk; None if it is missing or damaged."""
     try:
         stored = json.loads((directory.pairs / "key").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        stored = None
-    if not isinstance(stored, dict):
+        return None
+    return stored if isinstance(stored, dict) else None
+
+
+def _why_rebuild(directory: IterationDir, key: dict[str, Any]) -> str | None:
+    """Return why the pairs must be built; None if those on disk are current."""
+    stored = _stored_key(directory)
+    if stored is None:
         return "the pairs it was trained on are missing"
     differing = [name for name, value in key.items() if stored.get(name) != value]
     return f"this changed: {', '.join(differing)}" if differing else None
