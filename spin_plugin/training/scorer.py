@@ -1,0 +1,134 @@
+"""Before the first step: choose the layout of the pairs, score the opponent and compare it with vLLM."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast, gather_object
+from datasets import Dataset
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from spin_plugin.console import SpinError, console, exit_on_error, say
+from spin_plugin.model.layout import Pair, response_indices, split_into_tokens
+from spin_plugin.model.probe import probe
+from spin_plugin.model.select import choose_layout
+from spin_plugin.opponent.scoring import fill, scoring_rounds, scoring_tokens, unscored
+from spin_plugin.opponent.store import OpponentStore
+from spin_plugin.training.precision import require_masters
+
+
+class OpponentScorer(TrainerCallback):
+    """Fills `trainer.layout` and `trainer.opponent` once the model is wrapped for training."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer  # a SpinTrainer, whose module imports this one
+
+    @exit_on_error
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer, model = self.trainer, self.trainer.model_wrapped
+        require_masters(trainer.task.training, kwargs["optimizer"].param_groups)
+        self._choose_layout(model)
+        self._load_opponent(model)
+        if not state.global_step:  # later the policy is no longer the opponent
+            trainer.task.check_agreement(partial(self._token_logps, model))
+
+    def _choose_layout(self, model: nn.Module) -> None:
+        """Choose the layout of the pairs before the first of them is scored."""
+        trainer = self.trainer
+        pairs, grouped = trainer.train_dataset, trainer.task.pairs.grouped
+
+        def pair(index: int) -> Pair:
+            row = pairs[index]
+            return Pair(row["prompt"], row["real"], row["synthetic"])
+
+        with trainer.compute_loss_context_manager():
+            trainer.layout = choose_layout(
+                model,
+                probe(trainer.sizes(pairs).tokens, pair, trainer.args.max_seq_length, grouped=grouped),
+                requested=trainer.task.spin.shared_prefix != "off",
+                pad_token_id=trainer.train_data_collator.pad_token_id,
+                grouped=grouped,
+                device=trainer.args.device,
+                gather=lambda found: gather_object([found]),
+            )
+        if reason := trainer.layout.padded_reason:
+            if trainer.task.spin.shared_prefix == "on":
+                raise SpinError(f"spin.shared_prefix: cannot be on: {reason}; use auto")
+            if trainer.is_world_process_zero():
+                say(f"pairs use the padded layout instead of shared prefixes: {reason}")
+        for collator in (trainer.train_data_collator, trainer.eval_data_collator):
+            collator.shared_prefix = trainer.layout.shared_prefix
+
+    def _load_opponent(self, model: nn.Module) -> None:
+        """Load the stored opponent log-probs; compute and store missing ones with the model, still the opponent."""
+        trainer = self.trainer
+        for split, pairs in {"train": trainer.train_dataset, "eval": trainer.eval_dataset}.items():
+            if pairs is not None:
+                found = trainer.task.pairs
+                store = OpponentStore(found.opponent_files[split], 2 * len(pairs), found.opponent_key(split))
+                trainer.opponent[split] = self._load_stored(store)
+                if trainer.opponent[split].isnan().any():
+                    self._score(model, pairs, split, store)
+
+    @torch.no_grad()
+    def _token_logps(self, model: nn.Module, pairs: list[dict[str, Any]]) -> list[Tensor]:
+        """Token log-probs of each pair's synthetic response; each rank scores all, because the model can be sharded."""
+        trainer = self.trainer
+        found, training, size = [], model.training, trainer.args.per_device_train_batch_size
+        model.eval()
+        for start in range(0, len(pairs), size):
+            batch = trainer._prepare_inputs(trainer.train_data_collator(pairs[start : start + size]))
+            with trainer.compute_loss_context_manager():
+                responses = trainer.logps(model, split_into_tokens(batch)).split(batch["lengths"].tolist())
+            found += [responses[number] for number in batch["sides"][1].tolist()]
+        model.train(training)
+        return found
+
+    def _load_stored(self, store: OpponentStore) -> Tensor:
+        """Broadcast the values that the main process reads: all ranks must agree on what is left to compute."""
+        trainer = self.trainer
+        first = trainer.accelerator.is_main_process
+        values = store.load() if first else torch.empty(store.responses)
+        values = broadcast(values.to(trainer.args.device))
+        if trainer.state.global_step and values.isnan().any():
+            raise SpinError(
+                f"{store.file}: missing, damaged or incomplete, and the policy is no longer the opponent; "
+                f"delete the checkpoints in {trainer.args.output_dir} to train this iteration from scratch"
+            )
+        return values
+
+    @torch.no_grad()
+    def _score(self, model: nn.Module, pairs: Dataset, split: str, store: OpponentStore) -> None:
+        """Compute and store the missing log-probs, each rank its share."""
+        trainer = self.trainer
+        accelerator, training = trainer.accelerator, model.training
+
+        def score(indices: Tensor) -> tuple[Tensor, Tensor]:
+            share = indices[accelerator.process_index]
+            batch = trainer._prepare_inputs(trainer.train_data_collator([pairs[index] for index in share.tolist()]))
+            with trainer.compute_loss_context_manager():
+                values = trainer.logps(model, batch)[batch["sides"]]  # every pair stores both of its responses
+            stored = response_indices(share).to(values.device)
+            responses, gathered = accelerator.gather((stored.flatten(), values.flatten()))
+            return responses, gathered
+
+        lengths = trainer.sizes(trainer.train_dataset).tokens
+        tokens = scoring_tokens(lengths, micro_batch=trainer.args.per_device_train_batch_size)
+        rounds = scoring_rounds(trainer.sizes(pairs), tokens=tokens, world=accelerator.num_processes)
+        left = unscored(rounds, trainer.opponent[split])
+        model.eval()
+        tracked = self._with_progress(left, f"opponent's log-probs ({split})")
+        fill(trainer.opponent[split], store, tracked, score, write=accelerator.is_main_process)
+        model.train(training)
+        if accelerator.is_main_process:
+            say(f"opponent's log-probs of {len(pairs):,} {split} pairs stored")
+        accelerator.wait_for_everyone()
+
+    def _with_progress(self, rounds: list[Tensor], title: str) -> Iterable[Tensor]:
+        shown = console.is_terminal and self.trainer.accelerator.is_main_process
+        return track(rounds, title, total=len(rounds), console=console, transient=True, disable=not shown)
