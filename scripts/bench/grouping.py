@@ -1,4 +1,4 @@
-"""Does grouping the pairs of a prompt cost accuracy? The tiny run with `group_prompts` off and on, seed by seed.
+"""Does grouping the pairs of a prompt cost accuracy? The tiny run with `group_prompts` off and auto, seed by seed.
 
     python scripts/bench/grouping.py [--seeds 5] [--iterations 4] [--start DIR] [--runs DIR] [--json FILE]
 
@@ -23,7 +23,7 @@ import yaml
 from scipy.stats import t
 
 ROOT = Path(__file__).resolve().parents[2]
-MODES = ("off", "on")
+MODES = ("off", "auto")
 
 
 def run(directory: Path, seed: int, mode: str, options: argparse.Namespace) -> list[float]:
@@ -62,8 +62,8 @@ def main() -> None:
     with ThreadPoolExecutor(2) as pool:
         accuracies = pool.map(lambda unit: run(options.runs / f"{unit[0]}-{unit[1]}", *unit, options), units)
         found = dict(zip(units, accuracies, strict=True))
-    assert all(found[seed, "on"][0] == found[seed, "off"][0] for seed in range(options.seeds)), "not reproducible"
-    differences = [found[seed, "on"][-1] - found[seed, "off"][-1] for seed in range(options.seeds)]
+    assert all(found[seed, "auto"][0] == found[seed, "off"][0] for seed in range(options.seeds)), "not reproducible"
+    differences = [found[seed, "auto"][-1] - found[seed, "off"][-1] for seed in range(options.seeds)]
     mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
     result = {
         "accuracy": {mode: [found[seed, mode] for seed in range(options.seeds)] for mode in MODES},

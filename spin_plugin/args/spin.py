@@ -82,10 +82,15 @@ class SpinArgs(Block):
     prompt once. `auto` falls back to the padded layout, and logs the reason, for models that do not support it; `on`
     rejects those models; `off` always pads."""
 
-    group_prompts: Literal["off", "on"] = "off"
+    group_prompts: Literal["auto", "off"] = "auto"
     """Whether the pairs of a prompt, from `num_generations` and `history_iterations`, stand together in training and
     share their prompt and real response in one row, so that these are computed once. The order is then random over
-    prompts instead of pairs. `micro_batch_size` should be a multiple of the pairs per prompt."""
+    prompts instead of pairs; `auto` does so where prompts have several pairs (see docs/measurements.md)."""
+
+    tokens_per_micro_batch: Annotated[int | None, Mark.FREE] = Field(default=None, ge=1)
+    """Number of tokens that a micro-batch holds, instead of `micro_batch_size` pairs; a longer pair has one to itself.
+    Memory then depends on this number. A step keeps its micro_batch_size × gradient_accumulation_steps pairs per
+    process. Default: `micro_batch_size` pairs, rounded up to whole prompts."""
 
     adapter_chain: Annotated[Literal["continue", "merge"], Mark.RUN_WIDE] = "continue"
     """How iterations build on each other with `adapter: lora` or `qlora`. `continue` keeps training the previous

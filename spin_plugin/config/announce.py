@@ -28,10 +28,3 @@ def announce(lowered: Lowered, opponent: OpponentSpec, training: TrainingSpec) -
             f"learning_rate: {training.learning_rate:g} is high for SPIN; most runs collapse above {highest:g} "
             f"({'with an adapter' if training.adapter else 'full fine-tune'}); use 1/40 to 1/10 of SFT's learning rate"
         )
-    now = spin.at(number)
-    pairs = now.generation.num_generations * (1 + min(number, now.history_iterations))
-    if now.group_prompts == "on" and training.micro_batch_size % pairs:
-        warn(
-            f"spin.group_prompts: micro_batch_size: {training.micro_batch_size} splits prompts, which have {pairs} "
-            "pairs each; use a multiple of that, and change gradient_accumulation_steps accordingly"
-        )

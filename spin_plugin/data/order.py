@@ -1,11 +1,11 @@
-"""Random order of the pairs in an epoch, with the micro-batches of each step balanced by tokens.
+"""The order of an epoch: a random order of prompts, cut into optimizer steps, and each step into micro-batches.
 
-accelerate assigns an epoch's micro-batches to the ranks in turn. To give every rank the same number, it fills the last
-ones with pairs from the beginning of the epoch, which must not be counted twice.
+A step has a fixed number of pairs, whatever its micro-batches. Each micro-batch is one row of the model, so a step is
+split into micro-batches of about equally many tokens.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import NamedTuple
 
@@ -40,83 +40,21 @@ def pair_sizes(pairs: Dataset, *, grouped: bool) -> Sizes:
     return Sizes(tokens, tokens - synthetic, prompts if grouped else torch.arange(len(tokens)))
 
 
-def balanced(chunk: Tensor, sizes: Sizes, groups: int) -> Tensor:
-    """Reorder the pairs of one optimizer step so that its micro-batches hold about the same number of tokens.
+class PromptSampler(Sampler[int]):
+    """Sample the pairs in a seeded random order of prompts, the same on every rank."""
 
-    The step keeps its pairs and every micro-batch its size, so the mean gradient does not change. The largest
-    micro-batch shrinks, which saves memory and time that ranks wait for each other. Pairs of one prompt stay in one
-    micro-batch where one has space for them.
-
-    Args:
-        chunk: [groups * size] pair indices of one step, over all ranks and accumulation steps.
-        sizes: of all pairs.
-        groups: number of micro-batches in the step.
-    """
-    size = len(chunk) // groups
-    tokens, shared, prompts = (column[chunk].tolist() for column in sizes)
-
-    def row_tokens(part: list[int]) -> int:
-        return sum(tokens[place] for place in part) - sum(shared[place] for place in part[1:])
-
-    runs = [list(run) for _, run in groupby(range(len(chunk)), key=prompts.__getitem__)]
-    parts = [run[first : first + size] for run in runs for first in range(0, len(run), size)]
-    filled: list[list[int]] = [[] for _ in range(groups)]
-    loads = [0] * groups
-    # Greedy: the longest remaining part goes to the micro-batch with the fewest tokens among those that can hold it.
-    for part in sorted(parts, key=row_tokens, reverse=True):
-        left = part
-        while left:
-            fitting = [group for group in range(groups) if len(filled[group]) + len(left) <= size]
-            if fitting:
-                group = min(fitting, key=loads.__getitem__)
-            else:  # split the part
-                group = min(range(groups), key=lambda group: len(filled[group]))
-            space = size - len(filled[group])
-            taken, left = left[:space], left[space:]
-            filled[group] += taken
-            loads[group] += row_tokens(taken)
-    return chunk[torch.tensor(filled).flatten()]
-
-
-def steps_in_epoch(pairs: int, *, micro_batch: int, ranks: int, accumulation: int) -> int:
-    """Return the number of optimizer steps in an epoch, counted like transformers."""
-    return max(1, math.ceil(math.ceil(pairs / (micro_batch * ranks)) / accumulation))
-
-
-def pairs_counted(pairs: int, *, number: int, micro_batch: int, rank: int, ranks: int) -> int:
-    """Return how many pairs of a rank's micro-batch are not fill-up pairs; those come last.
-
-    Args:
-        pairs: pairs in the epoch.
-        number: the micro-batch's number on this rank, starting at 0 in every epoch.
-        micro_batch: pairs per micro-batch.
-        rank: this rank.
-        ranks: number of ranks.
-    """
-    start = (number * ranks + rank) * micro_batch
-    return min(micro_batch, max(0, pairs - start))
-
-
-class BalancedSampler(Sampler[int]):
-    """Sample in a seeded random order of prompts, the same on every rank, balanced within each optimizer step."""
-
-    def __init__(self, sizes: Sizes, *, micro_batch: int, groups: int, seed: int) -> None:
-        self.sizes, self.micro_batch, self.groups, self.seed = sizes, micro_batch, groups, seed
-        self.epoch = 0
+    def __init__(self, prompts: Tensor, *, seed: int) -> None:
+        self.prompts, self.seed, self.epoch = prompts, seed, 0
 
     def __len__(self) -> int:
-        return len(self.sizes.tokens)
+        return len(self.prompts)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch; accelerate calls this at the start of every epoch, also after a resume."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = shuffled(self.sizes.prompts, generator)
-        for chunk in order.split(self.micro_batch * self.groups):
-            complete = len(chunk) == self.micro_batch * self.groups  # the last step of an epoch can be shorter
-            yield from (balanced(chunk, self.sizes, self.groups) if complete else chunk).tolist()
+        yield from shuffled(self.prompts, torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
 
 
 def shuffled(prompts: Tensor, generator: torch.Generator) -> Tensor:
@@ -125,3 +63,110 @@ def shuffled(prompts: Tensor, generator: torch.Generator) -> Tensor:
     place = torch.empty(len(numbers), dtype=torch.long)
     place[torch.randperm(len(numbers), generator=generator)] = torch.arange(len(numbers))
     return place[pairs].argsort(stable=True)
+
+
+class Limits(NamedTuple):
+    """How much a micro-batch holds."""
+
+    pairs: int
+    """Pairs, rounded up to whole prompts."""
+    tokens: int | None = None
+    """Tokens; then `pairs` is no limit, and a prompt with more tokens is split."""
+
+
+def micro_batches(step: list[int], sizes: Sizes, limits: Limits, *, ranks: int, balance: bool) -> list[list[int]]:
+    """Split the pairs of one step into micro-batches, which the ranks take in turn.
+
+    Args:
+        step: pair indices.
+        sizes: of all pairs.
+        limits: of a micro-batch.
+        ranks: number of ranks.
+        balance: give all micro-batches about equally many tokens; otherwise they keep the order of `step`.
+
+    Returns:
+        pair indices of each micro-batch, none empty.
+    """
+    tokens, shared, prompts = (dict(zip(step, column[step].tolist(), strict=True)) for column in sizes)
+
+    def row_tokens(part: list[int]) -> int:
+        return sum(tokens[pair] for pair in part) - sum(shared[pair] for pair in part[1:])
+
+    parts = [list(run) for _, run in groupby(step, key=prompts.__getitem__)]
+    if limits.tokens is not None:
+        parts = [piece for part in parts for piece in _pieces(part, limits.tokens, row_tokens)]
+    weighed = [(part, row_tokens(part)) for part in parts]
+    if not balance:
+        return _in_order(weighed, limits)
+    weighed.sort(key=lambda part: part[1], reverse=True)
+    least = len(step) / limits.pairs if limits.tokens is None else sum(load for _, load in weighed) / limits.tokens
+    number = ranks * math.ceil(least / ranks)
+    while (found := _balanced(weighed, number, limits)) is None:
+        number += ranks
+    return found
+
+
+def _pieces(part: list[int], limit: int, row_tokens: Callable[[list[int]], int]) -> list[list[int]]:
+    """Split the pairs of a prompt into pieces of at most `limit` tokens; a single pair can have more."""
+    pieces: list[list[int]] = []
+    for pair in part:
+        if pieces and row_tokens([*pieces[-1], pair]) <= limit:
+            pieces[-1].append(pair)
+        else:
+            pieces.append([pair])
+    return pieces
+
+
+class _MicroBatch:
+    """A micro-batch that is being filled."""
+
+    def __init__(self) -> None:
+        self.pairs: list[int] = []
+        self.tokens = 0
+
+    def has_space(self, tokens: int, limits: Limits) -> bool:
+        if limits.tokens is None:
+            return len(self.pairs) < limits.pairs
+        return not self.pairs or self.tokens + tokens <= limits.tokens
+
+    def add(self, pairs: list[int], tokens: int) -> None:
+        self.pairs += pairs
+        self.tokens += tokens
+
+
+def _in_order(parts: list[tuple[list[int], int]], limits: Limits) -> list[list[int]]:
+    """Join consecutive parts, each with its tokens, into micro-batches."""
+    filled = [_MicroBatch()]
+    for pairs, tokens in parts:
+        if not filled[-1].has_space(tokens, limits):
+            filled.append(_MicroBatch())
+        filled[-1].add(pairs, tokens)
+    return [batch.pairs for batch in filled]
+
+
+def _balanced(parts: list[tuple[list[int], int]], number: int, limits: Limits) -> list[list[int]] | None:
+    """Distribute parts, the longest first, over at most `number` micro-batches; None if they do not fit."""
+    filled = [_MicroBatch() for _ in range(number)]
+    for pairs, tokens in parts:
+        # Greedy: to the micro-batch with the fewest tokens among those with space.
+        having_space = [batch for batch in filled if batch.has_space(tokens, limits)]
+        if not having_space:
+            return None
+        min(having_space, key=lambda batch: batch.tokens).add(pairs, tokens)
+    return [batch.pairs for batch in filled if batch.pairs]
+
+
+def pairs_counted(pairs: int, *, number: int, micro_batch: int, rank: int, ranks: int) -> int:
+    """Return how many pairs of a rank's evaluation batch are not fill-up pairs; those come last.
+
+    accelerate gives every rank equally many batches and fills the last ones with pairs from the beginning.
+
+    Args:
+        pairs: pairs in the split.
+        number: the batch's number on this rank, starting at 0.
+        micro_batch: pairs per batch.
+        rank: this rank.
+        ranks: number of ranks.
+    """
+    start = (number * ranks + rank) * micro_batch
+    return min(micro_batch, max(0, pairs - start))

@@ -6,19 +6,20 @@ import torch
 from torch import Tensor
 
 from spin_plugin.console import SpinError
-from spin_plugin.data.order import Sizes
+from spin_plugin.data.order import Limits, Sizes
 from spin_plugin.model.layout import response_indices
 from spin_plugin.opponent.store import OpponentStore
 
 SCORING_FACTOR = 4  # without gradients, this many times the tokens fit in memory
 
 
-def scoring_tokens(lengths: Tensor, *, micro_batch: int) -> int:
+def scoring_tokens(lengths: Tensor, limits: Limits) -> int:
     """Return how many tokens a rank scores at a time, from the training pairs' `lengths` [N].
 
     Whatever the training order, one micro-batch holds the longest pair, and one at least the mean number of tokens.
     """
-    largest = max(int(lengths.max()), micro_batch * int(lengths.sum()) // len(lengths))
+    usual = limits.tokens or limits.pairs * int(lengths.sum()) // len(lengths)
+    largest = max(int(lengths.max()), usual)
     return SCORING_FACTOR * largest
 
 

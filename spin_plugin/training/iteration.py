@@ -15,7 +15,7 @@ from spin_plugin.config.identity import differing_keys
 from spin_plugin.config.lower import Lowered
 from spin_plugin.config.specs import read_opponent, read_training
 from spin_plugin.console import SpinError, say, warn
-from spin_plugin.data.order import steps_in_epoch
+from spin_plugin.data.steps import steps_in_epoch
 from spin_plugin.generation.shards import Shards
 from spin_plugin.model.layout import PairCollator
 from spin_plugin.opponent.agreement import comparable, distance, require_agreement
@@ -133,12 +133,9 @@ class Iteration:
     @property
     def steps(self) -> int:
         """Optimizer steps in the iteration."""
-        per_epoch = steps_in_epoch(
-            len(self.pairs.train),
-            micro_batch=self.training.micro_batch_size,
-            ranks=self.training.world_size,
-            accumulation=self.training.gradient_accumulation_steps,
-        )
+        training = self.training
+        pairs_per_step = training.micro_batch_size * training.gradient_accumulation_steps * training.world_size
+        per_epoch = steps_in_epoch(len(self.pairs.train), pairs_per_step)
         steps = math.ceil(self.training.num_epochs * per_epoch)
         return min(steps, self.training.max_steps or steps)
 

@@ -184,7 +184,9 @@ def _write_pairs(
             keep_equal=spin.equal_pairs == "keep",
         )
     write_stats(directory / "stats.json", stats)
-    (directory / "key").write_text(json.dumps(key | {"grouped": spin.group_prompts == "on"}), encoding="utf-8")
+    train = open_table(directory / "train.arrow")
+    grouped = spin.group_prompts == "auto" and len(train.unique("example")) < len(train)
+    (directory / "key").write_text(json.dumps(key | {"grouped": grouped}), encoding="utf-8")
 
 
 def _responses(run: RunDir, iterations: list[int], split: str) -> Iterator[Synthetic]:

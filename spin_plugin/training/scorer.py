@@ -118,7 +118,7 @@ class OpponentScorer(TrainerCallback):
             return responses, gathered
 
         lengths = trainer.sizes(trainer.train_dataset).tokens
-        tokens = scoring_tokens(lengths, micro_batch=trainer.args.per_device_train_batch_size)
+        tokens = scoring_tokens(lengths, trainer.limits)
         rounds = scoring_rounds(trainer.sizes(pairs), tokens=tokens, world=accelerator.num_processes)
         left = unscored(rounds, trainer.opponent[split])
         model.eval()

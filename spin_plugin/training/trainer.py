@@ -1,17 +1,23 @@
 """SpinTrainer: forward, log-probs, loss and logging. Everything else is Axolotl's trainer."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
+from accelerate.data_loader import DataLoaderShard
 from axolotl.core.trainers import AxolotlTrainer
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from spin_plugin.console import exit_on_error, say, warn
-from spin_plugin.data.order import BalancedSampler, Sizes, pair_sizes, pairs_counted, steps_in_epoch
+from spin_plugin.console import exit_on_error, say
+from spin_plugin.data.order import Limits, PromptSampler, Sizes, pair_sizes, pairs_counted
+from spin_plugin.data.steps import StepDataset, StepSampler, unchanged
 from spin_plugin.model.forward import disable_dropout, install, logps
 from spin_plugin.model.select import Layout
 from spin_plugin.objective.losses import spin_terms
@@ -63,36 +69,71 @@ class SpinTrainer(AxolotlTrainer):
         """[R] log-probs of a batch's responses."""
         return logps(model, batch, own_logits=self.layout.own_logits)
 
+    @property
+    def limits(self) -> Limits:
+        """How much a micro-batch holds."""
+        return Limits(self.args.per_device_train_batch_size, self.task.spin.tokens_per_micro_batch)
+
     def sizes(self, pairs: Dataset) -> Sizes:
         """Return the sizes of all pairs, grouped as this run groups them."""
         return pair_sizes(pairs, grouped=self.task.pairs.grouped)
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
-        """Random order with steps balanced by tokens, unless the configuration sets another order."""
-        pairs = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.curriculum_sampling or self.args.train_sampling_strategy != "random":
-            if self.task.pairs.grouped and self.is_world_process_zero():
-                warn("spin.group_prompts: has no effect in this order; remove curriculum_sampling or group_by_length")
-            return super()._get_train_sampler(pairs)
-        return BalancedSampler(
-            self.sizes(pairs),
-            micro_batch=self.args.per_device_train_batch_size,
-            groups=self.args.gradient_accumulation_steps * self.args.world_size,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the micro-batches of this rank: a random order with steps balanced by tokens, unless the
+        configuration sets another order."""
+        args, pairs = self.args, self.train_dataset
+        sizes = self.sizes(pairs)
+        ordered = args.curriculum_sampling or args.train_sampling_strategy != "random"
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        sampler = StepSampler(
+            self._get_train_sampler(pairs) if ordered else PromptSampler(sizes.prompts, seed=seed),
+            sizes,
+            self.limits,
+            accumulation=args.gradient_accumulation_steps,
+            rank=args.process_index,
+            ranks=args.world_size,
+            balance=not ordered,
+        )
+        return DataLoaderShard(
+            StepDataset(pairs, self.train_data_collator),
+            device=args.device,
+            rng_types=["torch"] if ordered else None,  # the order must be the same on all ranks
+            batch_sampler=sampler,
+            collate_fn=unchanged,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
         )
 
     # --- loss --------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Return the number of pairs in the global batch, which divides the sum of their losses."""
-        args, total = self.args, len(self.train_dataset)
-        batch = {"micro_batch": args.per_device_train_batch_size, "ranks": args.world_size}
-        accumulation = args.gradient_accumulation_steps
-        first = self.state.global_step % steps_in_epoch(total, accumulation=accumulation, **batch) * accumulation
-        for number, inputs in enumerate(batch_samples, first):
-            inputs["counted"] = pairs_counted(total, number=number, rank=args.process_index, **batch)
-        pairs = torch.tensor(sum(inputs["counted"] for inputs in batch_samples), device=device)
-        return self.accelerator.reduce(pairs, "sum")
+        """Return the number of pairs in the step, which divides the sum of their losses."""
+        return torch.tensor(batch_samples[0]["step_pairs"], device=device)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return sum(super(SpinTrainer, self).floating_point_ops(batch) for batch in inputs["micro_batches"])
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run forward and backward of an item's micro-batches; returns their summed loss."""
+        loss = torch.zeros((), device=self.args.device)
+        *earlier, last = inputs["micro_batches"] or [None]
+        # In items that are not the last of a step, transformers has done the same already.
+        local = self._local_gradients if self.accelerator.sync_gradients else lambda _: nullcontext()
+        for batch in earlier:
+            with local(model):
+                loss += super().training_step(model, batch, num_items_in_batch)
+        return loss + super().training_step(model, last, num_items_in_batch) if last else loss
+
+    @contextmanager
+    def _local_gradients(self, model: nn.Module) -> Iterator[None]:
+        """Accumulate gradients on each rank, without a sum over all ranks."""
+        self.accelerator.sync_gradients = False  # DeepSpeed steps after a backward that synchronizes
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        with nullcontext() if deepspeed else self.accelerator.no_sync(model):
+            yield
+        self.accelerator.sync_gradients = True
 
     def compute_loss(
         self,

@@ -163,7 +163,7 @@ def test_accumulation_changes_nothing(
         torch.testing.assert_close(tensor, weights[1][name], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("grouped", ["off", "on"])
+@pytest.mark.parametrize("grouped", ["off", "auto"])
 def test_shared_prefix_and_padded_runs_follow_the_same_trajectory(
     tmp_path: Path, llama: Path, chat_data: Path, run_jobs: Callable[..., None], grouped: str
 ) -> None:
@@ -177,7 +177,7 @@ def test_shared_prefix_and_padded_runs_follow_the_same_trajectory(
         directory.mkdir()
         config = spin_config(directory, llama, chat_data, val_set_size=4, eval_strategy="epoch")
         config["spin"] = config["spin"] | {"shared_prefix": choice, "beta": 1.0, "group_prompts": grouped}
-        if grouped == "on":
+        if grouped == "auto":
             config["spin"]["generation"] |= {"num_generations": 2}
         run_jobs(*2 * [(write_config(directory, config), 1)])
         runs[choice] = directory / "run"

@@ -44,7 +44,7 @@ def shards(directory: Path) -> list[Path]:
 
 def test_killed_in_generation_and_in_training(tmp_path: Path, llama: Path, chat_data: Path, command: Command) -> None:
     """Killed while generating, then after the first checkpoint; compared with an undisturbed run."""
-    spin = {"iterations": 1, "group_prompts": "on", "generation": {"num_generations": 25, "max_tokens": 100}}
+    spin = {"iterations": 1, "group_prompts": "auto", "generation": {"num_generations": 25, "max_tokens": 100}}
     spin["generation"]["vllm_kwargs"] = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
     changes = {"save_steps": 10, "micro_batch_size": 16, "sequence_len": 160, "dropout": None}
     directories = {name: tmp_path / name for name in ("undisturbed", "killed")}

@@ -22,6 +22,7 @@ from spin_plugin.run.directory import RunDir
 pytestmark = pytest.mark.slow
 
 
+FEW_TOKENS = {"spin": {"tokens_per_micro_batch": 60}}  # one or two of a step's four pairs
 ALONE = {"full": {}, "lora": LORA, "grouped": {}}
 TOGETHER = {
     "full-ddp": {},
@@ -32,6 +33,10 @@ TOGETHER = {
     "lora-fsdp2": LORA | FSDP2,
     "grouped-ddp": {},
     "grouped-fsdp2": FSDP2,
+    # an item of the data loader holds several micro-batches, of which only the last sums gradients over the ranks
+    "grouped-tokens-ddp": FEW_TOKENS,
+    "grouped-tokens-fsdp2": FEW_TOKENS | FSDP2,
+    "grouped-tokens-zero2": FEW_TOKENS | zero(2),
 }
 OTHERWISE = {
     "full-checkpointing": {"gradient_checkpointing": True},
@@ -39,6 +44,8 @@ OTHERWISE = {
     "full-compile": {"torch_compile": True, "torch_compile_backend": "eager"},
     "full-lengths": {"group_by_length": True},
     "full-ray": {"use_ray": True},
+    "grouped-tokens": FEW_TOKENS,
+    "grouped-single": {"micro_batch_size": 1, "gradient_accumulation_steps": 4},  # micro-batches of a prompt
 }
 SAME = [name for name in (*TOGETHER, *OTHERWISE) if name != "full-lengths"]
 
@@ -53,7 +60,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, run_jobs: Cal
     config["spin"] |= {"beta": 1.0}
     # three pairs of a prompt, which fit into the micro-batch of one process but not of two
     generation = config["spin"]["generation"] | {"num_generations": 3}
-    grouped = config["spin"] | {"group_prompts": "on", "generation": generation}
+    grouped = config["spin"] | {"group_prompts": "auto", "generation": generation}
     prepared = {"separate": config, "grouped": config | {"spin": grouped}}
     for name, changed in prepared.items():
         (directory / name).mkdir()
@@ -65,8 +72,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, run_jobs: Cal
         for name, changes in variants.items():
             source = "grouped" if name.startswith("grouped") else "separate"
             shutil.copytree(directory / source / "prepared", directory / name / "run")
-            own = {"output_dir": str(directory / name / "run"), "micro_batch_size": 4 // processes}
-            jobs.append((write_config(directory / name, prepared[source] | changes | own), processes))
+            own = {"output_dir": str(directory / name / "run"), "micro_batch_size": 4 // processes} | changes
+            own["spin"] = prepared[source]["spin"] | changes.get("spin", {})
+            jobs.append((write_config(directory / name, prepared[source] | own), processes))
     run_jobs(*jobs)
     return directory
 

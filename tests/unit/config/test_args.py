@@ -228,16 +228,16 @@ def test_every_key_of_axolotls_vllm_block_is_either_used_or_a_server_key() -> No
     assert VllmArgs.model_fields.keys() == IN_VLLM_BLOCK
 
 
-@pytest.mark.parametrize("key", ["shared_prefix", "group_prompts"])
 @pytest.mark.parametrize(("value", "expected"), [(True, "on"), (False, "off"), ("on", "on"), ("off", "off")])
-def test_on_and_off_may_be_booleans(key: str, value: object, expected: str) -> None:
+def test_on_and_off_may_be_booleans(value: object, expected: str) -> None:
     """YAML reads them as such unless they are quoted."""
-    assert getattr(parse_spin_block({key: value}), key) == expected
+    assert parse_spin_block({"shared_prefix": value}).shared_prefix == expected
 
 
-def test_pairs_are_not_grouped_by_default() -> None:
-    assert parse_spin_block({}).group_prompts == "off"
-    assert "group_prompts" in error_of({"group_prompts": "sometimes"})
+def test_pairs_are_grouped_unless_switched_off() -> None:
+    assert parse_spin_block({}).group_prompts == "auto"
+    assert parse_spin_block({"group_prompts": False}).group_prompts == "off"
+    assert "spin.group_prompts: input should be 'auto' or 'off'" in error_of({"group_prompts": True})
 
 
 def test_ray_address_without_ray_is_rejected() -> None:

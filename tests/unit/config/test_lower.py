@@ -496,26 +496,6 @@ def test_learning_rate_typical_of_sft_logs_a_warning(
     assert ("spin: warning: learning_rate" in output) is high
 
 
-@pytest.mark.parametrize(
-    ("micro_batch", "mode", "finished", "warns"),
-    [(3, "on", 0, False), (3, "on", 1, True), (1, "on", 1, True), (6, "on", 1, False), (1, "off", 1, False)],
-)
-def test_micro_batches_that_split_prompts_log_a_warning(
-    config: Config,
-    llama: Path,
-    capsys: pytest.CaptureFixture[str],
-    micro_batch: int,
-    mode: str,
-    finished: int,
-    warns: bool,
-) -> None:
-    """Three pairs per prompt in iteration 0, six in iteration 1."""
-    spin = {"iterations": 2, "group_prompts": mode, "generation": {"num_generations": 3}}
-    cfg = config(micro_batch_size=micro_batch, spin=spin)
-    finish(cfg, llama, finished)
-    assert ("spin: warning: spin.group_prompts" in announced(cfg, capsys)) is warns
-
-
 def test_learning_rate_set_in_the_schedule_logs_a_warning_again(
     config: Config, llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spin_plugin.console import SpinError
-from spin_plugin.data.order import Sizes
+from spin_plugin.data.order import Limits, Sizes
 from spin_plugin.model.layout import response_indices
 from spin_plugin.opponent.scoring import (
     SCORING_FACTOR,
@@ -77,8 +77,9 @@ def test_batches_by_hand() -> None:
 def test_scoring_tokens_by_hand() -> None:
     """Micro-batches of two pairs average 24 of the 60 tokens, so the pair of 40 counts; those of four average 48."""
     lengths = torch.tensor([5, 40, 5, 5, 5])
-    assert scoring_tokens(lengths, micro_batch=2) == SCORING_FACTOR * 40
-    assert scoring_tokens(lengths, micro_batch=4) == SCORING_FACTOR * 48
+    assert scoring_tokens(lengths, Limits(2)) == SCORING_FACTOR * 40
+    assert scoring_tokens(lengths, Limits(4)) == SCORING_FACTOR * 48
+    assert scoring_tokens(lengths, Limits(4, 100)) == SCORING_FACTOR * 100
 
 
 @given(
