@@ -100,11 +100,16 @@ def reference() -> str:
             HEAD,
             table(SpinArgs),
             "",
-            "Losses, of the reward margin z:",
+            "Losses. y is the real response, y' the synthetic response, y0 iteration 0's response to the same prompt, "
+            "p the policy, p_t the opponent; r = log p(y) - log p_t(y), r' the same for y', and z = beta r - beta r'. "
+            "The guide says [how they differ](guide.md#losses).",
             "",
-            "| `loss_type` | l(z) | when | source |",
-            "|---|---|---|---|",
-            *(f"| `{name}` | `{loss.formula}` | {loss.when} | {loss.source} |" for name, loss in LOSSES.items()),
+            "| `loss_type` | formula | starts at | when | source |",
+            "|---|---|---|---|---|",
+            *(
+                f"| `{name}` | `{loss.formula}` | {loss.start} | {loss.when} | {loss.source} |"
+                for name, loss in LOSSES.items()
+            ),
             "",
             f"An entry of `schedule` cannot change Axolotl's {keys(RUN_WIDE_KEYS)}. Changes on resume do not affect "
             "what is already done: `iterations` can be raised, and entries of `schedule` changed for later iterations.",
@@ -127,8 +132,7 @@ def reference() -> str:
             "",
             "## Metrics",
             "",
-            "Means over the pairs since the last log; `eval_spin/…` over the held-out pairs. y is the real response, "
-            "y' the synthetic response, p the policy, p_t the opponent.",
+            "Means over the pairs since the last log; `eval_spin/…` over the held-out pairs. Symbols as for losses.",
             "",
             "| name | formula | meaning |",
             "|---|---|---|",

@@ -26,7 +26,7 @@ from spin_plugin.model import attention, flex
 from spin_plugin.model.attention import enable
 from spin_plugin.model.forward import install, logps
 from spin_plugin.model.layout import PairCollator
-from spin_plugin.objective.losses import spin_terms
+from spin_plugin.objective.losses import Objective, spin_terms
 from spin_plugin.objective.metrics import metric_sums
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -113,8 +113,8 @@ def on_gpu(model: torch.nn.Module) -> torch.nn.Module:
 def step(model: Any, batch: dict[str, Tensor], opponent: Tensor) -> Tensor:
     """Compute the loss and the metrics of a micro-batch like the trainer."""
     policy = logps(model, batch)
-    terms = spin_terms(policy, opponent[batch["responses"]], batch["sides"], beta=0.1, loss="logistic")
-    sums = metric_sums(terms, policy, batch["lengths"], batch["sides"], loss="logistic")
+    terms = spin_terms(policy, opponent[batch["responses"]], batch["sides"], Objective(beta=0.1))
+    sums = metric_sums(terms, policy, batch["lengths"], batch["sides"], Objective())
     assert sums.device == policy.device == opponent.device
     return terms.loss.sum()
 

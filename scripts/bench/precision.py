@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from spin_plugin.model.attention import enable
 from spin_plugin.model.forward import install, logps
 from spin_plugin.model.layout import Pair, shared_prefix_batch
-from spin_plugin.objective.losses import spin_terms
+from spin_plugin.objective.losses import Objective, spin_terms
 from spin_plugin.training.saving import round_masters
 
 RATES = (5e-7, 2e-6, 1e-5)
@@ -79,7 +79,7 @@ def matrices(model: nn.Module) -> Weights:
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor], opponent: Tensor) -> Tensor:
-    return spin_terms(logps(model, batch), opponent, batch["sides"], beta=BETA, loss="logistic").loss.mean()
+    return spin_terms(logps(model, batch), opponent, batch["sides"], Objective(beta=BETA)).loss.mean()
 
 
 def score(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[Tensor]:

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from spin_plugin.model.attention import enable
 from spin_plugin.model.forward import install, logps
 from spin_plugin.model.layout import Pair, groups_of, padded_batch, row_spans, sequences_of, shared_prefix_batch
-from spin_plugin.objective.losses import spin_terms
+from spin_plugin.objective.losses import Objective, spin_terms
 
 MEDIANS, SIGMA = (120, 245, 200), 0.6  # prompt, real, synthetic
 LONGEST_PROMPT, LONGEST = 512, 1024  # TRL truncates at 1024 by default, too
@@ -108,7 +108,7 @@ def our_step(
     def train() -> None:
         with autocast(options):
             policy = logps(model.train(), batch, own_logits=own_logits)
-            loss = spin_terms(policy, opponent[0], batch["sides"], beta=BETA, loss="logistic").loss.mean()
+            loss = spin_terms(policy, opponent[0], batch["sides"], Objective(beta=BETA)).loss.mean()
         loss.backward()
 
     return [(0.5, score), (1.0, train)]
@@ -192,7 +192,7 @@ def trl(model: nn.Module, batches: Batches, options: argparse.Namespace, *, prec
 
     disable_progress_bars()
     words = ["<pad>", "</s>", "<unk>", *(f"t{number}" for number in range(3, model.config.vocab_size))]
-    texts = [[" ".join(words[token] for token in part) for part in pair] for pairs in batches for pair in pairs]
+    texts = [[" ".join(words[token] for token in part) for part in pair[:3]] for pairs in batches for pair in pairs]
     rows = [{"prompt": f"{prompt} ", "chosen": real, "rejected": synthetic} for prompt, real, synthetic in texts]
     config = DPOConfig(
         output_dir=tempfile.mkdtemp(),

@@ -19,7 +19,7 @@ from sides import BETA, sample_pairs  # noqa: E402
 from spin_plugin.model.attention import enable  # noqa: E402
 from spin_plugin.model.forward import install, logps  # noqa: E402
 from spin_plugin.model.layout import Pair  # noqa: E402
-from spin_plugin.objective.losses import spin_terms  # noqa: E402
+from spin_plugin.objective.losses import Objective, spin_terms  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -83,7 +83,7 @@ def first_loss(model: Any, batch: dict[str, Tensor], setting: Setting, *, bf16: 
     """The loss before the first step, when the opponent is the policy itself: ln 2, with a gradient."""
     with in_bf16(setting, bf16):
         policy = logps(model, batch)
-        return spin_terms(policy, policy, batch["sides"], beta=BETA, loss="logistic").loss.mean()
+        return spin_terms(policy, policy, batch["sides"], Objective(beta=BETA)).loss.mean()
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from spin_plugin.model.forward import logps
 from spin_plugin.model.layout import shared_prefix_batch
-from spin_plugin.objective.losses import spin_terms
+from spin_plugin.objective.losses import Objective, spin_terms
 from spin_plugin.objective.metrics import metric_sums
 
 TINY = ["--layers", "1", "--hidden", "128", "--vocab", "500", "--dtype", "bfloat16"]
@@ -119,8 +119,8 @@ def waits_row(setting: Setting) -> Found:
     def step() -> Tensor:
         with in_bf16(setting):
             policy = logps(model, batch)
-            terms = spin_terms(policy, policy, batch["sides"], beta=BETA, loss="logistic")
-        sums = metric_sums(terms, policy, batch["lengths"], batch["sides"], loss="logistic")
+            terms = spin_terms(policy, policy, batch["sides"], Objective(beta=BETA))
+        sums = metric_sums(terms, policy, batch["lengths"], batch["sides"], Objective())
         terms.loss.mean().backward()
         return sums
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spin_plugin.model.forward import logps
 from spin_plugin.model.layout import shared_prefix_batch
-from spin_plugin.objective.losses import spin_terms
+from spin_plugin.objective.losses import Objective, spin_terms
 
 # Expected compilations at most: one or many blocks, with and without gradients, static then dynamic.
 MAX_GRAPHS = 8
@@ -143,7 +143,7 @@ def changed_share(masters: bool, setting: Setting) -> tuple[float, list[float]]:
         with in_bf16(setting, masters):
             policy = logps(model, batch)
             opponent = policy.detach() if opponent is None else opponent
-            loss = spin_terms(policy, opponent, batch["sides"], beta=BETA, loss="logistic").loss.mean()
+            loss = spin_terms(policy, opponent, batch["sides"], Objective(beta=BETA)).loss.mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from spin_plugin.args.block import Block, Mark
 from spin_plugin.args.generation import GenerationArgs
-from spin_plugin.objective.losses import LOSSES
+from spin_plugin.objective.losses import LOSSES, Objective
 
 # Keys of Axolotl that `schedule` cannot override, because they define the run as a whole.
 RUN_WIDE_KEYS = frozenset(
@@ -43,6 +43,9 @@ RUN_WIDE_KEYS = frozenset(
     }
 )
 
+# Options that only one loss has, and that loss.
+LOSS_OPTIONS = {option: name for name, loss in LOSSES.items() for option in loss.options}
+
 
 class SpinArgs(Block):
     """The `spin:` block."""
@@ -56,7 +59,21 @@ class SpinArgs(Block):
     The top-level key `rl_beta` is an alias."""
 
     loss_type: str = Field(default="logistic", json_schema_extra={"enum": [*LOSSES]})
-    """Loss: a convex decreasing function of the reward margin. The paper's experiments use `logistic`."""
+    """Loss. The paper's experiments use `logistic`; the table below says when to choose another."""
+
+    space_mu: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    """μ of `loss_type: space`: the weight of the synthetic responses, and the shift ln μ of both rewards."""
+
+    t_spin_weight: float = Field(default=0.1, gt=0.0, allow_inf_nan=False)
+    """Weight of the second term of `loss_type: t_spin`, which compares with iteration 0's responses."""
+
+    real_penalty: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    """Penalty λ on real responses that are less likely than under the opponent (DPO-Positive): λ · max(0, −β r) is
+    subtracted from the margin, with `space` from the reward in its first term. Works with every loss."""
+
+    sft_weight: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    """Weight of SFT's own loss, the negative log-likelihood per token of the real response, which is added to the loss
+    of each pair. Works with every loss."""
 
     history_iterations: int = Field(default=1, ge=0)
     """Number of previous iterations whose synthetic responses are added to the current ones for training. The paper
@@ -111,6 +128,15 @@ class SpinArgs(Block):
             raise ValueError(f"unknown loss {value!r}; use one of {', '.join(LOSSES)}")
         return value
 
+    @model_validator(mode="after")
+    def options_belong_to_the_loss(self) -> "SpinArgs":
+        """Reject an option of a loss that no iteration uses."""
+        used = [self.loss_type, *(entry.get("loss_type") for entry in self.schedule)]
+        for name, loss in LOSS_OPTIONS.items():
+            if loss not in used and getattr(self, name) != SpinArgs.model_fields[name].default:
+                raise ValueError(f"{name} requires `loss_type: {loss}`; set it or remove {name}")
+        return self
+
     @field_validator("shared_prefix", "group_prompts", mode="before")
     @classmethod
     def accept_yaml_booleans(cls, value: object) -> object:
@@ -140,7 +166,16 @@ class SpinArgs(Block):
         values = self.model_dump(exclude={"schedule"})
         if isinstance(changes.get("generation"), Mapping):
             changes["generation"] = values["generation"] | dict(changes["generation"])
-        return SpinArgs.model_validate(values | changes)
+        loss = changes.get("loss_type", self.loss_type)
+        others = [name for name, owner in LOSS_OPTIONS.items() if owner != loss]  # this iteration has no use for them
+        return SpinArgs.model_validate({key: value for key, value in values.items() if key not in others} | changes)
+
+    @property
+    def objective(self) -> Objective:
+        """The loss and its options."""
+        return Objective(
+            self.loss_type, self.beta, self.space_mu, self.t_spin_weight, self.real_penalty, self.sft_weight
+        )
 
     def axolotl_overrides(self, iteration: int) -> dict[str, Any]:
         """Return the schedule's Axolotl keys for one iteration."""

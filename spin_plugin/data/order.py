@@ -20,7 +20,7 @@ class Sizes(NamedTuple):
     """What the order depends on: [N] each, one entry per pair."""
 
     tokens: Tensor
-    """Tokens of the prompt and both responses."""
+    """Tokens of the prompt and all responses."""
     shared: Tensor
     """Of these, the tokens of the prompt and the real response."""
     prompts: Tensor
@@ -34,10 +34,11 @@ def pair_sizes(pairs: Dataset, *, grouped: bool) -> Sizes:
         pairs: with the columns of `table.PAIR_SCHEMA`.
         grouped: whether pairs of one prompt stand together.
     """
-    columns = pairs.select_columns(["length", "example", "synthetic"]).with_format("arrow")[:]
+    own = [name for name in ("synthetic", "initial") if name in pairs.column_names]
+    columns = pairs.select_columns(["length", "example", *own]).with_format("arrow")[:]
     tokens, prompts = (torch.tensor(columns[name].to_numpy()) for name in ("length", "example"))
-    synthetic = torch.tensor(list_value_length(columns["synthetic"]).to_numpy())
-    return Sizes(tokens, tokens - synthetic, prompts if grouped else torch.arange(len(tokens)))
+    shared = tokens - sum(torch.tensor(list_value_length(columns[name]).to_numpy()) for name in own)
+    return Sizes(tokens, shared, prompts if grouped else torch.arange(len(tokens)))
 
 
 class PromptSampler(Sampler[int]):

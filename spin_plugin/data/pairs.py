@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset
 
-from spin_plugin.data.table import BLOCK, PAIR_SCHEMA, table_writer
+from spin_plugin.data.table import BLOCK, INITIAL, PAIR_SCHEMA, table_writer
 
 
 class Synthetic(NamedTuple):
@@ -27,6 +27,8 @@ class Synthetic(NamedTuple):
     tokens: list[int]
     truncated: bool
     """It reached `max_tokens` and so has no end token."""
+    initial: Sequence[int] = ()
+    """Iteration 0's response to the same prompt, if the loss uses it (`initial.with_initial`)."""
 
 
 @dataclass
@@ -76,6 +78,7 @@ def build_pairs(
     end_tokens: Sequence[int],
     sequence_len: int,
     keep_equal: bool,
+    has_initial: bool = False,
 ) -> PairStats:
     """Pair synthetic responses with their prompts and real responses, drop unusable ones, and write the rest.
 
@@ -86,12 +89,15 @@ def build_pairs(
         end_tokens: a response that is only one of these counts as empty.
         sequence_len: longest prompt plus response; longer pairs are dropped.
         keep_equal: whether to keep pairs whose two responses are identical.
+        has_initial: whether to write a column with iteration 0's responses. One that is empty, too long or equal to
+            the synthetic response is left out, and its pair stays.
     """
+    schema = PAIR_SCHEMA.append(INITIAL) if has_initial else PAIR_SCHEMA
     stats = PairStats(equal_dropped=not keep_equal)
     lengths: dict[str, list[int]] = {"real": [], "synthetic": []}
-    with table_writer(path, PAIR_SCHEMA) as write:
+    with table_writer(path, schema) as write:
         for block in _batched(synthetic, BLOCK):
-            columns = _join(examples, block, stats, set(end_tokens), sequence_len, keep_equal)
+            columns = _join(examples, block, schema.names, stats, set(end_tokens), sequence_len, keep_equal)
             for side, seen in lengths.items():
                 seen.extend(len(tokens) for tokens in columns[side])
             write(columns)
@@ -105,19 +111,20 @@ def build_pairs(
 def _join(
     examples: Dataset,
     block: Sequence[Synthetic],
+    names: Sequence[str],
     stats: PairStats,
     end_tokens: set[int],
     sequence_len: int,
     keep_equal: bool,
 ) -> dict[str, list[Any]]:
     """Pair one block of responses; returns columns and updates `stats`."""
-    columns: dict[str, list[Any]] = {name: [] for name in PAIR_SCHEMA.names}
+    columns: dict[str, list[Any]] = {name: [] for name in names}
     rows = examples.with_format("arrow")[[response.example for response in block]]
     prompts, reals = rows["prompt"].to_pylist(), rows["real"].to_pylist()
     for response, prompt, real in zip(block, prompts, reals, strict=True):
         stats.responses += 1
         stats.truncated += response.truncated
-        empty = not response.tokens or (len(response.tokens) == 1 and response.tokens[0] in end_tokens)
+        empty = _is_empty(response.tokens, end_tokens)
         equal = response.tokens == real
         over = len(prompt) + max(len(real), len(response.tokens)) > sequence_len
         stats.empty += empty
@@ -125,12 +132,23 @@ def _join(
         stats.over_length += over
         if empty or over or (equal and not keep_equal):
             continue
-        length = len(prompt) + len(real) + len(response.tokens)
-        pair = (prompt, real, response.tokens, stats.pairs, response.example, response.iteration, length)
-        for name, value in zip(PAIR_SCHEMA.names, pair, strict=True):
+        initial = response.initial
+        if (
+            _is_empty(initial, end_tokens)
+            or len(prompt) + len(initial) > sequence_len
+            or initial == response.tokens  # their difference would be constant
+        ):
+            initial = []
+        length = len(prompt) + len(real) + len(response.tokens) + len(initial)
+        pair = (prompt, real, response.tokens, stats.pairs, response.example, response.iteration, length, initial)
+        for name, value in zip(names, pair, strict=False):  # without a column for `initial`, it is empty
             columns[name].append(value)
         stats.pairs += 1
     return columns
+
+
+def _is_empty(tokens: Sequence[int], end_tokens: set[int]) -> bool:
+    return not tokens or (len(tokens) == 1 and tokens[0] in end_tokens)
 
 
 def _batched(items: Iterable[Synthetic], size: int) -> Iterator[list[Synthetic]]:

@@ -19,7 +19,9 @@ from spin_plugin.generation.job import Job, shards_of
 from spin_plugin.run.atomic import remove_atomically, set_aside, write_atomically
 
 # For a shard of an earlier iteration; the current one generates its damaged shards again.
-RESTORE = "restore it from a backup or set spin.history_iterations to 0"
+RESTORE = (
+    "restore it from a backup, or train without it: spin.history_iterations: 0, and another spin.loss_type than t_spin"
+)
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,7 @@ class Shards:
         try:
             *lines, seal = path.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
-            raise SpinError(
-                f"{path} is missing; restore it, or for an earlier iteration set spin.history_iterations to 0"
-            ) from None
+            raise SpinError(f"{path} is missing; {RESTORE}") from None
         except (ValueError, UnicodeDecodeError):
             raise SpinError(f"{path} is damaged; {RESTORE}") from None
         if seal != _seal(lines):

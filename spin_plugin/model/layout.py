@@ -9,16 +9,20 @@ With `grouped`, consecutive pairs with the same prompt and real response share t
 `prompt | real | synthetic 1 | … | synthetic n`, and the B pairs have G real and B synthetic responses, R = G + B.
 Otherwise G = B.
 
+A pair can have a third response, iteration 0's to its prompt, which only the loss `t_spin` uses. These I responses come
+last: `prompt | real | synthetic … | initial …`, R = G + B + I.
+
 Both layouts have:
     keep: [K] positions whose logits predict a response token, as indices into the flattened [rows * width].
     targets: [K] the predicted tokens.
     segments: [K] which of the R responses each token belongs to.
-    lengths: [R] response lengths in tokens, the real ones first.
+    lengths: [R] response lengths in tokens: the real ones, the synthetic ones, the initial ones.
     sides: [2, B] index of the real (row 0) and the synthetic (row 1) response of each pair.
+    initial: [B] index of the initial response of each pair, or -1; only if a pair has one.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +35,13 @@ class Pair(NamedTuple):
     prompt: Sequence[int]
     real: Sequence[int]
     synthetic: Sequence[int]
+    initial: Sequence[int] = ()
+    """Iteration 0's response to the prompt; empty without one."""
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Pair":
+        """Return a row of the pairs dataset, which has a column `initial` only if the loss uses it."""
+        return cls(*(row.get(name, ()) for name in cls._fields))
 
 
 class Group(NamedTuple):
@@ -39,20 +50,27 @@ class Group(NamedTuple):
     prompt: Sequence[int]
     real: Sequence[int]
     synthetic: list[Sequence[int]]
+    initial: list[Sequence[int]]
+    """One per synthetic response; empty without one."""
+
+    @property
+    def responses(self) -> list[list[Sequence[int]]]:
+        """The real, synthetic and initial responses, in the order of a row."""
+        return [[self.real], self.synthetic, [response for response in self.initial if len(response)]]
 
 
 def groups_of(pairs: Sequence[Pair], *, grouped: bool) -> list[Group]:
     """Return one group per run of pairs with the same prompt and real response, or one per pair if not `grouped`."""
     if not grouped:
-        return [Group(pair.prompt, pair.real, [pair.synthetic]) for pair in pairs]
+        return [Group(pair.prompt, pair.real, [pair.synthetic], [pair.initial]) for pair in pairs]
     runs = groupby(pairs, key=lambda pair: (list(pair.prompt), list(pair.real)))
-    return [Group(prompt, real, [pair.synthetic for pair in run]) for (prompt, real), run in runs]
+    members = [(shared, list(run)) for shared, run in runs]
+    return [Group(*shared, [pair.synthetic for pair in run], [pair.initial for pair in run]) for shared, run in members]
 
 
 def sequences_of(groups: Sequence[Group]) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """Return the prompt and response of each of the R responses, the real ones first."""
-    real = [(group.prompt, group.real) for group in groups]
-    return real + [(group.prompt, response) for group in groups for response in group.synthetic]
+    """Return the prompt and response of each of the R responses: all real, all synthetic, all initial ones."""
+    return [(group.prompt, response) for kind in range(3) for group in groups for response in group.responses[kind]]
 
 
 def padded_batch(pairs: Sequence[Pair], pad_token_id: int, *, grouped: bool = False) -> dict[str, Tensor]:
@@ -60,17 +78,17 @@ def padded_batch(pairs: Sequence[Pair], pad_token_id: int, *, grouped: bool = Fa
 
     Returns:
         input_ids, attention_mask: [R, L]; keep, targets, segments: [K], with `keep` indexing the
-        flattened [R * L]; lengths: [R]; sides: [2, B].
+        flattened [R * L]; lengths: [R]; sides: [2, B]; perhaps initial: [B].
     """
     groups = groups_of(pairs, grouped=grouped)
-    return _sequences(sequences_of(groups), pad_token_id) | {"sides": _sides(groups)}
+    return _sequences(sequences_of(groups), pad_token_id) | _indices(groups)
 
 
 def single_batch(prompt: Sequence[int], response: Sequence[int]) -> dict[str, Tensor]:
     """Build one unpadded sequence, the reference for a response's log-probability.
 
     Returns:
-        Like `padded_batch`, with one row [1, L] and lengths [1], but without attention_mask and sides.
+        Like `padded_batch`, with one row [1, L] and lengths [1], but without attention_mask and indices.
     """
     batch = _sequences([(prompt, response)], 0)
     del batch["attention_mask"]
@@ -105,7 +123,7 @@ def row_spans(row: Iterable[Sequence[int]]) -> list[tuple[int, int, int, int]]:
     """Return the `spans` [R, 4] of a row.
 
     Args:
-        row: for each prompt its tokens, then those of the real and of each synthetic response; none is 0.
+        row: for each prompt its tokens, then those of each of its responses; none is 0.
     """
     spans, start = [], 0
     for prompt, *responses in row:
@@ -123,45 +141,51 @@ def shared_prefix_batch(pairs: Sequence[Pair], *, grouped: bool = False) -> dict
     Returns:
         input_ids, position_ids: [1, T], with every response positioned directly after the prompt; spans: [R, 4] in the
         row's order, for each response the start and length of its prompt, then its own start and length; keep,
-        targets, segments: [K]; lengths: [R]; sides: [2, B].
+        targets, segments: [K]; lengths: [R]; sides: [2, B]; perhaps initial: [B].
     """
     groups = groups_of(pairs, grouped=grouped)
-    rows = [[group.prompt, group.real, *group.synthetic] for group in groups]
+    rows = [[group.prompt, *chain(*group.responses)] for group in groups]
     spans = row_spans([len(part) for part in row] for row in rows)
     span = iter(spans)
     tokens, positions = [], []
-    keep: list[list[Tensor]] = [[], []]  # of real and synthetic responses
-    targets: list[list[Tensor]] = [[], []]
-    for prompt_tokens, *responses in rows:
-        tokens.append(torch.as_tensor(prompt_tokens, dtype=torch.long))
-        positions.append(torch.arange(len(prompt_tokens)))
-        for number, response in enumerate(responses):
-            start, prompt, first, length = next(span)
-            tokens.append(torch.as_tensor(response, dtype=torch.long))
-            positions.append(torch.arange(prompt, prompt + length))
-            before = torch.arange(first - 1, first + length - 1)
-            before[:1] = start + prompt - 1  # the prompt's last position predicts every response's first token
-            keep[number > 0].append(before)
-            targets[number > 0].append(tokens[-1])
-    chosen = targets[0] + targets[1]
+    keep: list[list[Tensor]] = [[], [], []]  # of real, synthetic and initial responses
+    targets: list[list[Tensor]] = [[], [], []]
+    for group in groups:
+        tokens.append(torch.as_tensor(group.prompt, dtype=torch.long))
+        positions.append(torch.arange(len(group.prompt)))
+        for kind, responses in enumerate(group.responses):
+            for response in responses:
+                start, prompt, first, length = next(span)
+                tokens.append(torch.as_tensor(response, dtype=torch.long))
+                positions.append(torch.arange(prompt, prompt + length))
+                before = torch.arange(first - 1, first + length - 1)
+                before[:1] = start + prompt - 1  # the prompt's last position predicts every response's first token
+                keep[kind].append(before)
+                targets[kind].append(tokens[-1])
+    chosen = [*chain(*targets)]
     lengths = torch.tensor([len(response) for response in chosen])
     return {
         "input_ids": torch.cat(tokens)[None],
         "position_ids": torch.cat(positions)[None],
         "spans": torch.tensor(spans),
-        "keep": torch.cat(keep[0] + keep[1]),
+        "keep": torch.cat([*chain(*keep)]),
         "targets": torch.cat(chosen),
         "segments": torch.arange(lengths.numel()).repeat_interleave(lengths),
         "lengths": lengths,
-        "sides": _sides(groups),
+        **_indices(groups),
     }
 
 
-def _sides(groups: Sequence[Group]) -> Tensor:
-    """Return [2, B] `sides` for the real responses of all groups, followed by the synthetic ones."""
+def _indices(groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Return `sides` and, if a pair has an initial response, `initial`."""
     sizes = torch.tensor([len(group.synthetic) for group in groups])
     real = torch.arange(len(groups)).repeat_interleave(sizes)
-    return torch.stack([real, len(groups) + torch.arange(len(real))])
+    indices = {"sides": torch.stack([real, len(groups) + torch.arange(len(real))])}
+    has_initial = torch.tensor([len(response) > 0 for group in groups for response in group.initial])
+    if has_initial.any():
+        number = len(groups) + len(real) + has_initial.cumsum(0) - 1
+        indices["initial"] = number.where(has_initial, -1)
+    return indices
 
 
 def split_into_tokens(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -192,12 +216,12 @@ class PairCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the batch and `responses` [R], the storage indices of the opponent's log-probs."""
-        pairs = [Pair(row["prompt"], row["real"], row["synthetic"]) for row in rows]
+        pairs = [Pair.of(row) for row in rows]
         if self.shared_prefix:
             batch = shared_prefix_batch(pairs, grouped=self.grouped)
         else:
             batch = padded_batch(pairs, self.pad_token_id, grouped=self.grouped)
-        batch["responses"] = torch.empty_like(batch["lengths"])
+        batch["responses"] = torch.zeros_like(batch["lengths"])  # initial ones have none: any index will do
         # Up to rounding, the pairs of a group store the same value for their real response: any of them will do.
         batch["responses"][batch["sides"]] = response_indices(torch.tensor([row["index"] for row in rows]))
         return batch

@@ -47,17 +47,17 @@ def probe(
 
 
 def _one_prompt(pairs: list[Pair], longest: int | None) -> list[Pair]:
-    """Return the first pair's prompt and real response with the synthetic responses of all pairs."""
+    """Return the first pair's prompt and real response with the other responses of all pairs."""
     space = _space(pairs[0], longest)
-    return [pairs[0]._replace(synthetic=pair.synthetic[:space]) for pair in pairs]
+    return [pairs[0]._replace(synthetic=pair.synthetic[:space], initial=pair.initial[:space]) for pair in pairs]
 
 
 def _lengthened(pair: Pair, longest: int | None) -> Pair:
-    """Append the synthetic response to the real one.
+    """Append the other responses to the real one.
 
     No sequence in the data is longer, so a sliding window that the data reaches is noticed.
     """
-    return pair._replace(real=[*pair.real, *pair.synthetic][: _space(pair, longest)])
+    return pair._replace(real=[*pair.real, *pair.synthetic, *pair.initial][: _space(pair, longest)])
 
 
 def _space(pair: Pair, longest: int | None) -> int | None:

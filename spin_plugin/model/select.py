@@ -40,7 +40,7 @@ MAX_GRADIENT_ELEMENTS = 2**22
 COMPARED_GRADIENTS = 8
 """Gradients that are compared: those of the first parameters, which depend on every layer."""
 SIDE_WEIGHTS = (2.0, -1.0)
-"""Weights of real and synthetic responses in the sum that is differentiated; 1 and -1 would cancel if identical."""
+"""Weights of real and other responses in the sum that is differentiated; 1 and -1 would cancel if identical."""
 
 
 # --- the choice ----------------------------------------------------------------------------------
@@ -246,9 +246,9 @@ class _Choice:
 
     def _weights(self) -> Tensor:
         """Return the [R] weights of the first row's responses in the sum that is differentiated."""
-        real, synthetic = SIDE_WEIGHTS
+        real, other = SIDE_WEIGHTS
         responses, groups = len(self.alone[0]), len(self.groups[0])
-        return torch.tensor([real] * groups + [synthetic] * (responses - groups), device=self.device)
+        return torch.tensor([real] * groups + [other] * (responses - groups), device=self.device)
 
     def _gradients_fault(self, expected: dict[str, Tensor] | None) -> str | None:
         if expected is None:

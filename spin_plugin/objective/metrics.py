@@ -8,25 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from spin_plugin.objective.losses import LOSSES, SpinTerms
+from spin_plugin.objective.losses import LOSSES, Objective, Scores, SpinTerms
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SATURATED_BELOW = 0.01
-"""A pair is saturated when its gradient is below this fraction of the gradient at margin 0."""
+"""A pair is saturated when the gradient of each of its terms is below this fraction of that at scores of 0."""
 
 
 class Batch(NamedTuple):
-    """The input of every metric: B pairs, all tensors detached."""
+    """The input of every metric: B pairs."""
 
     terms: SpinTerms
     logps: Tensor
     """[2, B] summed log-probs of the real and the synthetic responses under the main player."""
     lengths: Tensor
     """[2, B] response lengths in tokens."""
-    loss: str
-    """A key of `LOSSES`."""
+    objective: Objective
 
 
 class Metric(NamedTuple):
@@ -41,13 +40,26 @@ class Metric(NamedTuple):
 
 
 def _saturated(batch: Batch) -> Tensor:
-    margin, slope = batch.terms.margin, LOSSES[batch.loss].slope
-    return slope(margin) < SATURATED_BELOW * slope(margin.new_zeros(()))
+    """Return whether the gradients on both sides have faded, apart from that of `sft_weight`, which never does."""
+    scores, objective = batch.terms.scores, batch.objective
+    slopes = LOSSES[objective.loss].slopes
+    zero = scores.real.new_zeros(())
+    at_zero = slopes(Scores(zero, zero, None if scores.initial is None else zero), objective)
+    first, *others = slopes(scores, objective)
+    if objective.real_penalty:  # which steepens the real side where it has lost
+        first = first * (1 + objective.real_penalty * (batch.terms.reward_real < 0))
+    saturated = first < SATURATED_BELOW * at_zero[0]
+    for slope, at_start in zip(others, at_zero[1:], strict=True):
+        saturated = saturated & (slope < SATURATED_BELOW * at_start)
+    return saturated
 
 
 METRICS: dict[str, Metric] = {
     "loss": Metric(
-        lambda batch: batch.terms.loss, "l(z)", "starts at ln 2 with the logistic loss and should fall", "loss"
+        lambda batch: batch.terms.loss,
+        "the loss, with its additions",
+        "starts at the value in the table of losses and should fall",
+        "loss",
     ),
     "reward_real": Metric(
         lambda batch: batch.terms.reward_real,
@@ -73,8 +85,9 @@ METRICS: dict[str, Metric] = {
     ),
     "saturated": Metric(
         _saturated,
-        f"share of pairs with l'(z) / l'(0) < {SATURATED_BELOW}",
-        "pairs with near-zero gradient; once most are saturated, the iteration has little left to learn",
+        f"share of pairs whose gradient weight on both sides is below {SATURATED_BELOW:.0%} of that at the start",
+        "once most are saturated, the iteration has little left to learn; with `t_spin`, relative to equal log-probs "
+        "instead of the start; `sft_weight` is not counted",
     ),
     "logp_real": Metric(
         lambda batch: batch.logps[0], "log p(y)", "should rise, or at least fall less than `spin/logp_synthetic`"
@@ -93,7 +106,7 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def metric_sums(terms: SpinTerms, policy: Tensor, lengths: Tensor, sides: Tensor, *, loss: str) -> Tensor:
+def metric_sums(terms: SpinTerms, policy: Tensor, lengths: Tensor, sides: Tensor, objective: Objective) -> Tensor:
     """Sum every metric over the pairs of a micro-batch; the trainer divides by the number of pairs when it logs.
 
     Args:
@@ -101,13 +114,13 @@ def metric_sums(terms: SpinTerms, policy: Tensor, lengths: Tensor, sides: Tensor
         policy: [R] summed log-probs of every response under the policy.
         lengths: [R] response lengths in tokens.
         sides: [2, B] index of the real (row 0) and the synthetic (row 1) response of each pair.
-        loss: a key of `LOSSES`.
+        objective: the loss and its options.
 
     Returns:
         [len(METRICS)], detached, in the order of `METRICS`. Never synchronizes with the device.
     """
     import torch
 
-    detached = SpinTerms(*(term.detach() for term in terms))
-    batch = Batch(detached, policy.detach()[sides], lengths[sides], loss)
-    return torch.stack([metric.value(batch).float().sum() for metric in METRICS.values()])
+    with torch.no_grad():
+        batch = Batch(terms, policy[sides], lengths[sides], objective)
+        return torch.stack([metric.value(batch).float().sum() for metric in METRICS.values()])

@@ -18,6 +18,7 @@ from spin_plugin.generation.dispatcher import AdapterNotServedError, generate
 from spin_plugin.generation.job import Job, Prompts, Request, fingerprint_requests, requests_for
 from spin_plugin.generation.python import vllm_python
 from spin_plugin.generation.shards import Shards
+from spin_plugin.objective.losses import LOSSES
 from spin_plugin.opponent.hub import bytes_of_weights
 from spin_plugin.opponent.merge import merge, vllm_can_serve
 from spin_plugin.opponent.weights import fingerprint, require_complete, require_complete_adapter, require_finite
@@ -225,7 +226,8 @@ def _bytes_needed(generation: Generation, responses: int, *, merges: bool) -> Sp
         else:
             model = bytes_of_weights(opponent.base_model, opponent.revision)
     tokens = responses * min(generation.data.sequence_len, generation.max_tokens)
-    pairs = responses * (1 + spin.history_iterations) * 2 * generation.data.sequence_len
+    sequences = 3 if LOSSES[spin.loss_type].uses_initial else 2
+    pairs = responses * (1 + spin.history_iterations) * sequences * generation.data.sequence_len
     trained = 2 * model if generation.has_masters else model
     optimizer = 2 * trained if training.saves_optimizer else 0  # Adam's two moments
     # 32-bit weights are saved first and then rewritten in 16 bits, except with DeepSpeed

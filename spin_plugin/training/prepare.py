@@ -15,11 +15,13 @@ from spin_plugin.args import SpinArgs
 from spin_plugin.config.plain import without_secrets
 from spin_plugin.config.specs import OpponentSpec, read_data, read_opponent, read_training, read_vllm
 from spin_plugin.console import SpinError, say, warn
+from spin_plugin.data.initial import with_initial
 from spin_plugin.data.pairs import PairStats, Synthetic, build_pairs, read_stats, write_stats
 from spin_plugin.data.real import Real, prepare_real
 from spin_plugin.data.table import open_table
 from spin_plugin.generation.job import Job
 from spin_plugin.generation.shards import Shards
+from spin_plugin.objective.losses import LOSSES
 from spin_plugin.opponent.hub import commit_of, pin
 from spin_plugin.run.atomic import set_aside, write_atomically, write_dir_atomically
 from spin_plugin.run.directory import IterationDir, RunDir
@@ -127,13 +129,24 @@ def open_pairs(directory: IterationDir) -> PairsOnDisk:
 
 def _pairs_key(run: RunDir, sources: range, job: Job, spin: SpinArgs, sequence_len: int) -> dict[str, Any]:
     """Return what the pairs depend on, under the names that messages use."""
-    manifests = [Shards(run.iteration(source).synthetic).manifest() or {} for source in sources]
     return {
-        "the responses": [[manifest.get("weights"), manifest.get("requests_sha256")] for manifest in manifests],
+        "the responses": [_identity(run, source) for source in sources],
         "the sampling": job.sampling,
         "spin.equal_pairs": spin.equal_pairs,
         "sequence_len": sequence_len,
+        **({"iteration 0's responses": _identity(run, 0)} if _uses_initial(spin, sources) else {}),
     }
+
+
+def _identity(run: RunDir, number: int) -> list[Any]:
+    """Return what identifies the responses of an iteration."""
+    manifest = Shards(run.iteration(number).synthetic).manifest() or {}
+    return [manifest.get("weights"), manifest.get("requests_sha256")]
+
+
+def _uses_initial(spin: SpinArgs, sources: range) -> bool:
+    """Whether the loss compares with iteration 0's responses, which iteration 0 itself does not."""
+    return LOSSES[spin.loss_type].uses_initial and sources[-1] > 0
 
 
 def _stored_key(directory: IterationDir) -> dict[str, Any] | None:
@@ -170,18 +183,19 @@ def _write_pairs(
     run: RunDir, spin: SpinArgs, sequence_len: int, real: Real, sources: range, key: dict[str, Any], directory: Path
 ) -> None:
     """Join this iteration's responses, and for training those of earlier ones, with the real responses."""
-    stats = {}
+    stats, has_initial = {}, _uses_initial(spin, sources)
     for split in SPLITS:
         examples = real.train if split == "train" else real.eval
         # Newest first; evaluation uses only the newest.
         iterations = list(reversed(sources)) if split == "train" else [sources[-1]]
         stats[split] = build_pairs(
             examples if examples is not None else real.train,
-            _responses(run, iterations, split),
+            _responses(run, iterations, split, has_initial=has_initial),
             directory / f"{split}.arrow",
             end_tokens=real.stop_tokens,
             sequence_len=sequence_len,
             keep_equal=spin.equal_pairs == "keep",
+            has_initial=has_initial,
         )
     write_stats(directory / "stats.json", stats)
     train = open_table(directory / "train.arrow")
@@ -189,8 +203,13 @@ def _write_pairs(
     (directory / "key").write_text(json.dumps(key | {"grouped": grouped}), encoding="utf-8")
 
 
-def _responses(run: RunDir, iterations: list[int], split: str) -> Iterator[Synthetic]:
+def _responses(run: RunDir, iterations: list[int], split: str, *, has_initial: bool) -> Iterator[Synthetic]:
     for number in iterations:
-        for response in Shards(run.iteration(number).synthetic).responses():
-            if response["split"] == split:
-                yield Synthetic(response["example"], number, response["tokens"], response["finish"] == "length")
+        own = _responses_of(run, number, split)
+        yield from with_initial(own, _responses_of(run, 0, split)) if has_initial else own
+
+
+def _responses_of(run: RunDir, number: int, split: str) -> Iterator[Synthetic]:
+    for response in Shards(run.iteration(number).synthetic).responses():
+        if response["split"] == split:
+            yield Synthetic(response["example"], number, response["tokens"], response["finish"] == "length")

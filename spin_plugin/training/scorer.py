@@ -43,8 +43,7 @@ class OpponentScorer(TrainerCallback):
         pairs, grouped = trainer.train_dataset, trainer.task.pairs.grouped
 
         def pair(index: int) -> Pair:
-            row = pairs[index]
-            return Pair(row["prompt"], row["real"], row["synthetic"])
+            return Pair.of(pairs[index])
 
         with trainer.compute_loss_context_manager():
             trainer.layout = choose_layout(
@@ -107,6 +106,9 @@ class OpponentScorer(TrainerCallback):
         """Compute and store the missing log-probs, each rank its share."""
         trainer = self.trainer
         accelerator, training = trainer.accelerator, model.training
+        sizes = trainer.sizes(pairs)
+        if "initial" in pairs.column_names:  # no loss compares them with the opponent
+            pairs = pairs.remove_columns("initial")
 
         def score(indices: Tensor) -> tuple[Tensor, Tensor]:
             share = indices[accelerator.process_index]
@@ -119,7 +121,7 @@ class OpponentScorer(TrainerCallback):
 
         lengths = trainer.sizes(trainer.train_dataset).tokens
         tokens = scoring_tokens(lengths, trainer.limits)
-        rounds = scoring_rounds(trainer.sizes(pairs), tokens=tokens, world=accelerator.num_processes)
+        rounds = scoring_rounds(sizes, tokens=tokens, world=accelerator.num_processes)
         left = unscored(rounds, trainer.opponent[split])
         model.eval()
         tracked = self._with_progress(left, f"opponent's log-probs ({split})")

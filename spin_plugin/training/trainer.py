@@ -146,8 +146,10 @@ class SpinTrainer(AxolotlTrainer):
         split = "train" if model.training else "eval"
         policy = self.logps(model, inputs)
         opponent, sides = self.opponent[split][inputs["responses"]], inputs["sides"][:, : inputs["counted"]]
-        terms = spin_terms(policy, opponent, sides, beta=self.task.spin.beta, loss=self.task.spin.loss_type)
-        sums = metric_sums(terms, policy, inputs["lengths"], sides, loss=self.task.spin.loss_type)
+        initial = inputs["initial"][: inputs["counted"]] if "initial" in inputs else None
+        objective, lengths = self.task.spin.objective, inputs["lengths"]
+        terms = spin_terms(policy, opponent, sides, objective, lengths=lengths, initial=initial)
+        sums = metric_sums(terms, policy, lengths, sides, objective)
         kept = self._sums[split]
         self._sums[split] = sums if kept is None else kept + sums
         self._pairs[split] += len(terms.loss)

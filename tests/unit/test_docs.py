@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 from spin_plugin.cli.init import STARTER
-from spin_plugin.objective.losses import Loss
+from spin_plugin.objective.losses import Loss, Objective, Scores, of_margin
 from spin_plugin.objective.metrics import Metric
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,9 +61,10 @@ def test_readme_shows_the_starter_configuration_unchanged() -> None:
 def test_examples_of_contributing_are_valid_entries() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    entries = [eval(f"{{{block}}}", {"Loss": Loss, "Metric": Metric}) for block in blocks]
+    entries = [eval(f"{{{block}}}", {"of_margin": of_margin, "Metric": Metric}) for block in blocks]
     assert [type(*entry.values()) for entry in entries] == [Loss, Metric]
     margins = torch.linspace(-3, 3, 25, dtype=torch.float64, requires_grad=True)
     (loss,) = entries[0].values()
-    (slope,) = torch.autograd.grad(loss.value(margins).sum(), margins)
-    torch.testing.assert_close(-slope, loss.slope(margins).detach())
+    scores = Scores(margins, torch.zeros_like(margins))
+    (slope,) = torch.autograd.grad(loss.value(scores, Objective()).sum(), margins)
+    torch.testing.assert_close(-slope, loss.slopes(scores, Objective())[0].detach())

@@ -21,6 +21,7 @@ from spin_plugin.args import (
 )
 from spin_plugin.config.parse import parse_spin_block, parse_vllm_block
 from spin_plugin.console import SpinError
+from spin_plugin.objective.losses import Objective
 
 
 def error_of(block: object, known: tuple[str, ...] = ()) -> str:
@@ -58,6 +59,8 @@ def value_at(args: SpinArgs, path: str) -> Any:
         ("iterations", 0), ("iterations", -1), ("iterations", 101), ("iterations", 2.5), ("iterations", "many"),
         ("beta", 0), ("beta", -1), ("beta", float("nan")), ("beta", float("inf")), ("beta", "strong"), ("beta", None),
         ("loss_type", "sigmoid"), ("loss_type", "Logistic"), ("loss_type", None),
+        ("space_mu", 0), ("space_mu", float("inf")), ("t_spin_weight", 0), ("t_spin_weight", "small"),
+        ("real_penalty", -1), ("real_penalty", float("nan")), ("sft_weight", -0.1), ("sft_weight", "on"),
         ("history_iterations", -1), ("history_iterations", 1.5),
         ("num_prompts", 0), ("num_prompts", -5), ("num_prompts", "all"),
         ("resample_prompts", "sometimes"), ("resample_prompts", 2),
@@ -83,6 +86,8 @@ def test_invalid_value_is_reported_with_its_key(path: str, value: object) -> Non
     [
         ("iterations", 1), ("iterations", 100), ("beta", 1e-6), ("beta", 50), ("num_prompts", 1),
         ("loss_type", "hinge"), ("loss_type", "exponential"), ("loss_type", "correlation"), ("loss_type", "logistic"),
+        ("loss_type", "space"), ("loss_type", "t_spin"), ("real_penalty", 0), ("real_penalty", 50), ("sft_weight", 0),
+        ("sft_weight", 2), ("space_mu", 1), ("t_spin_weight", 0.1),
         ("history_iterations", 0),
         ("turns", "first"), ("turns", "last"), ("turns", "all"), ("equal_pairs", "keep"), ("resample_prompts", True),
         ("generation.temperature", 0.01), ("generation.temperature", 2), ("generation.top_p", 0.01),
@@ -294,6 +299,27 @@ def test_nested_generation_keys_of_the_schedule_are_merged() -> None:
     first, second = args.at(0).generation, args.at(1).generation
     assert (first.max_tokens, first.top_p, first.num_generations) == (8, 0.5, 1)
     assert (second.max_tokens, second.top_p, second.num_generations) == (8, 0.9, 2)
+
+
+@pytest.mark.parametrize(("option", "loss"), [("space_mu", "space"), ("t_spin_weight", "t_spin")])
+def test_option_of_a_loss_that_no_iteration_uses_is_refused(option: str, loss: str) -> None:
+    message = f"{option} requires `loss_type: {loss}`; set it or remove {option}"
+    assert message in error_of({option: 2})
+    assert message in error_of({option: 2, "iterations": 2, "schedule": [{"loss_type": "hinge"}, {}]})
+    assert f"spin.schedule[0]: {message}" in error_of({"iterations": 2, "schedule": [{option: 2}, {"loss_type": loss}]})
+    assert parse_spin_block({option: 2, "loss_type": loss}).at(3).objective._asdict()[option] == 2
+
+
+def test_scheduled_loss_has_its_options() -> None:
+    """Where another loss is scheduled, they are not used."""
+    schedule = [{}, {"loss_type": "space"}, {"loss_type": "space", "space_mu": 7, "sft_weight": 0.5}]
+    args = parse_spin_block({"iterations": 3, "space_mu": 2, "real_penalty": 3, "schedule": schedule})
+    found = [args.at(number).objective for number in range(3)]
+    assert found == [
+        Objective("logistic", real_penalty=3),
+        Objective("space", space_mu=2, real_penalty=3),
+        Objective("space", space_mu=7, real_penalty=3, sft_weight=0.5),
+    ]
 
 
 def test_without_a_schedule_all_iterations_are_the_same() -> None:

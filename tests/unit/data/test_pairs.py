@@ -1,7 +1,7 @@
 """Tokenized SFT rows to examples, and synthetic responses to pairs, on real Arrow files."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from spin_plugin.data.examples import (
     trained_spans,
     write_examples,
 )
+from spin_plugin.data.initial import with_initial
 from spin_plugin.data.pairs import PairStats, Synthetic, build_pairs, read_stats, write_stats
 from spin_plugin.data.table import BLOCK, open_table
 
@@ -329,6 +330,56 @@ def test_index_is_consecutive_despite_dropped_pairs(examples: Dataset, tmp_path:
     responses = [generated(n % 3, [END] if n % 2 else [30, 31 + n, END]) for n in range(20)]
     _, pairs = paired(examples, responses, tmp_path)
     assert pairs["index"][:] == list(range(10))
+
+
+def test_initial_responses_are_a_column_of_their_own(examples: Dataset, tmp_path: Path) -> None:
+    """Those that are missing, empty, too long or equal to the synthetic one are left out; their pairs stay."""
+    path = tmp_path / "pairs.arrow"
+    initial = [[40, 41, END], [], [END], list(range(40, 50)), [30, END]]
+    responses = [generated(0, [30, END])._replace(initial=tokens) for tokens in initial]
+    build_pairs(examples, responses, path, end_tokens=[END], sequence_len=10, keep_equal=False, has_initial=True)
+    pairs = open_table(path)
+    assert pairs["initial"][:] == [[40, 41, END], [], [], [], []]
+    assert pairs["length"][:] == [9, 6, 6, 6, 6]
+
+
+def test_pairs_of_other_losses_have_no_such_column(examples: Dataset, tmp_path: Path) -> None:
+    _, pairs = paired(examples, [generated(0, [30, END])], tmp_path)
+    assert "initial" not in pairs.column_names
+
+
+@given(st.data())
+def test_initial_responses_are_joined_by_example_and_sample(data: st.DataObject) -> None:
+    """Against a dictionary. Prompts can be missing on either side, and the numbers of samples differ."""
+
+    def drawn(iteration: int) -> list[Synthetic]:
+        samples = data.draw(st.lists(st.integers(0, 3), max_size=6))
+        return [
+            generated(example, [iteration, example, sample], iteration=iteration)
+            for example, count in enumerate(samples)
+            for sample in range(count)
+        ]
+
+    now, initial = drawn(2), drawn(0)
+    expected = {tuple(response.tokens[1:]): response.tokens for response in initial}
+    joined = list(with_initial(iter(now), iter(initial)))
+    assert [response._replace(initial=()) for response in joined] == now
+    assert [response.initial for response in joined] == [expected.get(tuple(each.tokens[1:]), ()) for each in now]
+
+
+def test_initial_responses_are_read_side_by_side() -> None:
+    """At most one response more than needed is read: neither sequence is ever in memory."""
+    read = 0
+
+    def initial() -> Iterator[Synthetic]:
+        nonlocal read
+        for number in range(1000):
+            read += 1
+            yield generated(number, [number])
+
+    for number, response in enumerate(with_initial((generated(n, [5]) for n in range(1000)), initial())):
+        assert response.initial == [number]
+        assert read <= number + 2
 
 
 def test_statistics_by_hand(examples: Dataset, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_plugin.model.layout import Pair, PairCollator, padded_batch
 from spin_plugin.model.logprobs import response_logps
-from spin_plugin.objective.losses import spin_terms
+from spin_plugin.objective.losses import Objective, spin_terms
 
 PAD = 99
 
@@ -74,7 +74,7 @@ def step(model: LlamaForCausalLM, batch: dict[str, Tensor]) -> Step:
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     logits.retain_grad()
     logps = response_logps(logits.flatten(0, 1)[batch["keep"]], batch["targets"], batch["segments"], 4)
-    spin_terms(logps, torch.zeros_like(logps), batch["sides"], beta=0.1, loss="correlation").loss.sum().backward()
+    spin_terms(logps, torch.zeros_like(logps), batch["sides"], Objective("correlation", 0.1)).loss.sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return Step(logps.detach(), logits.grad.clone(), gradients)
 

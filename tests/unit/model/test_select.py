@@ -61,6 +61,18 @@ def test_probe_of_grouped_pairs_begins_with_one_prompt(longest: int | None) -> N
     assert longest is None or all(len(pair.prompt) + len(pair.synthetic) <= longest for pair in first)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_probe_keeps_initial_responses(grouped: bool) -> None:
+    """The lengthened pair is still as long as any sequence could be, and a prompt's row has one for each pair."""
+    pairs = [pair_of(length)._replace(initial=[7] * (length // 10)) for length in (200, 150, 20, 110)]
+    lengths = torch.tensor([sum(len(part) for part in pair) for pair in pairs])
+    rows = probe(lengths, pairs.__getitem__, grouped=grouped)
+    if grouped:
+        assert [pair.initial for pair in rows.pop(0)] == [pair.initial for pair in pairs[:3]]
+    longest = rows[2][0]
+    assert [*longest.prompt, *longest.real] == [token for part in pairs[0] for token in part]
+
+
 def test_probe_of_short_pairs_builds_a_row_of_several_blocks() -> None:
     rows = probed([40] * 100)
     assert rows[0] == [40] * 8

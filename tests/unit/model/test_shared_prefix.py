@@ -13,12 +13,13 @@ from tiny import SMALL, byte_tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from spin_plugin.model import select
 from spin_plugin.model.attention import enable
 from spin_plugin.model.forward import install, logps
 from spin_plugin.model.layout import Pair, PairCollator, padded_batch, shared_prefix_batch
 from spin_plugin.model.logprobs import response_logps
 from spin_plugin.model.select import choose_layout
-from spin_plugin.objective.losses import spin_terms
+from spin_plugin.objective.losses import LOSSES, Objective, spin_terms
 
 PAD = 0
 
@@ -76,7 +77,7 @@ def step(
     """Return [R] log-probs and the gradients of a training step's loss, which is scaled for the backward."""
     model.zero_grad()
     found = logps(model, batch, **options)
-    loss = spin_terms(found, found.detach() + 0.1, batch["sides"], beta=0.1, loss="logistic").loss.sum()
+    loss = spin_terms(found, found.detach() + 0.1, batch["sides"], Objective(beta=0.1)).loss.sum()
     (scale * loss).backward()
     return found.detach(), {name: p.grad.float() / scale for name, p in model.named_parameters() if p.grad is not None}
 
@@ -137,6 +138,44 @@ def test_grouped_batches_by_hand() -> None:
     assert {name: tensor.tolist() for name, tensor in shared.items()} == expected
     assert {name: padded[name].tolist() for name in both} == both
     assert padded["input_ids"].tolist() == [[1, 2, 10, 11], [3, 20, 0, 0], [1, 2, 12, 0], [1, 2, 13, 14], [3, 30, 0, 0]]
+
+
+def test_batches_with_initial_responses_by_hand() -> None:
+    """They follow the synthetic responses of their prompt; the pair without one has index -1.
+
+    index     0 1  2  3  4  5  6  7 | 8  9 10 11
+    token     1 2 10 12 13 14 15 16 | 3 20 30 31
+    position  0 1  2  2  2  3  2  3 | 0  1  1  1
+    """
+    pairs = [Pair([1, 2], [10], [12]), Pair([1, 2], [10], [13, 14], [15, 16]), Pair([3], [20], [30], [31])]
+    shared, padded = shared_prefix_batch(pairs, grouped=True), padded_batch(pairs, PAD, grouped=True)
+    both = {
+        "targets": [10, 20, 12, 13, 14, 30, 15, 16, 31],
+        "segments": [0, 1, 2, 3, 3, 4, 5, 5, 6],
+        "lengths": [1, 1, 1, 2, 1, 2, 1],
+        "sides": [[0, 0, 1], [2, 3, 4]],
+        "initial": [-1, 5, 6],
+    }
+    expected = both | {
+        "input_ids": [[1, 2, 10, 12, 13, 14, 15, 16, 3, 20, 30, 31]],
+        "position_ids": [[0, 1, 2, 2, 2, 3, 2, 3, 0, 1, 1, 1]],
+        "spans": [[0, 2, 2, 1], [0, 2, 3, 1], [0, 2, 4, 2], [0, 2, 6, 2], [8, 1, 9, 1], [8, 1, 10, 1], [8, 1, 11, 1]],
+        "keep": [1, 8, 1, 1, 4, 8, 1, 6, 8],
+    }
+    assert {name: tensor.tolist() for name, tensor in shared.items()} == expected
+    assert {name: padded[name].tolist() for name in both} == both
+    assert padded["input_ids"][-2:].tolist() == [[1, 2, 15, 16], [3, 31, 0, 0]]
+    assert shared_prefix_batch(pairs)["initial"].tolist() == [-1, 6, 7]
+
+
+def test_collator_reads_initial_responses() -> None:
+    """They have no stored log-prob; the others keep theirs."""
+    rows = [{"prompt": [1], "real": [10], "synthetic": [13], "initial": [14, 15], "index": 7}]
+    batch = PairCollator(byte_tokenizer())(rows)
+    assert batch["initial"].tolist() == [2]
+    assert batch["lengths"].tolist() == [1, 1, 2]
+    assert batch["responses"][:2].tolist() == [14, 15]
+    assert "initial" not in PairCollator(byte_tokenizer())([rows[0] | {"initial": []}])
 
 
 def test_pairs_of_different_prompts_are_never_grouped() -> None:
@@ -223,6 +262,71 @@ def test_grouped_rows_equal_separate_pairs(architecture: str, synthetic: int) ->
         found, found_gradients = step(model, batch)
         torch.testing.assert_close(found[batch["sides"]], expected, rtol=1e-5, atol=1e-5)
         assert distance(found_gradients, gradients) < 1e-5
+
+
+OBJECTIVES = [Objective(name, 0.1, t_spin_weight=0.6) for name in LOSSES] + [
+    Objective("logistic", 0.1, real_penalty=3.0, sft_weight=0.5),
+    Objective("t_spin", 0.1, real_penalty=3.0, sft_weight=0.5),
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: f"{objective.loss}-{objective.sft_weight:g}")
+def test_every_loss_is_the_same_in_all_layouts(objective: Objective) -> None:
+    """In values and gradients of each pair's own padded sequences, with and without initial responses."""
+    first, second, third = group(3)
+    initial = [first._replace(initial=[9, 8, 7]), second, third._replace(initial=[5])]
+    pairs = [*initial, PAIRS[0]._replace(initial=[21, 22]), *PAIRS[1:]] if LOSSES[objective.loss].uses_initial else [
+        first, second, third, *PAIRS
+    ]  # fmt: skip
+    model = make()
+
+    def gradients(batches: list[dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Against an opponent that depends only on the response's length, so that all layouts have the same one."""
+        model.zero_grad()
+        losses = []
+        for batch in batches:
+            lengths = batch["lengths"]
+            found = logps(model, batch)
+            opponent, initial = -4.0 * lengths, batch.get("initial")
+            terms = spin_terms(found, opponent, batch["sides"], objective, lengths=lengths, initial=initial)
+            terms.loss.sum().backward()
+            losses.append(terms.loss.detach())
+        return torch.cat(losses), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, expected_gradients = gradients([padded_batch([pair], PAD) for pair in pairs])
+    enable(model)
+    for grouped in (False, True):
+        for batch in (shared_prefix_batch(pairs, grouped=grouped), padded_batch(pairs, PAD, grouped=grouped)):
+            found, found_gradients = gradients([batch])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            assert distance(found_gradients, expected_gradients) < 1e-4
+
+
+def test_initial_responses_are_seen_by_no_other() -> None:
+    model = make()
+    enable(model)
+    first, second = (pair._replace(initial=[30, 31, 32]) for pair in group(2))
+    with torch.no_grad():
+        before = logps(model, shared_prefix_batch([first, second], grouped=True))
+        changed = [first._replace(initial=[40, 41, 42]), second]
+        after = logps(model, shared_prefix_batch(changed, grouped=True))
+    assert ((after - before).abs() > 1e-6).tolist() == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_layout_is_chosen_with_initial_responses(grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake that only they suffer is noticed: here they are positioned as if they followed the real response."""
+    pairs = [pair._replace(initial=[30 + number, 31, 32]) for number, pair in enumerate(group(3))]
+    choose = partial(choose_layout, requested=True, pad_token_id=PAD, grouped=grouped)
+    assert choose(make(), [pairs]) == (True, False, None)
+
+    def displaced(pairs: Any, *, grouped: bool) -> dict[str, Tensor]:
+        batch = shared_prefix_batch(pairs, grouped=grouped)
+        batch["position_ids"][0, -3:] += 7
+        return batch
+
+    monkeypatch.setattr(select, "shared_prefix_batch", displaced)
+    assert "differ from one sequence at a time" in str(choose(make(), [pairs]).padded_reason)
 
 
 def test_synthetic_responses_of_a_prompt_do_not_see_each_other() -> None:

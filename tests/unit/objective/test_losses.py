@@ -1,8 +1,7 @@
 """The objective against double-precision references written straight from the equations."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,82 +12,222 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_plugin.model.layout import Pair, padded_batch
 from spin_plugin.model.logprobs import response_logps
-from spin_plugin.objective.losses import LOSSES, SpinTerms, spin_terms
+from spin_plugin.objective.losses import LOSSES, Objective, Scores, SpinTerms, spin_terms
 from spin_plugin.objective.metrics import METRICS, SATURATED_BELOW, metric_sums
 
 LN2 = math.log(2)
 NAMES = sorted(LOSSES)
 
 
-class Function:
-    """A loss and its derivative on Python floats, from section 4.1 of the paper."""
-
-    def __init__(self, value: Callable[[float], float], derivative: Callable[[float], float]) -> None:
-        self.value, self.derivative = value, derivative
+# --- the reference: one pair, on Python floats, from the equations ---------------------------------
 
 
-REFERENCE = {
-    "logistic": Function(lambda z: math.log(1 + math.exp(-z)), lambda z: -1 / (1 + math.exp(z))),
-    "hinge": Function(lambda z: max(0.0, 1 - z), lambda z: -1.0 if z < 1 else 0.0),
-    "exponential": Function(lambda z: math.exp(-z), lambda z: -math.exp(-z)),
-    "correlation": Function(lambda z: 1 - z, lambda z: -1.0),
-}
+def logistic(z: float) -> float:
+    return math.log(1 + math.exp(-z))
 
 
-def reference_margin(policy: list[list[float]], opponent: list[list[float]], beta: float, pair: int) -> float:
-    """beta (log p_theta(y|x) - log p_t(y|x)) - beta (log p_theta(y'|x) - log p_t(y'|x)), equation 4.7."""
-    real = beta * (policy[0][pair] - opponent[0][pair])
-    return real - beta * (policy[1][pair] - opponent[1][pair])
+def sigmoid(z: float) -> float:
+    return 1 / (1 + math.exp(-z))
 
 
-def random_logps(pairs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return log-probs of a policy and of an opponent close to it, [2, pairs] fp64 each."""
+class PairLogps(NamedTuple):
+    """Log-probs of one pair's responses, of y0 if there is one, and the real response's tokens."""
+
+    real: float
+    synthetic: float
+    opponent_real: float
+    opponent_synthetic: float
+    initial: float | None
+    tokens: int
+
+
+def reference(pair: PairLogps, objective: Objective) -> float:
+    """Each loss and addition straight from its equation.
+
+    SPIN: arXiv 2401.01335, equation 4.7 with section 4.1's l; SPACE: arXiv 2512.07175 with
+    sigma_mu(r) = 1 / (1 + mu e^-r); T-SPIN: arXiv 2601.08198; DPO-Positive: arXiv 2402.13228.
+    """
+    beta, mu = objective.beta, objective.space_mu
+    real = beta * (pair.real - pair.opponent_real)
+    synthetic = beta * (pair.synthetic - pair.opponent_synthetic)
+    penalty = objective.real_penalty * max(0.0, -real)
+    margin = real - synthetic - penalty
+    if objective.loss == "space":
+        loss = -math.log(1 / (1 + mu * math.exp(penalty - real)))
+        loss -= mu * math.log(1 - 1 / (1 + mu * math.exp(-synthetic)))
+    elif objective.loss == "t_spin":
+        loss = logistic(beta * (pair.real - pair.synthetic) - penalty)
+        if pair.initial is not None:
+            loss += objective.t_spin_weight * logistic(beta * (pair.synthetic - pair.initial))
+    else:
+        loss = {
+            "logistic": logistic,
+            "hinge": lambda z: max(0.0, 1 - z),
+            "exponential": lambda z: math.exp(-z),
+            "correlation": lambda z: 1 - z,
+        }[objective.loss](margin)
+    return loss - objective.sft_weight * pair.real / pair.tokens
+
+
+def gradient(pair: PairLogps, objective: Objective, name: str) -> float:
+    """The reference's derivative with respect to one log-prob, by central differences."""
+    value, step = getattr(pair, name), 1e-5
+    ends = [reference(pair._replace(**{name: value + by}), objective) for by in (step, -step)]
+    return (ends[0] - ends[1]) / (2 * step)
+
+
+class Micro(NamedTuple):
+    """A micro-batch: log-probs [R] and lengths [R] of all responses, and the indices of the pairs."""
+
+    policy: Tensor
+    opponent: Tensor
+    lengths: Tensor
+    sides: Tensor
+    initial: Tensor | None
+
+    def pair(self, number: int) -> PairLogps:
+        real, synthetic = self.sides[:, number].tolist()
+        initial = -1 if self.initial is None else self.initial[number].item()
+        values, opponent = self.policy.tolist(), self.opponent.tolist()
+        return PairLogps(
+            values[real],
+            values[synthetic],
+            opponent[real],
+            opponent[synthetic],
+            values[initial] if initial >= 0 else None,
+            int(self.lengths[real].item()),
+        )
+
+    def terms(self, objective: Objective) -> SpinTerms:
+        return spin_terms(self.policy, self.opponent, self.sides, objective, lengths=self.lengths, initial=self.initial)
+
+
+def random_micro(seed: int, *, grouped: bool = False) -> Micro:
+    """Four pairs in fp64, some with an initial response; if `grouped`, the first two share their real response."""
     generator = torch.Generator().manual_seed(seed)
-    opponent = -60 * torch.rand(2, pairs, generator=generator, dtype=torch.float64) - 1
-    return opponent + 8 * torch.randn(2, pairs, generator=generator, dtype=torch.float64), opponent
+    sides = torch.tensor([[0, 0, 1, 2], [3, 4, 5, 6]] if grouped else [[0, 1, 2, 3], [4, 5, 6, 7]])
+    first = int(sides.max()) + 1
+    initial = [None, torch.tensor([first, -1, first + 1, -1])][seed % 2]
+    responses = first + (0 if initial is None else 2)
+    opponent = -20 * torch.rand(responses, generator=generator, dtype=torch.float64) - 1
+    policy = opponent + 3 * torch.randn(responses, generator=generator, dtype=torch.float64)
+    opponent[first:] = torch.nan  # initial responses have none
+    return Micro(policy, opponent, torch.randint(1, 9, (responses,), generator=generator), sides, initial)
+
+
+ADDITIONS: list[dict[str, float]] = [
+    {},
+    {"real_penalty": 5.0},
+    {"sft_weight": 0.3},
+    {"space_mu": 2.5, "t_spin_weight": 0.7, "real_penalty": 0.5, "sft_weight": 2.0},
+]
 
 
 def sides(pairs: int) -> Tensor:
     return torch.arange(2 * pairs).view(2, -1)
 
 
-def terms_of(policy: Tensor, opponent: Tensor, **options: Any) -> SpinTerms:
+def terms_of(policy: Tensor, opponent: Tensor, objective: Objective) -> SpinTerms:
     """Call `spin_terms` with [2, B] log-probs, row 0 of real and row 1 of synthetic responses."""
-    return spin_terms(policy.flatten(), opponent.flatten(), sides(policy.shape[1]), **options)
+    return spin_terms(policy.flatten(), opponent.flatten(), sides(policy.shape[1]), objective)
 
 
-def sums_of(terms: SpinTerms, policy: Tensor, lengths: Tensor, *, loss: str) -> Tensor:
-    return metric_sums(terms, policy.flatten(), lengths.flatten(), sides(policy.shape[1]), loss=loss)
+def sums_of(terms: SpinTerms, policy: Tensor, lengths: Tensor, objective: Objective) -> Tensor:
+    return metric_sums(terms, policy.flatten(), lengths.flatten(), sides(policy.shape[1]), objective)
+
+
+def saturated(rewards: list[list[float]], objective: Objective) -> float:
+    """Return how many pairs with these [2, B] rewards are saturated."""
+    policy = torch.tensor(rewards) / objective.beta
+    sums = sums_of(terms_of(policy, torch.zeros_like(policy), objective), policy, torch.ones_like(policy), objective)
+    return sums[list(METRICS).index("saturated")].item()
 
 
 # --- the loss ----------------------------------------------------------------------------------
 
 
-def test_every_loss_has_a_reference() -> None:
-    assert LOSSES.keys() == REFERENCE.keys()
+@pytest.mark.parametrize("additions", ADDITIONS, ids=lambda additions: "-".join(additions) or "plain")
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_value_and_gradient_match_the_equations(
+    name: str, grouped: bool, beta: float, additions: dict[str, float]
+) -> None:
+    """The gradient of a response that several pairs share is the sum of theirs."""
+    objective = Objective(name, beta, **additions)
+    for seed in range(4):
+        micro = random_micro(seed, grouped=grouped)
+        micro.policy.requires_grad_()
+        terms = micro.terms(objective)
+        terms.loss.sum().backward()
+        expected = torch.zeros_like(micro.policy)
+        for number in range(4):
+            pair = micro.pair(number)
+            assert terms.loss[number].item() == pytest.approx(reference(pair, objective), rel=1e-9, abs=1e-9)
+            for index, side in zip(micro.sides[:, number], ("real", "synthetic"), strict=True):
+                expected[index] += gradient(pair, objective, side)
+            if pair.initial is not None:
+                assert micro.initial is not None
+                expected[micro.initial[number]] += gradient(pair, objective, "initial")
+        assert micro.policy.grad is not None
+        torch.testing.assert_close(micro.policy.grad, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
-def test_value_and_gradient_match_the_equations(name: str, beta: float) -> None:
-    policy, opponent = random_logps(32)
-    policy.requires_grad_()
-    terms = terms_of(policy, opponent, beta=beta, loss=name)
-    terms.loss.sum().backward()
-    assert policy.grad is not None
-    for pair in range(32):
-        margin = reference_margin(policy.tolist(), opponent.tolist(), beta, pair)
-        slope = beta * REFERENCE[name].derivative(margin)
-        assert terms.loss[pair].item() == pytest.approx(REFERENCE[name].value(margin), rel=1e-9, abs=1e-8)
-        assert policy.grad[0, pair].item() == pytest.approx(slope, rel=1e-9, abs=1e-8)
-        assert policy.grad[1, pair].item() == pytest.approx(-slope, rel=1e-9, abs=1e-8)
+def test_additions_of_0_are_the_plain_loss_bit_for_bit(name: str) -> None:
+    """Written out for the paper's losses: nothing but l of the margin."""
+    micro = random_micro(1)
+    micro = micro._replace(policy=micro.policy.float(), opponent=micro.opponent.float())
+    terms = micro.terms(Objective(name, 0.1, real_penalty=0.0, sft_weight=0.0))
+    assert torch.equal(terms.loss, LOSSES[name].value(terms.scores, Objective(name, 0.1)))
+    if not LOSSES[name].reference_free:
+        rewards = (0.1 * (micro.policy - micro.opponent))[micro.sides]
+        assert torch.equal(torch.stack([terms.scores.real, terms.scores.synthetic]), rewards)
 
 
-@pytest.mark.parametrize("name", ["logistic", "exponential", "correlation"])
-def test_gradient_agrees_with_finite_differences(name: str) -> None:
-    policy, opponent = random_logps(8, seed=1)
-    policy.requires_grad_()
-    assert torch.autograd.gradcheck(lambda p: terms_of(p, opponent, beta=0.3, loss=name).loss, policy)
+def test_space_at_mu_1_is_bco_pair() -> None:
+    """TRL's formula, written out: its own is a branch inside a method that runs the model."""
+    micro = random_micro(0)
+    real, synthetic = (0.3 * (micro.policy - micro.opponent))[micro.sides]
+    expected = -torch.nn.functional.logsigmoid(real) - torch.nn.functional.logsigmoid(-synthetic)
+    torch.testing.assert_close(micro.terms(Objective("space", 0.3)).loss, expected)
+
+
+@pytest.mark.parametrize("mu", [0.5, 1.0, 7.0])
+def test_space_starts_in_the_direction_of_the_logistic_loss(mu: float) -> None:
+    """At rewards of 0 its gradient is that of the logistic loss times 2 mu / (1 + mu)."""
+    gradients = []
+    for objective in (Objective("logistic"), Objective("space", space_mu=mu)):
+        policy = torch.full((2, 1), -5.0, dtype=torch.float64, requires_grad=True)
+        terms_of(policy, policy.detach(), objective).loss.sum().backward()
+        assert policy.grad is not None
+        gradients.append(policy.grad)
+    torch.testing.assert_close(gradients[1], gradients[0] * 2 * mu / (1 + mu))
+
+
+STARTS = {
+    "logistic": lambda _: LN2,
+    "space": lambda mu: math.log(1 + mu) + mu * math.log(1 + 1 / mu),
+    "hinge": lambda _: 1,
+    "exponential": lambda _: 1,
+    "correlation": lambda _: 1,
+}
+
+
+@pytest.mark.parametrize("mu", [1.0, 3.0])
+@pytest.mark.parametrize("name", STARTS)
+def test_loss_starts_at_the_value_in_the_reference(name: str, mu: float) -> None:
+    policy = torch.full((2, 1), -5.0, dtype=torch.float64)
+    found = terms_of(policy, policy, Objective(name, space_mu=mu, real_penalty=3.0)).loss.item()
+    assert found == pytest.approx(STARTS[name](mu))
+
+
+def test_t_spin_needs_no_opponent() -> None:
+    micro = random_micro(1)
+    expected = micro.terms(Objective("t_spin", 1.0)).loss
+    found = micro._replace(opponent=micro.opponent * 3 + 1).terms(Objective("t_spin", 1.0))
+    assert torch.equal(found.loss, expected)
+    assert not torch.equal(found.reward_real, micro.terms(Objective("t_spin", 1.0)).reward_real)
 
 
 def test_hand_worked_pair() -> None:
@@ -109,7 +248,7 @@ def test_hand_worked_pair() -> None:
     opponent = torch.tensor([[-12.0], [-26.0]])
     for name, (value, gradient) in expected.items():
         policy = torch.tensor([[-10.0], [-30.0]], requires_grad=True)
-        terms = terms_of(policy, opponent, beta=0.5, loss=name)
+        terms = terms_of(policy, opponent, Objective(name, 0.5))
         terms.loss.sum().backward()
         assert policy.grad is not None
         assert (terms.reward_real.item(), terms.reward_synthetic.item()) == (1.0, -2.0)
@@ -117,48 +256,27 @@ def test_hand_worked_pair() -> None:
         assert policy.grad.flatten().tolist() == pytest.approx([gradient, -gradient], abs=1e-6)
 
 
-def test_pairs_may_share_a_response() -> None:
-    """With one real and two synthetic responses, the gradient is the sum of the gradients of the two pairs."""
-    policy, opponent = torch.tensor([-10.0, -30.0, -7.0], requires_grad=True), torch.tensor([-12.0, -26.0, -9.0])
-    shared = spin_terms(policy, opponent, torch.tensor([[0, 0], [1, 2]]), beta=0.5, loss="logistic")
-    shared.loss.sum().backward()
-    assert policy.grad is not None
-    gradient = torch.zeros(3)
-    for number, synthetic in enumerate((1, 2)):
-        alone = policy.detach().clone().requires_grad_()
-        terms = spin_terms(alone, opponent, torch.tensor([[0], [synthetic]]), beta=0.5, loss="logistic")
-        terms.loss.sum().backward()
-        assert alone.grad is not None
-        gradient += alone.grad
-        assert terms.loss.item() == shared.loss[number].item()
-    torch.testing.assert_close(policy.grad, gradient)
-
-
 def test_every_entry_is_documented() -> None:
     """The reference is generated from these fields."""
-    assert all(loss.formula and loss.source and loss.when for loss in LOSSES.values())
+    assert all(loss.formula and loss.start and loss.source and loss.when for loss in LOSSES.values())
     assert all(metric.formula and metric.meaning for metric in METRICS.values())
-
-
-@pytest.mark.parametrize(("name", "value"), [("logistic", LN2), ("hinge", 1), ("exponential", 1), ("correlation", 1)])
-def test_loss_at_the_first_step(name: str, value: float) -> None:
-    """Before its first step the policy equals the opponent, so every margin is 0 for any beta."""
-    policy, _ = random_logps(4)
-    assert terms_of(policy, policy.clone(), beta=0.7, loss=name).loss.tolist() == pytest.approx([value] * 4)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_gradient_flows_into_the_opponent(name: str) -> None:
-    policy, opponent = random_logps(4)
-    opponent.requires_grad_()
-    terms_of(policy.requires_grad_(), opponent, beta=0.1, loss=name).loss.sum().backward()
-    assert opponent.grad is None
+    micro = random_micro(0)
+    micro.opponent.requires_grad_()
+    micro.policy.requires_grad_()
+    micro.terms(Objective(name, real_penalty=1.0)).loss.sum().backward()
+    assert micro.opponent.grad is None
+
+
+SCORES = torch.linspace(-12, 12, 481, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_loss_is_convex_and_decreasing(name: str) -> None:
-    margins = torch.linspace(-12, 12, 481, dtype=torch.float64)
-    values = LOSSES[name].value(margins)
+def test_loss_is_convex_and_decreasing_in_the_real_score(name: str) -> None:
+    values = LOSSES[name].value(Scores(SCORES, torch.zeros_like(SCORES)), Objective(name))
     steps = values.diff()
     assert (steps <= 0).all()
     assert steps[0] < 0
@@ -166,16 +284,25 @@ def test_loss_is_convex_and_decreasing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_slope_is_the_negated_derivative(name: str) -> None:
-    margins = torch.tensor([-3.0, -0.5, 0.0, 0.9, 1.1, 4.0], dtype=torch.float64)
-    expected = [-REFERENCE[name].derivative(margin) for margin in margins.tolist()]
-    assert LOSSES[name].slope(margins).tolist() == pytest.approx(expected)
+def test_slopes_are_the_gradients_of_the_terms(name: str) -> None:
+    """The first term's is that of the real score, the second's that of the score which only the second term has."""
+    objective = Objective(name, space_mu=3.0, t_spin_weight=0.4)
+    real, synthetic, initial = ((SCORES * by + 0.3).requires_grad_() for by in (1.0, 0.7, -0.4))
+    scores = Scores(real, synthetic, initial if LOSSES[name].uses_initial else None)
+    LOSSES[name].value(scores, objective).sum().backward()
+    first, *others = LOSSES[name].slopes(scores, objective)
+    assert real.grad is not None
+    torch.testing.assert_close(first, -real.grad)
+    own = {"space": synthetic, "t_spin": initial}
+    assert len(others) == (name in own)
+    for slope in others:
+        torch.testing.assert_close(slope, own[name].grad)
 
 
-@pytest.mark.parametrize("name", ["logistic", "hinge", "correlation"])
+@pytest.mark.parametrize("name", ["logistic", "space", "t_spin", "hinge", "correlation"])
 def test_extreme_margins_stay_finite(name: str) -> None:
     policy = torch.tensor([[-1e5, 0.0], [0.0, -1e5]], requires_grad=True)
-    terms = terms_of(policy, torch.zeros(2, 2), beta=1.0, loss=name)
+    terms = terms_of(policy, torch.zeros(2, 2), Objective(name, 1.0, real_penalty=2.0))
     terms.loss.sum().backward()
     assert policy.grad is not None
     assert terms.loss.isfinite().all()
@@ -197,8 +324,8 @@ def test_metric_sums_by_hand() -> None:
     policy = torch.tensor([[-20.0, -8.0], [-70.0, -3.0]], requires_grad=True)
     opponent = torch.tensor([[-25.0, -6.0], [-15.0, -4.0]])
     lengths = torch.tensor([[4, 2], [7, 3]])
-    terms = terms_of(policy, opponent, beta=0.1, loss="logistic")
-    sums = sums_of(terms, policy, lengths, loss="logistic")
+    objective = Objective("logistic", 0.1)
+    sums = sums_of(terms_of(policy, opponent, objective), policy, lengths, objective)
     assert not sums.requires_grad
     assert sums.dtype == torch.float32
     assert dict(zip(METRICS, sums.tolist(), strict=True)) == pytest.approx(
@@ -221,8 +348,8 @@ def test_metric_sums_by_hand() -> None:
 def test_zero_margin_counts_as_a_miss() -> None:
     """Before the first step all margins are 0; an accuracy of 1 would look like a converged run."""
     policy = torch.full((2, 3), -5.0)
-    terms = terms_of(policy, policy.clone(), beta=0.1, loss="logistic")
-    sums = sums_of(terms, policy, torch.ones(2, 3), loss="logistic")
+    objective = Objective("logistic", 0.1)
+    sums = sums_of(terms_of(policy, policy.clone(), objective), policy, torch.ones(2, 3), objective)
     assert sums[list(METRICS).index("accuracy")] == 0
     assert sums[list(METRICS).index("saturated")] == 0
 
@@ -233,10 +360,31 @@ def test_zero_margin_counts_as_a_miss() -> None:
 )
 def test_saturation_threshold(name: str, margin: float) -> None:
     """logistic: 1/(1 + e^z) = 0.005 at z = ln 199, close to ln 200; exponential: e^-z = 0.01; hinge: at 1."""
-    policy = torch.tensor([[margin - 0.05, margin + 0.05], [0.0, 0.0]])
-    terms = terms_of(policy, torch.zeros(2, 2), beta=1.0, loss=name)
-    sums = sums_of(terms, policy, torch.ones(2, 2), loss=name)
-    assert sums[list(METRICS).index("saturated")] == 1
+    assert saturated([[margin - 0.05, margin + 0.05], [0.0, 0.0]], Objective(name, 1.0)) == 1
+
+
+def test_pair_is_saturated_when_both_sides_are() -> None:
+    """space, mu = 1: 1 / (1 + e^z) < 0.005 above ln 199 = 5.29, on the real side for r, on the other for -r'."""
+    objective = Objective("space", 1.0)
+    assert saturated([[6.0, 6.0, 0.0, 6.0], [0.0, -6.0, -6.0, -5.0]], objective) == 1
+    assert saturated([[0.0], [-6.0]], Objective("logistic", 1.0)) == 1  # one side's margin is enough
+
+
+def test_penalty_delays_saturation_of_a_real_response_that_lost() -> None:
+    """Margin 5.6 after a penalty of 1 * 0.1: slope 0.0037 < 0.005, but twice that on the real side."""
+    rewards = [[-0.1], [-5.8]]
+    assert saturated(rewards, Objective("logistic", 1.0)) == 1
+    assert saturated(rewards, Objective("logistic", 1.0, real_penalty=1.0)) == 0
+
+
+def test_t_spin_saturates_by_log_probs() -> None:
+    """Pairs differ by 6 nats from real to synthetic; from synthetic to initial by 6, by 0, and the last has none."""
+    policy = torch.tensor([-1.0, -1.0, -1.0, -7.0, -7.0, -7.0, -13.0, -7.0])
+    pairs, initial, objective = sides(3), torch.tensor([6, 7, -1]), Objective("t_spin", 1.0)
+    terms = spin_terms(policy, policy, pairs, objective, initial=initial)
+    sums = metric_sums(terms, policy, torch.ones(8), pairs, objective)
+    assert sums[list(METRICS).index("saturated")] == 2
+    assert sums[list(METRICS).index("reward_margin")] == 0
 
 
 # --- log-probabilities -------------------------------------------------------------------------

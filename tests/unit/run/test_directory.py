@@ -334,6 +334,7 @@ def test_key_that_does_not_affect_the_result_may_change(path: str) -> None:
         "spin.history_iterations", "vllm.dtype", "spin.generation.vllm_kwargs.quantization",
         "spin.equal_pairs", "spin.generation.temperature", "spin.generation.top_p", "spin.generation.max_tokens",
         "spin.generation.num_generations", "spin.generation.seed", "vllm.max_model_len",
+        "spin.space_mu", "spin.t_spin_weight", "spin.real_penalty", "spin.sft_weight",
     ],
 )  # fmt: skip
 def test_key_that_affects_the_result_is_named(path: str) -> None:
