@@ -18,6 +18,7 @@ from spin_plugin.args import (
     VLLM_SERVER_KEYS,
     Block,
     GenerationArgs,
+    JudgeArgs,
     Mark,
     SpinArgs,
     VllmArgs,
@@ -60,6 +61,8 @@ def bounds(field: FieldInfo) -> str:
 
 
 def default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
     if field.default_factory is not None or field.default is None:
         return ""
     return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
@@ -121,6 +124,12 @@ def reference() -> str:
             f"`vllm_kwargs` accepts neither keys of the `vllm:` block nor those that the plugin sets: "
             f"{keys(PLUGIN_VLLM_KEYS)}.",
             "",
+            "## `spin.judge`",
+            "",
+            table(JudgeArgs),
+            "",
+            "[The guide](guide.md#a-judge) shows how to use it.",
+            "",
             "## `vllm`",
             "",
             "Axolotl's own top-level block, next to `spin`, which configures vLLM.",
@@ -137,6 +146,8 @@ def reference() -> str:
             "| name | formula | meaning |",
             "|---|---|---|",
             *(f"| `spin/{name}` | `{metric.formula}` | {metric.meaning} |" for name, metric in METRICS.items()),
+            "| `eval_spin/judge` | `mean score of the held-out y'` | with `spin.judge`, at step 0: how good the "
+            "opponent's own responses are |",
             "",
         ]
     )

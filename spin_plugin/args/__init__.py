@@ -5,6 +5,7 @@ docs/reference.md is generated from these classes (`python scripts/make_referenc
 
 from spin_plugin.args.block import Block, Mark
 from spin_plugin.args.generation import IN_VLLM_BLOCK, PLUGIN_VLLM_KEYS, VLLM_SERVER_KEYS, GenerationArgs, VllmArgs
+from spin_plugin.args.judge import JudgeArgs
 from spin_plugin.args.spin import RUN_WIDE_KEYS, SpinArgs, SpinPluginArgs
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "VLLM_SERVER_KEYS",
     "Block",
     "GenerationArgs",
+    "JudgeArgs",
     "Mark",
     "SpinArgs",
     "SpinPluginArgs",

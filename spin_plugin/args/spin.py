@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from spin_plugin.args.block import Block, Mark
 from spin_plugin.args.generation import GenerationArgs
+from spin_plugin.args.judge import JudgeArgs
 from spin_plugin.objective.losses import LOSSES, Objective
 
 # Keys of Axolotl that `schedule` cannot override, because they define the run as a whole.
@@ -120,6 +121,9 @@ class SpinArgs(Block):
     generation: GenerationArgs = Field(default_factory=GenerationArgs)
     """How synthetic responses are sampled."""
 
+    judge: JudgeArgs | None = None
+    """Judges every synthetic response, so that pairs whose synthetic response is right are left out. Default: none."""
+
     @field_validator("loss_type")
     @classmethod
     def loss_is_known(cls, value: str) -> str:
@@ -164,8 +168,9 @@ class SpinArgs(Block):
         entry = self.schedule[iteration]
         changes = {key: value for key, value in entry.items() if key in SpinArgs.model_fields}
         values = self.model_dump(exclude={"schedule"})
-        if isinstance(changes.get("generation"), Mapping):
-            changes["generation"] = values["generation"] | dict(changes["generation"])
+        for block in ("generation", "judge"):
+            if isinstance(changes.get(block), Mapping):
+                changes[block] = (values[block] or {}) | dict(changes[block])
         loss = changes.get("loss_type", self.loss_type)
         others = [name for name, owner in LOSS_OPTIONS.items() if owner != loss]  # this iteration has no use for them
         return SpinArgs.model_validate({key: value for key, value in values.items() if key not in others} | changes)

@@ -62,6 +62,15 @@ def _unfinished(run: RunDir, number: int, *, started: bool) -> dict[str, Any]:
     return {"iteration": number, "state": state, "pairs": pairs, "metrics": metrics}
 
 
+def _judge_score(entry: dict[str, Any]) -> str:
+    """Return the judge's mean score of the held-out responses, or without any of those used for training."""
+    for split in ("eval", "train"):
+        judge = entry["pairs"].get(split, {}).get("judge")
+        if judge and judge["judged"]:
+            return f"{judge['mean']:.4f}"
+    return ""
+
+
 def _table(content: dict[str, Any]) -> Table:
     table = Table(
         title=f"{content['output_dir']} (real, synth.: mean response length in tokens; metrics: mean over last epoch)",
@@ -69,7 +78,9 @@ def _table(content: dict[str, Any]) -> Table:
         collapse_padding=True,
         pad_edge=False,
     )
-    for heading in ("t", "state", "pairs", "real", "synth.", "equal", *METRIC_COLUMNS):
+    judged = any(_judge_score(entry) for entry in content["iterations"])
+    columns = ("t", "state", "pairs", "real", "synth.", "equal", *(["judge"] if judged else []), *METRIC_COLUMNS)
+    for heading in columns:
         # a pipe has 80 columns; wrap instead of truncating
         table.add_column(heading, justify="left" if heading == "state" else "right", overflow="fold")
     for entry in content["iterations"]:
@@ -79,6 +90,7 @@ def _table(content: dict[str, Any]) -> Table:
             equal = stats["equal"] / max(1, stats["responses"])
             lengths = (stats["real_mean"], stats["synthetic_mean"])
             described = [f"{stats['pairs']:,}", *(f"{mean:.1f}" for mean in lengths), f"{equal:.1%}"]
+        described += [_judge_score(entry)] if judged else []
         values = [f"{metrics[name]:.4f}" if name in metrics else "" for name in METRIC_COLUMNS.values()]
         table.add_row(str(entry["iteration"]), entry["state"], *described, *values)
     return table

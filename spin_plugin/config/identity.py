@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from spin_plugin.args import GenerationArgs, Mark, SpinArgs
+from spin_plugin.args import GenerationArgs, JudgeArgs, Mark, SpinArgs
 
 # Keys that do not affect the result, so that they may change when a run resumes.
 FREE_KEYS = frozenset(
@@ -56,7 +56,9 @@ def _fixed_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     # A step may be split into more, smaller micro-batches to fit into memory; its pairs stay the same.
     factors = [fixed.pop(key, None) for key in ("micro_batch_size", "gradient_accumulation_steps")]
     fixed["micro_batch_size × gradient_accumulation_steps"] = _product(factors)
-    fixed |= {f"spin.{k}": v for k, v in spin.items() if k not in free and k != "generation"}
+    fixed |= {f"spin.{k}": v for k, v in spin.items() if k not in free and k not in ("generation", "judge")}
+    judge, free_judge = spin.get("judge") or {}, JudgeArgs.marked(Mark.FREE)
+    fixed |= {f"spin.judge.{k}": v for k, v in judge.items() if k not in free_judge}
     generation = dict(spin.get("generation") or {})
     kwargs = generation.pop("vllm_kwargs", None) or {}
     vllm = {k: v for k, v in (config.get("vllm") or {}).items() if k in FIXED_VLLM_KEYS and v not in (None, "auto")}

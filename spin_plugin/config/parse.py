@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from spin_plugin.args import VLLM_SERVER_KEYS, GenerationArgs, SpinArgs, VllmArgs
+from spin_plugin.args import VLLM_SERVER_KEYS, Block, GenerationArgs, JudgeArgs, SpinArgs, VllmArgs
 from spin_plugin.console import SpinError
 
 
@@ -73,7 +73,8 @@ def _describe(detail: ErrorDetails, parent: str) -> str:
     path = [str(part) for part in detail["loc"]]
     name = ".".join([parent, *path])
     if detail["type"] == "extra_forbidden":
-        fields = GenerationArgs.model_fields if path[0] == "generation" else SpinArgs.model_fields
+        blocks: dict[str, type[Block]] = {"generation": GenerationArgs, "judge": JudgeArgs}
+        fields = blocks.get(path[0], SpinArgs).model_fields
         return _unknown_key(".".join([parent, *path[:-1]]), path[-1], fields)
     message = detail["msg"].removeprefix("Value error, ")
     if not path or detail["type"] == "value_error":
@@ -87,6 +88,7 @@ def _unknown_key(parent: str, key: str, known: Iterable[str]) -> str:
     for fields, place in (
         (SpinArgs.model_fields, "directly in `spin:`, beside `generation`"),
         (GenerationArgs.model_fields, f"in `spin.generation`: write `generation: {{{key}: …}}`"),
+        (JudgeArgs.model_fields, f"in `spin.judge`: write `judge: {{{key}: …}}`"),
         (VllmArgs.model_fields, f"in Axolotl's `vllm:` block: write `vllm: {{{key}: …}}` beside `spin`"),
     ):
         if key in fields and key not in known:

@@ -18,6 +18,8 @@ from datasets import Dataset
 
 from spin_plugin.data.table import BLOCK, INITIAL, PAIR_SCHEMA, table_writer
 
+JUDGE_METRIC = "eval_spin/judge"  # JudgeStats.mean of the held-out responses, logged at step 0
+
 
 class Synthetic(NamedTuple):
     """One synthetic response as vLLM generated it."""
@@ -29,6 +31,36 @@ class Synthetic(NamedTuple):
     """It reached `max_tokens` and so has no end token."""
     initial: Sequence[int] = ()
     """Iteration 0's response to the same prompt, if the loss uses it (`initial.with_initial`)."""
+    score: float | None = None
+    """The judge's, in 0…1; None if it was not judged."""
+
+
+@dataclass
+class JudgeStats:
+    """The judge's scores of the synthetic responses."""
+
+    judged: int = 0
+    right: int = 0
+    """Number of responses that reach `drop_at`."""
+    unjudged: int = 0
+    """Number of responses that were passed over."""
+    mean: float = 0.0
+    """Mean score of the judged responses, 0…1."""
+
+    def add(self, score: float | None, drop_at: float) -> bool:
+        """Count a score and return whether the response is right."""
+        if score is None:
+            self.unjudged += 1
+            return False
+        self.judged += 1
+        self.mean += (score - self.mean) / self.judged
+        self.right += score >= drop_at
+        return score >= drop_at
+
+    def summary(self) -> str:
+        """Summarize the scores in a few words."""
+        parts = [f"right {self.right / max(1, self.judged):.1%}", f"mean score {self.mean:.4f}"]
+        return ", ".join(parts + ([f"unjudged {self.unjudged:,}"] if self.unjudged else []))
 
 
 @dataclass
@@ -46,6 +78,8 @@ class PairStats:
     real_p95: float = 0.0
     synthetic_mean: float = 0.0
     synthetic_p95: float = 0.0
+    judge: JudgeStats | None = None
+    """None without a judge."""
 
     def share(self, count: int) -> float:
         """`count` as a fraction of the responses, 0..1."""
@@ -53,7 +87,8 @@ class PairStats:
 
     def summary(self) -> str:
         """One line of statistics for the console."""
-        dropped = "dropped" if self.equal_dropped else "kept"
+        kept = "kept, unless right" if self.judge else "kept"
+        dropped = "dropped" if self.equal_dropped else kept
         parts = [
             f"{self.pairs:,} pairs from {self.responses:,} synthetic responses",
             f"real {self.real_mean:.1f} tokens (p95 {self.real_p95:.0f})",
@@ -64,10 +99,13 @@ class PairStats:
         ]
         if self.over_length:
             parts.append(f"over sequence_len {self.share(self.over_length):.1%}")
+        if self.judge:
+            parts.append(f"judge: {self.judge.summary()}")
         return ", ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return plain data, without the judge's part if there is no judge."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def build_pairs(
@@ -79,6 +117,8 @@ def build_pairs(
     sequence_len: int,
     keep_equal: bool,
     has_initial: bool = False,
+    drop_at: float | None = None,
+    keep_right: bool = False,
 ) -> PairStats:
     """Pair synthetic responses with their prompts and real responses, drop unusable ones, and write the rest.
 
@@ -91,13 +131,16 @@ def build_pairs(
         keep_equal: whether to keep pairs whose two responses are identical.
         has_initial: whether to write a column with iteration 0's responses. One that is empty, too long or equal to
             the synthetic response is left out, and its pair stays.
+        drop_at: the score from which on a synthetic response is right; None without a judge.
+        keep_right: whether to keep pairs whose synthetic response is right.
     """
     schema = PAIR_SCHEMA.append(INITIAL) if has_initial else PAIR_SCHEMA
-    stats = PairStats(equal_dropped=not keep_equal)
+    stats = PairStats(equal_dropped=not keep_equal, judge=None if drop_at is None else JudgeStats())
+    usable = _Usable(set(end_tokens), sequence_len, keep_equal, drop_at, keep_right)
     lengths: dict[str, list[int]] = {"real": [], "synthetic": []}
     with table_writer(path, schema) as write:
         for block in _batched(synthetic, BLOCK):
-            columns = _join(examples, block, schema.names, stats, set(end_tokens), sequence_len, keep_equal)
+            columns = _join(examples, block, schema.names, stats, usable)
             for side, seen in lengths.items():
                 seen.extend(len(tokens) for tokens in columns[side])
             write(columns)
@@ -109,36 +152,16 @@ def build_pairs(
 
 
 def _join(
-    examples: Dataset,
-    block: Sequence[Synthetic],
-    names: Sequence[str],
-    stats: PairStats,
-    end_tokens: set[int],
-    sequence_len: int,
-    keep_equal: bool,
+    examples: Dataset, block: Sequence[Synthetic], names: Sequence[str], stats: PairStats, usable: "_Usable"
 ) -> dict[str, list[Any]]:
     """Pair one block of responses; returns columns and updates `stats`."""
     columns: dict[str, list[Any]] = {name: [] for name in names}
     rows = examples.with_format("arrow")[[response.example for response in block]]
     prompts, reals = rows["prompt"].to_pylist(), rows["real"].to_pylist()
     for response, prompt, real in zip(block, prompts, reals, strict=True):
-        stats.responses += 1
-        stats.truncated += response.truncated
-        empty = _is_empty(response.tokens, end_tokens)
-        equal = response.tokens == real
-        over = len(prompt) + max(len(real), len(response.tokens)) > sequence_len
-        stats.empty += empty
-        stats.equal += equal
-        stats.over_length += over
-        if empty or over or (equal and not keep_equal):
+        if not usable.count(response, prompt, real, stats):
             continue
-        initial = response.initial
-        if (
-            _is_empty(initial, end_tokens)
-            or len(prompt) + len(initial) > sequence_len
-            or initial == response.tokens  # their difference would be constant
-        ):
-            initial = []
+        initial = usable.initial(response, prompt)
         length = len(prompt) + len(real) + len(response.tokens) + len(initial)
         pair = (prompt, real, response.tokens, stats.pairs, response.example, response.iteration, length, initial)
         for name, value in zip(names, pair, strict=False):  # without a column for `initial`, it is empty
@@ -147,8 +170,38 @@ def _join(
     return columns
 
 
-def _is_empty(tokens: Sequence[int], end_tokens: set[int]) -> bool:
-    return not tokens or (len(tokens) == 1 and tokens[0] in end_tokens)
+@dataclass(frozen=True)
+class _Usable:
+    """Which pairs are usable; see `build_pairs`."""
+
+    end_tokens: set[int]
+    sequence_len: int
+    keep_equal: bool
+    drop_at: float | None
+    keep_right: bool
+
+    def count(self, response: Synthetic, prompt: list[int], real: list[int], stats: PairStats) -> bool:
+        """Count a response in `stats` and return whether its pair is usable."""
+        stats.responses += 1
+        stats.truncated += response.truncated
+        empty = self._is_empty(response.tokens)
+        equal = response.tokens == real
+        over = len(prompt) + max(len(real), len(response.tokens)) > self.sequence_len
+        right = stats.judge is not None and self.drop_at is not None and stats.judge.add(response.score, self.drop_at)
+        stats.empty += empty
+        stats.equal += equal
+        stats.over_length += over
+        return not (empty or over or (equal and not self.keep_equal) or (right and not self.keep_right))
+
+    def initial(self, response: Synthetic, prompt: list[int]) -> Sequence[int]:
+        """Return iteration 0's response if the pair can use it, otherwise an empty one."""
+        initial = response.initial
+        over = len(prompt) + len(initial) > self.sequence_len
+        # the difference of equal responses would be constant
+        return [] if self._is_empty(initial) or over or initial == response.tokens else initial
+
+    def _is_empty(self, tokens: Sequence[int]) -> bool:
+        return not tokens or (len(tokens) == 1 and tokens[0] in self.end_tokens)
 
 
 def _batched(items: Iterable[Synthetic], size: int) -> Iterator[list[Synthetic]]:
@@ -170,4 +223,7 @@ def write_stats(path: Path, stats: dict[str, PairStats]) -> None:
 def read_stats(path: Path) -> dict[str, PairStats]:
     """Read what `write_stats` wrote."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    return {name: PairStats(**value) for name, value in content.items()}
+    return {
+        name: PairStats(**value | ({"judge": JudgeStats(**value["judge"])} if "judge" in value else {}))
+        for name, value in content.items()
+    }

@@ -41,6 +41,7 @@ def generate(
     engines: int | None = None,
     ray: bool = False,
     ray_address: str | None = None,
+    on_shard: Callable[[int], None] | None = None,
 ) -> None:
     """Generate the responses of a job that are not on disk yet.
 
@@ -52,6 +53,7 @@ def generate(
         engines: number of data-parallel engines; None: as many as fit the visible GPUs.
         ray: start one worker that submits the shards to Ray, which starts the engines.
         ray_address: address of an existing cluster; None: start Ray on this machine.
+        on_shard: called with the number of each shard once it is written.
 
     Raises:
         AdapterNotServedError: vLLM cannot serve the job's adapter.
@@ -71,7 +73,7 @@ def generate(
     to_generate = ((r, score) for r, score in scored(requests()) if r.number // SHARD in missing)
     title = f"iteration {job.iteration}: generating responses"
     with _request_files(shards, to_generate) as origins, Progress(len(origins), title) as progress:
-        dispatcher = _Dispatcher(shards, origins, progress)
+        dispatcher = _Dispatcher(shards, origins, progress, on_shard)
         for less_memory in (False, True):
             with _engines(python, job, shards, placed, cluster, less_memory=less_memory) as (started, inbox):
                 exited = dispatcher.run(started, inbox)
@@ -148,8 +150,10 @@ def _absolute(path: str) -> str:
 class _Dispatcher:
     """Submit the shards of a job to engines and write their responses."""
 
-    def __init__(self, shards: Shards, origins: Origins, progress: Progress) -> None:
-        self.shards, self.origins, self.progress = shards, origins, progress
+    def __init__(
+        self, shards: Shards, origins: Origins, progress: Progress, on_shard: Callable[[int], None] | None = None
+    ) -> None:
+        self.shards, self.origins, self.progress, self.on_shard = shards, origins, progress, on_shard
         self.sizes = Counter(number // SHARD for number in origins)
         """Number of requests of each shard that is not written yet."""
         self.waiting: deque[int] = deque()
@@ -210,6 +214,8 @@ class _Dispatcher:
             del self.sizes[shard], self.responses[shard]
             for running in self.running:
                 running.shards.discard(shard)
+            if self.on_shard:
+                self.on_shard(shard)
 
     def _submit(self, engine: Engine) -> None:
         """Submit shards to an engine: its slots plus one shard, so that it never idles, but at most an equal share of

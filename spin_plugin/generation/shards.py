@@ -3,6 +3,7 @@
 synthetic/
   job.json              the manifest
   shard-00000.jsonl     one response per line; the last line is {"responses": n, "sha256": ...} of the others
+  verdicts-00000.json   the judge's scores of a shard, if there is a judge (judge/verdicts.py)
   requests/             the requests of each unfinished shard; exists while vLLM runs
   vllm.log              vLLM's output; vllm-1.log and so on for further engines, again.log for a retry
 """
@@ -114,18 +115,26 @@ class Shards:
                 numbers.append(number)
         return numbers
 
-    def responses(self) -> Iterator[dict[str, Any]]:
-        """Yield all responses, ordered by request number.
+    def count(self) -> int:
+        """Return the number of shards of a complete job.
 
         Raises:
-            SpinError: the manifest or a shard is missing or damaged.
+            SpinError: the manifest is missing or damaged.
         """
         manifest = self.manifest()
         if manifest is None:
             raise SpinError(
                 f"{self.manifest_file} is missing or damaged, but its responses are used for training; {RESTORE}"
             )
-        for number in range(shards_of(manifest["requests"])):
+        return shards_of(manifest["requests"])
+
+    def responses(self) -> Iterator[dict[str, Any]]:
+        """Yield all responses, ordered by request number.
+
+        Raises:
+            SpinError: the manifest or a shard is missing or damaged.
+        """
+        for number in range(self.count()):
             yield from self.read(number)
 
 

@@ -99,8 +99,12 @@ class Generation:
         )
 
 
-def generate_responses(generation: Generation) -> Job:
+def generate_responses(generation: Generation, on_shard: Callable[[int], None] | None = None) -> Job:
     """Generate the responses with vLLM, from the merged model if vLLM cannot serve the adapter.
+
+    Args:
+        generation: the iteration's generation.
+        on_shard: called with the number of each new shard of responses once it is written.
 
     Returns:
         the job of the responses on disk.
@@ -114,16 +118,16 @@ def generate_responses(generation: Generation) -> Job:
     merged = directory.opponent(job.weights)
     served = adapter is None or (vllm_can_serve(adapter) and not merged.exists())
     try:
-        _generate(generation, job, None if served else merged)
+        _generate(generation, job, None if served else merged, on_shard)
     except AdapterNotServedError as error:
         say(f"generating with the merged model because vLLM cannot serve this adapter: {error}")
-        _generate(generation, job, merged)
+        _generate(generation, job, merged, on_shard)
     for merged_opponent in directory.path.glob("opponent*"):
         remove_atomically(merged_opponent)
     return job
 
 
-def _generate(generation: Generation, job: Job, merged: Path | None) -> None:
+def _generate(generation: Generation, job: Job, merged: Path | None, on_shard: Callable[[int], None] | None) -> None:
     """Generate the missing responses, from the model in `merged` (written if missing) instead of the adapter if set."""
     options, opponent = generation.spin.generation, generation.opponent
     if merged:
@@ -150,6 +154,7 @@ def _generate(generation: Generation, job: Job, merged: Path | None) -> None:
         engines=generation.vllm.data_parallel_size,
         ray=options.backend == "ray",
         ray_address=options.ray_address,
+        on_shard=on_shard,
     )
 
 

@@ -246,7 +246,7 @@ class Iteration:
             if f"spin/{key}" in metrics
         ]
         train = self.pairs.stats["train"]
-        if shown and train.equal and not train.equal_dropped:
+        if shown and train.equal and not train.equal_dropped and not train.judge:
             shown[-1] += f" (at most {1 - train.equal / train.pairs:.4f}: identical responses count as misses)"
         say(
             f"iteration {number} finished, last epoch: {', '.join(shown)}; model in {self.directory.path}; "

@@ -3,8 +3,10 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from spin_plugin.data.real import Real, prepare_real
 from spin_plugin.data.table import open_table
 from spin_plugin.generation.job import Job
 from spin_plugin.generation.shards import Shards
+from spin_plugin.judge.judging import Judging
+from spin_plugin.judge.texts import Texts
 from spin_plugin.objective.losses import LOSSES
 from spin_plugin.opponent.hub import commit_of, pin
 from spin_plugin.run.atomic import set_aside, write_atomically, write_dir_atomically
@@ -72,31 +76,41 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
     resolved = {key: value for key, value in without_secrets(cfg).items() if key != "spin_config"}
     write_atomically(directory.config, yaml.safe_dump(json.loads(json.dumps(resolved, default=str))))
     data, training = read_data(cfg), read_training(cfg)
-    real = prepare_real(AxolotlSource(cfg), run, turns=spin.turns, sequence_len=data.sequence_len)
-    job = generate_responses(
-        Generation(
-            run=run,
-            number=number,
-            spin=spin,
-            vllm=read_vllm(cfg),
-            opponent=read_opponent(cfg),
-            data=data,
-            training=training,
-            has_masters=keeps_masters(training) and stored_dtype(cfg) in ("bfloat16", "float16"),
-            real=real,
-        )
-    )
+    source = AxolotlSource(cfg)
+    real = prepare_real(source, run, turns=spin.turns, sequence_len=data.sequence_len)
     sources = range(max(0, number - spin.history_iterations), number + 1)
-    key = _pairs_key(run, sources, job, spin, data.sequence_len)
+    generation = Generation(
+        run=run,
+        number=number,
+        spin=spin,
+        vllm=read_vllm(cfg),
+        opponent=read_opponent(cfg),
+        data=data,
+        training=training,
+        has_masters=keeps_masters(training) and stored_dtype(cfg) in ("bfloat16", "float16"),
+        real=real,
+    )
+    judging = None
+    with ExitStack() as stack:
+        if spin.judge:
+            judging = stack.enter_context(closing(Judging(spin.judge, run, Texts(source.tokenizer(), real))))
+            judging.try_on_real_responses()
+            judging.submit_all(sources[:-1])
+        job = generate_responses(generation, partial(judging.submit, number) if judging else None)
+        if judging:
+            judging.finish(sources)
+    key = _pairs_key(run, sources, job, spin, data.sequence_len, judging)
     if reason := _why_rebuild(directory, key):
         _set_training_aside(directory, number, reason)
-        write_dir_atomically(directory.pairs, partial(_write_pairs, run, spin, data.sequence_len, real, sources, key))
+        write = partial(_write_pairs, run, spin, data.sequence_len, real, sources, key, judging)
+        write_dir_atomically(directory.pairs, write)
     found = open_pairs(directory)
     say(f"iteration {number}: {found.stats['train'].summary()}")
     if not len(found.train):
         raise SpinError(
             "no pairs left to train on (see the statistics above); if all responses are identical to the real ones, "
-            "the opponent already reproduces the data; if all exceed sequence_len, raise it"
+            "the opponent already reproduces the data; if all exceed sequence_len, raise it; if the judge finds all of "
+            "them right, there is nothing left to learn from these prompts"
         )
     return found
 
@@ -127,7 +141,9 @@ def open_pairs(directory: IterationDir) -> PairsOnDisk:
 # --- pairs -------------------------------------------------------------------------------------
 
 
-def _pairs_key(run: RunDir, sources: range, job: Job, spin: SpinArgs, sequence_len: int) -> dict[str, Any]:
+def _pairs_key(
+    run: RunDir, sources: range, job: Job, spin: SpinArgs, sequence_len: int, judging: Judging | None
+) -> dict[str, Any]:
     """Return what the pairs depend on, under the names that messages use."""
     return {
         "the responses": [_identity(run, source) for source in sources],
@@ -135,6 +151,7 @@ def _pairs_key(run: RunDir, sources: range, job: Job, spin: SpinArgs, sequence_l
         "spin.equal_pairs": spin.equal_pairs,
         "sequence_len": sequence_len,
         **({"iteration 0's responses": _identity(run, 0)} if _uses_initial(spin, sources) else {}),
+        **({"spin.judge": [judging.judge, spin.judge.drop_at]} if judging and spin.judge else {}),
     }
 
 
@@ -163,7 +180,8 @@ def _why_rebuild(directory: IterationDir, key: dict[str, Any]) -> str | None:
     stored = _stored_key(directory)
     if stored is None:
         return "the pairs it was trained on are missing"
-    differing = [name for name, value in key.items() if stored.get(name) != value]
+    names = [name for name in stored | key if name != "grouped"]  # that only says how they were built
+    differing = [name for name in names if stored.get(name) != key.get(name)]
     return f"this changed: {', '.join(differing)}" if differing else None
 
 
@@ -180,7 +198,14 @@ def _set_training_aside(directory: IterationDir, number: int, reason: str) -> No
 
 
 def _write_pairs(
-    run: RunDir, spin: SpinArgs, sequence_len: int, real: Real, sources: range, key: dict[str, Any], directory: Path
+    run: RunDir,
+    spin: SpinArgs,
+    sequence_len: int,
+    real: Real,
+    sources: range,
+    key: dict[str, Any],
+    judging: Judging | None,
+    directory: Path,
 ) -> None:
     """Join this iteration's responses, and for training those of earlier ones, with the real responses."""
     stats, has_initial = {}, _uses_initial(spin, sources)
@@ -190,12 +215,14 @@ def _write_pairs(
         iterations = list(reversed(sources)) if split == "train" else [sources[-1]]
         stats[split] = build_pairs(
             examples if examples is not None else real.train,
-            _responses(run, iterations, split, has_initial=has_initial),
+            _responses(run, iterations, split, judging, has_initial=has_initial),
             directory / f"{split}.arrow",
             end_tokens=real.stop_tokens,
             sequence_len=sequence_len,
             keep_equal=spin.equal_pairs == "keep",
             has_initial=has_initial,
+            drop_at=spin.judge.drop_at if spin.judge else None,
+            keep_right=split == "eval",
         )
     write_stats(directory / "stats.json", stats)
     train = open_table(directory / "train.arrow")
@@ -203,13 +230,18 @@ def _write_pairs(
     (directory / "key").write_text(json.dumps(key | {"grouped": grouped}), encoding="utf-8")
 
 
-def _responses(run: RunDir, iterations: list[int], split: str, *, has_initial: bool) -> Iterator[Synthetic]:
+def _responses(
+    run: RunDir, iterations: list[int], split: str, judging: Judging | None, *, has_initial: bool
+) -> Iterator[Synthetic]:
     for number in iterations:
-        own = _responses_of(run, number, split)
-        yield from with_initial(own, _responses_of(run, 0, split)) if has_initial else own
+        own = _responses_of(run, number, split, judging)
+        yield from with_initial(own, _responses_of(run, 0, split, None)) if has_initial else own
 
 
-def _responses_of(run: RunDir, number: int, split: str) -> Iterator[Synthetic]:
-    for response in Shards(run.iteration(number).synthetic).responses():
+def _responses_of(run: RunDir, number: int, split: str, judging: Judging | None) -> Iterator[Synthetic]:
+    scores: Iterator[float | None] = judging.verdicts(number).scores() if judging else repeat(None)
+    # without a judge, the scores never end
+    for response, score in zip(Shards(run.iteration(number).synthetic).responses(), scores, strict=False):
         if response["split"] == split:
-            yield Synthetic(response["example"], number, response["tokens"], response["finish"] == "length")
+            truncated = response["finish"] == "length"
+            yield Synthetic(response["example"], number, response["tokens"], truncated, score=score)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spin_plugin.console import SpinError, console, exit_on_error, say
+from spin_plugin.data.pairs import JUDGE_METRIC
 from spin_plugin.model.layout import Pair, response_indices, split_into_tokens
 from spin_plugin.model.probe import probe
 from spin_plugin.model.select import choose_layout
@@ -35,7 +36,14 @@ class OpponentScorer(TrainerCallback):
         self._choose_layout(model)
         self._load_opponent(model)
         if not state.global_step:  # later the policy is no longer the opponent
+            self._log_judge()
             trainer.task.check_agreement(partial(self._token_logps, model))
+
+    def _log_judge(self) -> None:
+        """Log the judge's mean score of the opponent's held-out responses."""
+        judge = self.trainer.task.pairs.stats["eval"].judge
+        if judge and judge.judged:
+            self.trainer.log({JUDGE_METRIC: judge.mean})
 
     def _choose_layout(self, model: nn.Module) -> None:
         """Choose the layout of the pairs before the first of them is scored."""

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -68,3 +69,11 @@ def test_examples_of_contributing_are_valid_entries() -> None:
     scores = Scores(margins, torch.zeros_like(margins))
     (slope,) = torch.autograd.grad(loss.value(scores, Objective()).sum(), margins)
     torch.testing.assert_close(-slope, loss.slopes(scores, Objective())[0].detach())
+
+
+def test_judge_of_the_guide_is_a_judge() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guide.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    prompt = [{"text": "say a b", "messages": None}] * 2
+    assert names["same_words"](prompt, ["a b", "a b"], ["b a", "b"]) == [1.0, 0.0]

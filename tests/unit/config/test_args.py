@@ -15,10 +15,12 @@ from spin_plugin.args import (
     VLLM_SERVER_KEYS,
     Block,
     GenerationArgs,
+    JudgeArgs,
     Mark,
     SpinArgs,
     VllmArgs,
 )
+from spin_plugin.config.identity import differing_keys
 from spin_plugin.config.parse import parse_spin_block, parse_vllm_block
 from spin_plugin.console import SpinError
 from spin_plugin.objective.losses import Objective
@@ -358,7 +360,7 @@ def test_unknown_generation_key_in_the_schedule_is_reported_with_its_path() -> N
 
 
 def fields() -> Iterator[tuple[str, Any]]:
-    for block in (SpinArgs, GenerationArgs):
+    for block in (SpinArgs, GenerationArgs, JudgeArgs):
         for name, field in block.model_fields.items():
             yield f"{block.__name__}.{name}", field
 
@@ -367,7 +369,7 @@ def fields() -> Iterator[tuple[str, Any]]:
 def test_every_option_has_a_description_and_a_default(name: str, field: Any) -> None:
     assert field.description, f"{name} has no docstring"
     assert field.description.rstrip().endswith(".")
-    assert not field.is_required()
+    assert field.is_required() == (name == "JudgeArgs.function")
 
 
 def test_no_option_shares_its_name_with_an_axolotl_key() -> None:
@@ -377,16 +379,95 @@ def test_no_option_shares_its_name_with_an_axolotl_key() -> None:
     assert not SpinArgs.model_fields.keys() & (AxolotlInputConfig.model_fields.keys() - {"spin"})
 
 
+# --- the judge ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "function"),
+    [("exact", "spin_plugin.judge:exact"), ("mine:judge", "mine:judge"), ("a.b:c", "a.b:c")],
+)
+def test_judge_is_a_ready_made_one_or_a_function(written: str, function: str) -> None:
+    judge = parse_spin_block({"judge": {"function": written}}).judge
+    assert judge == JudgeArgs(function=function, drop_at=1.0, timeout=10.0, processes=2, kwargs={})
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        ({}, "spin.judge.function: field required"),
+        (
+            {"function": "exactly"},
+            "spin.judge.function: 'exactly' is neither `module:function` nor one of exact",
+        ),
+        ({"function": "a:b:c"}, "spin.judge.function"),
+        ({"function": "a/b.py:c"}, "spin.judge.function"),
+        ({"function": ":c"}, "spin.judge.function"),
+        ({"function": "a:"}, "spin.judge.function"),
+        ({"function": "exact", "drop_at": 0}, "spin.judge.drop_at"),
+        ({"function": "exact", "drop_at": 1.1}, "spin.judge.drop_at"),
+        ({"function": "exact", "timeout": 0}, "spin.judge.timeout"),
+        ({"function": "exact", "processes": 0}, "spin.judge.processes"),
+        ({"function": "exact", "kwargs": {"real": 1}}, "spin.judge.kwargs: real is passed by the plugin"),
+        ({"function": "exact", "kwargs": {"x": object()}}, "spin.judge.kwargs"),
+        ({"function": "exact", "drop": 1}, "spin.judge.drop: unknown key; did you mean `drop_at`?"),
+        ("exact", "spin.judge: "),
+    ],
+)
+def test_invalid_judge_is_reported(judge: object, message: str) -> None:
+    assert message in error_of({"judge": judge})
+
+
+def test_misplaced_judge_key_is_reported_with_its_place() -> None:
+    assert "it belongs in `spin.judge`: write `judge: {drop_at: …}`" in error_of({"drop_at": 0.5})
+
+
+def test_schedule_adds_changes_and_removes_the_judge() -> None:
+    schedule = [{}, {"judge": {"function": "exact"}}, {"judge": {"function": "exact", "drop_at": 0.5}}]
+    args = parse_spin_block({"iterations": 3, "schedule": schedule})
+    assert [args.at(number).judge for number in range(3)] == [
+        None,
+        JudgeArgs(function="exact"),
+        JudgeArgs(function="exact", drop_at=0.5),
+    ]
+    args = parse_spin_block(
+        {
+            "iterations": 2,
+            "judge": {"function": "number", "timeout": 3, "kwargs": {"tolerance": 1}},
+            "schedule": [{"judge": {"drop_at": 0.5}}, {"judge": None}],
+        }
+    )
+    assert args.at(0).judge == JudgeArgs(function="number", drop_at=0.5, timeout=3, kwargs={"tolerance": 1})
+    assert args.at(1).judge is None
+
+
+@pytest.mark.parametrize(
+    ("change", "keys"),
+    [
+        ({"timeout": 60, "processes": 8}, []),
+        ({"drop_at": 0.5}, ["spin.judge.drop_at"]),
+        ({"function": "number"}, ["spin.judge.function"]),
+        ({"kwargs": {"ignore_case": True}}, ["spin.judge.kwargs"]),
+    ],
+)
+def test_only_time_limit_and_processes_may_change_on_resume(change: dict[str, Any], keys: list[str]) -> None:
+    judge = {"function": "exact"}
+    before, now = ({"spin": {"judge": block}} for block in (judge, judge | change))
+    assert differing_keys(before, now, 0) == keys
+    assert differing_keys({"spin": {}}, {"spin": {"judge": judge}}, 0) == ["spin.judge.function"]
+
+
 # --- random blocks -----------------------------------------------------------------------------
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 200), st.floats(), st.sampled_from(["logistic", "all", "drop", "x", ""])
 )
-KEYS = st.sampled_from([*SpinArgs.model_fields, *GenerationArgs.model_fields, "betta", "learning_rate", ""])
+KEYS = st.sampled_from(
+    [*SpinArgs.model_fields, *GenerationArgs.model_fields, *JudgeArgs.model_fields, "betta", "learning_rate", ""]
+)
 LEAVES = st.one_of(SCALARS, st.lists(SCALARS, max_size=2), st.dictionaries(KEYS, SCALARS, max_size=3))
 VALUES = st.one_of(LEAVES, st.dictionaries(KEYS, LEAVES, max_size=3), st.lists(st.dictionaries(KEYS, LEAVES)))
 ENTRIES = st.dictionaries(
-    st.sampled_from(["beta", "history_iterations", "learning_rate", "generation", "turns"]), LEAVES, max_size=2
+    st.sampled_from(["beta", "history_iterations", "learning_rate", "generation", "judge", "turns"]), LEAVES, max_size=2
 )
 NEARLY_RIGHT = st.fixed_dictionaries(
     {"iterations": st.sampled_from([1, 2])},
@@ -394,6 +475,10 @@ NEARLY_RIGHT = st.fixed_dictionaries(
         "beta": st.floats(0.0, 10.0),
         "schedule": st.lists(ENTRIES, min_size=1, max_size=2),
         "generation": st.dictionaries(st.sampled_from(list(GenerationArgs.model_fields)), LEAVES, max_size=2),
+        "judge": st.fixed_dictionaries(
+            {"function": st.sampled_from(["exact", "a:b", "a.b", "", None])},
+            optional={"drop_at": LEAVES, "timeout": LEAVES, "kwargs": LEAVES},
+        ),
     },
 )
 BLOCKS = st.one_of(

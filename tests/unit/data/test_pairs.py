@@ -22,7 +22,7 @@ from spin_plugin.data.examples import (
     write_examples,
 )
 from spin_plugin.data.initial import with_initial
-from spin_plugin.data.pairs import PairStats, Synthetic, build_pairs, read_stats, write_stats
+from spin_plugin.data.pairs import JudgeStats, PairStats, Synthetic, build_pairs, read_stats, write_stats
 from spin_plugin.data.table import BLOCK, open_table
 
 END = 2  # the end token of these rows
@@ -420,6 +420,30 @@ def test_statistics_by_hand(examples: Dataset, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("keep_right", [False, True])
+def test_right_responses_are_counted_and_dropped_or_kept(examples: Dataset, tmp_path: Path, keep_right: bool) -> None:
+    """Of the scores 1, 0.5, 0.25, none and 0.75, two reach 0.75; their mean is 2.5 / 4."""
+    scores = [1.0, 0.5, 0.25, None, 0.75]
+    responses = [
+        generated(number % 3, [30, 31 + number, END])._replace(score=score) for number, score in enumerate(scores)
+    ]
+    path = tmp_path / "pairs.arrow"
+    stats = build_pairs(
+        examples, responses, path, end_tokens=[END], sequence_len=100, keep_equal=True, drop_at=0.75,
+        keep_right=keep_right,
+    )  # fmt: skip
+    assert stats.judge == JudgeStats(judged=4, right=2, unjudged=1, mean=0.625)
+    assert stats.pairs == (5 if keep_right else 3)
+    second = [tokens[1] for tokens in open_table(path)["synthetic"]]
+    assert second == ([31, 32, 33, 34, 35] if keep_right else [32, 33, 34])
+    assert stats.summary().endswith("judge: right 50.0%, mean score 0.6250, unjudged 1")
+
+
+def test_statistics_without_a_judge_have_no_trace_of_one() -> None:
+    assert "judge" not in PairStats().as_dict()
+    assert "judge" not in PairStats(responses=1, equal_dropped=False).summary()
+
+
 def test_no_responses_yield_an_empty_table_and_statistics(examples: Dataset, tmp_path: Path) -> None:
     stats, pairs = paired(examples, [], tmp_path)
     assert stats == PairStats()
@@ -428,7 +452,8 @@ def test_no_responses_yield_an_empty_table_and_statistics(examples: Dataset, tmp
 
 
 def test_statistics_round_trip_through_the_file(tmp_path: Path) -> None:
-    stats = {"train": PairStats(responses=3, pairs=2, empty=1, real_mean=1.5), "eval": PairStats()}
+    held_out = PairStats(judge=JudgeStats(judged=2, mean=0.5))
+    stats = {"train": PairStats(responses=3, pairs=2, empty=1, real_mean=1.5), "eval": held_out}
     write_stats(tmp_path / "stats.json", stats)
     assert read_stats(tmp_path / "stats.json") == stats
 

@@ -109,6 +109,24 @@ def run_job(shards: Shards, engines: int | None = 1) -> None:
     generate(JOB, shards, lambda: iter(REQUESTS), lambda: Path(sys.executable), engines=engines)
 
 
+def test_every_shard_is_announced_once_it_is_written(use: Use, shards: Shards) -> None:
+    use("serve()")
+    announced: list[int] = []
+
+    def on_shard(number: int) -> None:
+        assert len(shards.read(number)) == min(SHARD, TOTAL - number * SHARD)
+        announced.append(number)
+
+    def start() -> None:
+        generate(JOB, shards, lambda: iter(REQUESTS), lambda: Path(sys.executable), engines=1, on_shard=on_shard)
+
+    start()
+    assert sorted(announced) == [0, 1, 2]
+    shards.shard(1).unlink()
+    start()
+    assert announced[3:] == [1]
+
+
 def error_of(shards: Shards) -> str:
     """Return the one-line error of a failed job."""
     with pytest.raises(SpinError) as caught:
