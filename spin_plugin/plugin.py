@@ -51,7 +51,7 @@ class SpinPlugin(BasePlugin):
 
         others = [plugin for plugin in PluginManager.get_instance().plugins.values() if plugin is not self]
         self.iteration = start_iteration(cfg, self.lowered, others, for_training=not preprocess)
-        return TrainDatasetMeta(self.iteration.pairs.train, self.iteration.pairs.eval, self.iteration.steps)
+        return TrainDatasetMeta(self.iteration.pairs.train, self.iteration.evaluated, self.iteration.steps)
 
     def get_trainer_cls(self, cfg: Any) -> Any:
         return self.iteration and self.iteration.trainer_class()

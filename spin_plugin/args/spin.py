@@ -84,6 +84,15 @@ class SpinArgs(Block):
     """Number of training prompts per iteration, sampled once with the top-level `seed`; every assistant turn counts as
     one prompt. Default: all. Held-out prompts are always used in full."""
 
+    held_out: Annotated[float, Mark.RUN_WIDE] = Field(default=0.02, ge=0.0, lt=1.0)
+    """Fraction of the rows (of `num_prompts`, if fewer), at least 32 rows, whose prompts are held out where neither
+    `val_set_size` nor `test_datasets` is set. After each iteration their real responses show whether the model became
+    worse. With fewer than 64 rows none is held out; 0 disables this."""
+
+    on_worse: Annotated[Literal["stop", "warn"], Mark.FREE, Mark.RUN_WIDE] = "stop"
+    """What `axolotl spin train` does after an iteration that made held-out real responses less likely: `stop` before
+    the next one, or only `warn`."""
+
     resample_prompts: bool = False
     """Sample a new set of `num_prompts` prompts in each iteration instead of reusing the first one."""
 

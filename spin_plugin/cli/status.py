@@ -10,6 +10,7 @@ from rich.table import Table
 
 from spin_plugin.cli.config_file import CONFIG, read_config
 from spin_plugin.console import console, exit_on_error
+from spin_plugin.objective.decline import read_held_out
 from spin_plugin.objective.metrics import METRICS
 from spin_plugin.run.directory import RunDir
 
@@ -38,10 +39,16 @@ def run_status(config: Path) -> dict[str, Any]:
     args, run = read_config(config)
     state = run.read_state()
     finished = state.finished if state else []
-    iterations = [entry | {"state": "finished"} for entry in finished]
+    iterations = [entry | {"state": _finished_state(entry)} for entry in finished]
     for number in range(len(finished), args.iterations):
         iterations.append(_unfinished(run, number, started=number == len(finished)))
     return {"output_dir": str(run.root), "iterations": iterations}
+
+
+def _finished_state(entry: dict[str, Any]) -> str:
+    """Say whether a finished iteration made held-out real responses less likely."""
+    found = read_held_out(entry)
+    return "finished, worse" if found and found.worse else "finished"
 
 
 def _unfinished(run: RunDir, number: int, *, started: bool) -> dict[str, Any]:

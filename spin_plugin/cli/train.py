@@ -13,6 +13,7 @@ import psutil
 
 from spin_plugin.cli.config_file import CONFIG, read_config
 from spin_plugin.console import INTERRUPTED, SpinError, exit_on_error, say
+from spin_plugin.objective.decline import REMEDIES
 
 # Keeps `accelerate launch` from printing a stack trace after the one-line error of the command it started.
 QUIET = ("--", "--quiet")
@@ -38,6 +39,7 @@ def train(config: Path, iterations: int | None, arguments: tuple[str, ...]) -> N
     if finished >= total:
         say(f"{config}: all {total} iterations are finished")
     while finished < goal:
+        _require_no_decline(config)
         code = _run([_axolotl(), "train", str(config), *(arguments or QUIET)])
         if code:
             raise SystemExit(code)
@@ -50,6 +52,18 @@ def progress(config: Path) -> tuple[int, int]:
     """Return the number of finished iterations and the total."""
     args, run = read_config(config)
     return run.finished(), args.iterations
+
+
+def _require_no_decline(config: Path) -> None:
+    """Raise a SpinError if the last iteration made the model worse, unless `spin.on_worse` says to go on."""
+    args, run = read_config(config)
+    state = run.read_state()
+    if args.on_worse == "stop" and (worse := state and state.worse()):
+        last = run.finished() - 1
+        raise SpinError(
+            f"{worse}, so iteration {last + 1} is not started; to go on all the same, set `spin.on_worse: warn`; to "
+            f"train it again, run `axolotl spin reset {config} --iteration {last}`, then {REMEDIES} in spin.schedule"
+        )
 
 
 def _axolotl() -> str:

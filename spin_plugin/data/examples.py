@@ -12,6 +12,8 @@ from datasets import Dataset
 from spin_plugin.console import SpinError
 from spin_plugin.data.table import EXAMPLE_SCHEMA, blocks, table_writer
 
+FEWEST_HELD_OUT = 32
+"""Fewer prompts would show only a large change."""
 IGNORED = -100  # label of tokens that SFT does not train on
 
 
@@ -107,6 +109,23 @@ def find_end_tokens(examples: Dataset, ends: Counter[int], special: Iterable[int
             "input_output: add it to the last segment)"
         )
     return found
+
+
+def choose_held_out(rows: int, fraction: float, *, num_prompts: int | None, seed: int) -> np.ndarray:
+    """Return the SFT rows to hold out, in ascending order; none if there are too few rows.
+
+    Whole rows, because the turns of one conversation resemble each other.
+
+    Args:
+        rows: number of SFT rows.
+        fraction: `held_out`, a fraction of the rows, or of `num_prompts` if that is smaller.
+        num_prompts: number of prompts in an iteration; None if not limited.
+        seed: the run's seed.
+    """
+    if not fraction or rows < 2 * FEWEST_HELD_OUT:
+        return np.arange(0)
+    count = int(fraction * min(rows, num_prompts or rows))
+    return choose_prompts(rows, max(FEWEST_HELD_OUT, count), seed=seed, sample=0)
 
 
 def choose_prompts(available: int, count: int | None, *, seed: int, sample: int) -> np.ndarray:

@@ -4,17 +4,24 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+import numpy as np
 from datasets import Dataset
 
+from spin_plugin.args import SpinArgs
+from spin_plugin.config.specs import DataSpec
 from spin_plugin.console import SpinError, say
-from spin_plugin.data.examples import ExampleCounts, find_end_tokens, write_examples
+from spin_plugin.data.examples import (
+    FEWEST_HELD_OUT,
+    ExampleCounts,
+    choose_held_out,
+    find_end_tokens,
+    write_examples,
+)
 from spin_plugin.data.table import open_table
 from spin_plugin.run.atomic import write_dir_atomically
 from spin_plugin.run.directory import RunDir
-
-Turns = Literal["first", "last", "all"]
 
 
 @dataclass(frozen=True)
@@ -43,15 +50,21 @@ class Source(Protocol):
         """Return the number of token embeddings of the model, or None if its configuration does not say."""
 
 
-def prepare_real(source: Source, run: RunDir, *, turns: Turns, sequence_len: int) -> Real:
+def prepare_real(source: Source, run: RunDir, spin: SpinArgs, data: DataSpec) -> Real:
     """Return the run's examples, tokenizing the configured datasets on the first start.
+
+    Args:
+        source: the configured datasets.
+        run: the run directory.
+        spin: the `spin:` block of the first iteration; later ones reuse what is on disk.
+        data: lengths and seeds.
 
     Raises:
         SpinError: a dataset cannot be loaded, or has no usable example.
     """
     meta = run.real / "meta.json"
     if not meta.exists():
-        _tokenize(source, run, turns, sequence_len)
+        _tokenize(source, run, spin, data)
     content = json.loads(meta.read_text(encoding="utf-8"))
     return Real(
         train=open_table(run.real / "train.arrow"),
@@ -60,22 +73,21 @@ def prepare_real(source: Source, run: RunDir, *, turns: Turns, sequence_len: int
     )
 
 
-def _tokenize(source: Source, run: RunDir, turns: Turns, sequence_len: int) -> None:
+def _tokenize(source: Source, run: RunDir, spin: SpinArgs, data: DataSpec) -> None:
     run.root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=run.root, prefix=".prepared-") as prepared:
         rows = source.rows(prepared)
-        write_dir_atomically(
-            run.real, lambda directory: _write_real(source, rows, directory, turns=turns, sequence_len=sequence_len)
-        )
+        write_dir_atomically(run.real, lambda directory: _write_real(source, rows, directory, spin, data))
 
 
-def _write_real(source: Source, rows: dict[str, Dataset], directory: Path, *, turns: Turns, sequence_len: int) -> None:
+def _write_real(source: Source, rows: dict[str, Dataset], directory: Path, spin: SpinArgs, data: DataSpec) -> None:
     """Write the examples of both splits and the stop tokens."""
+    splits = rows if "eval" in rows else _hold_out(rows["train"], spin, data.seed)
     counts = {
-        split: write_examples(dataset, directory / f"{split}.arrow", turns=turns, sequence_len=sequence_len)
-        for split, dataset in rows.items()
+        split: write_examples(dataset, directory / f"{split}.arrow", turns=spin.turns, sequence_len=data.sequence_len)
+        for split, dataset in splits.items()
     }
-    _require_examples(counts["train"], sequence_len)
+    _require_examples(counts["train"], data.sequence_len)
     train = open_table(directory / "train.arrow")
     _require_vocabulary(source, train)
     tokenizer = source.tokenizer()
@@ -89,8 +101,22 @@ def _write_real(source: Source, rows: dict[str, Dataset], directory: Path, *, tu
     (directory / "meta.json").write_text(json.dumps(content), encoding="utf-8")
     shown = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in ends)
     say(f"{counts['train'].summary()}; real responses end with {shown}")
+    ours = "" if "eval" in rows else f", to check every iteration (spin.held_out: {spin.held_out:g}; 0 disables this)"
     if "eval" in counts:
-        say(f"held-out split: {counts['eval'].summary()}")
+        say(f"held-out split: {counts['eval'].summary()}{ours}")
+    elif spin.held_out:
+        say(
+            f"fewer than {2 * FEWEST_HELD_OUT} rows: none is held out, so it is not checked whether an iteration makes "
+            "the model worse"
+        )
+
+
+def _hold_out(rows: Dataset, spin: SpinArgs, seed: int) -> dict[str, Dataset]:
+    """Split rows into those to train on and, unless there are too few, held-out ones."""
+    held_out = choose_held_out(len(rows), spin.held_out, num_prompts=spin.num_prompts, seed=seed)
+    if not len(held_out):
+        return {"train": rows}
+    return {"train": rows.select(np.setdiff1d(np.arange(len(rows)), held_out)), "eval": rows.select(held_out)}
 
 
 def _require_examples(counts: ExampleCounts, sequence_len: int) -> None:

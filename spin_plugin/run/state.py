@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_plugin.console import SpinError
+from spin_plugin.objective.decline import read_held_out
 from spin_plugin.run.atomic import write_atomically
 
 FORMAT = 3
@@ -18,6 +19,14 @@ class RunState:
     config: dict[str, Any]
     finished: list[dict[str, Any]] = field(default_factory=list)
     version: str = ""
+
+    def worse(self) -> str | None:
+        """Say that the last finished iteration made the model worse; None if it did not or was not checked."""
+        found = read_held_out(self.finished[-1]) if self.finished else None
+        if found is None or not found.worse:
+            return None
+        number = len(self.finished) - 1
+        return f"iteration {number} made held-out real responses less likely, {found.summary()}"
 
 
 def read_state(file: Path) -> RunState | None:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from spin_plugin import __version__
@@ -18,6 +19,7 @@ from spin_plugin.console import SpinError, say, warn
 from spin_plugin.data.steps import steps_in_epoch
 from spin_plugin.generation.shards import Shards
 from spin_plugin.model.layout import PairCollator
+from spin_plugin.objective.decline import REMEDIES, HeldOut
 from spin_plugin.opponent.agreement import comparable, distance, require_agreement
 from spin_plugin.opponent.hub import pin
 from spin_plugin.opponent.merge import merge
@@ -50,6 +52,8 @@ class Iteration:
         self.lock = ExitStack()
         self.fp32_tensors: list[str] = []
         """Names of tensors that the architecture keeps in fp32 whatever the model's dtype."""
+        self.held_out: HeldOut | None = None
+        """The trained model's comparison with the opponent; None if no prompts are held out."""
 
     # --- before training ---------------------------------------------------------------------
 
@@ -131,6 +135,11 @@ class Iteration:
             say(f"iteration {self.lowered.iteration}: resuming at step {step}")
 
     @property
+    def evaluated(self) -> Dataset | None:
+        """The pairs that Axolotl evaluates; those held out by `spin.held_out` are only for our check after training."""
+        return self.pairs.eval if self.cfg.val_set_size or self.cfg.test_datasets else None
+
+    @property
     def steps(self) -> int:
         """Optimizer steps in the iteration."""
         training = self.training
@@ -173,7 +182,13 @@ class Iteration:
         if needs_no_masters(self.training):
             callbacks.append(SyncRoundingNoise())
         task = TrainingTask(
-            self.spin, self.training, self.pairs, self.directory.metrics, self._check_agreement, tuple(callbacks)
+            self.spin,
+            self.training,
+            self.pairs,
+            self.directory.metrics,
+            self._check_agreement,
+            self._record_held_out,
+            tuple(callbacks),
         )
         return trainer_for(task)
 
@@ -201,6 +216,9 @@ class Iteration:
                 and not any(values.is_cuda for values in logps),
                 quantized=opponent.quantized or opponent.fp8,
             )
+
+    def _record_held_out(self, result: HeldOut) -> None:
+        self.held_out = result
 
     def _warn_of_warmup(self, warmup: int) -> None:
         """Warn if every step is warm-up: schedules start at 0, so the model would barely train."""
@@ -235,7 +253,8 @@ class Iteration:
         metrics = self.directory.last_metrics()
         stats = {split: value.as_dict() for split, value in self.pairs.stats.items() if value.responses}
         finished_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        state.finished.append({"iteration": number, "finished_at": finished_at, "pairs": stats, "metrics": metrics})
+        entry = {"iteration": number, "finished_at": finished_at, "pairs": stats, "metrics": metrics}
+        state.finished.append(entry | ({"held_out": self.held_out.as_dict()} if self.held_out else {}))
         run.link_newest(number)
         run.write_state(state)
         self.lock.close()
@@ -252,6 +271,10 @@ class Iteration:
             f"iteration {number} finished, last epoch: {', '.join(shown)}; model in {self.directory.path}; "
             f"{f'{left} to go: rerun the same command' if left else 'that was the last one'}"
         )
+        if self.held_out:
+            say(f"held-out real responses: {self.held_out.summary()}")
+        if worse := state.worse():
+            warn(f"{worse}; {REMEDIES}")
 
     def _require_no_watchdog(self) -> None:
         """Refuse training that Axolotl's loss watchdog stopped, which otherwise looks complete."""

@@ -77,7 +77,7 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
     write_atomically(directory.config, yaml.safe_dump(json.loads(json.dumps(resolved, default=str))))
     data, training = read_data(cfg), read_training(cfg)
     source = AxolotlSource(cfg)
-    real = prepare_real(source, run, turns=spin.turns, sequence_len=data.sequence_len)
+    real = prepare_real(source, run, spin, data)
     sources = range(max(0, number - spin.history_iterations), number + 1)
     generation = Generation(
         run=run,

@@ -1,4 +1,7 @@
-"""Before the first step: choose the layout of the pairs, score the opponent and compare it with vLLM."""
+"""Before the first step: choose the layout of the pairs, score the opponent and compare it with vLLM.
+
+`score_pairs` also scores the trained model (decline.py).
+"""
 
 from collections.abc import Iterable
 from functools import partial
@@ -73,14 +76,17 @@ class OpponentScorer(TrainerCallback):
 
     def _load_opponent(self, model: nn.Module) -> None:
         """Load the stored opponent log-probs; compute and store missing ones with the model, still the opponent."""
-        trainer = self.trainer
-        for split, pairs in {"train": trainer.train_dataset, "eval": trainer.eval_dataset}.items():
+        trainer, found = self.trainer, self.trainer.task.pairs
+        for split, pairs in {"train": trainer.train_dataset, "eval": found.eval}.items():
             if pairs is not None:
-                found = trainer.task.pairs
                 store = OpponentStore(found.opponent_files[split], 2 * len(pairs), found.opponent_key(split))
                 trainer.opponent[split] = self._load_stored(store)
                 if trainer.opponent[split].isnan().any():
-                    self._score(model, pairs, split, store)
+                    title = f"opponent's log-probs ({split})"
+                    score_pairs(trainer, model, pairs, trainer.opponent[split], title=title, store=store)
+                    if trainer.is_world_process_zero():
+                        say(f"opponent's log-probs of {len(pairs):,} {split} pairs stored")
+                    trainer.accelerator.wait_for_everyone()
 
     @torch.no_grad()
     def _token_logps(self, model: nn.Module, pairs: list[dict[str, Any]]) -> list[Tensor]:
@@ -109,36 +115,55 @@ class OpponentScorer(TrainerCallback):
             )
         return values
 
-    @torch.no_grad()
-    def _score(self, model: nn.Module, pairs: Dataset, split: str, store: OpponentStore) -> None:
-        """Compute and store the missing log-probs, each rank its share."""
-        trainer = self.trainer
-        accelerator, training = trainer.accelerator, model.training
-        sizes = trainer.sizes(pairs)
-        if "initial" in pairs.column_names:  # no loss compares them with the opponent
-            pairs = pairs.remove_columns("initial")
 
-        def score(indices: Tensor) -> tuple[Tensor, Tensor]:
-            share = indices[accelerator.process_index]
-            batch = trainer._prepare_inputs(trainer.train_data_collator([pairs[index] for index in share.tolist()]))
-            with trainer.compute_loss_context_manager():
-                values = trainer.logps(model, batch)[batch["sides"]]  # every pair stores both of its responses
-            stored = response_indices(share).to(values.device)
-            responses, gathered = accelerator.gather((stored.flatten(), values.flatten()))
-            return responses, gathered
+@torch.no_grad()
+def score_pairs(
+    trainer: Any,
+    model: nn.Module,
+    pairs: Dataset,
+    values: Tensor,
+    *,
+    title: str,
+    store: OpponentStore | None = None,
+) -> None:
+    """Compute a model's log-probs of both responses of every pair, each rank its share; all ranks must call it.
 
-        lengths = trainer.sizes(trainer.train_dataset).tokens
-        tokens = scoring_tokens(lengths, trainer.limits)
-        rounds = scoring_rounds(sizes, tokens=tokens, world=accelerator.num_processes)
-        left = unscored(rounds, trainer.opponent[split])
-        model.eval()
-        tracked = self._with_progress(left, f"opponent's log-probs ({split})")
-        fill(trainer.opponent[split], store, tracked, score, write=accelerator.is_main_process)
-        model.train(training)
-        if accelerator.is_main_process:
-            say(f"opponent's log-probs of {len(pairs):,} {split} pairs stored")
-        accelerator.wait_for_everyone()
+    Args:
+        trainer: a SpinTrainer whose layout is chosen.
+        model: as wrapped for training.
+        pairs: N rows of `data.table.PAIR_SCHEMA`.
+        values: [2N], filled in place where NaN.
+        title: of the progress bar.
+        store: where the main process stores the values of the opponent; they must then be finite.
+    """
+    accelerator, training = trainer.accelerator, model.training
+    sizes = trainer.sizes(pairs)
+    if "initial" in pairs.column_names:  # no loss compares them with the opponent
+        pairs = pairs.remove_columns("initial")
 
-    def _with_progress(self, rounds: list[Tensor], title: str) -> Iterable[Tensor]:
-        shown = console.is_terminal and self.trainer.accelerator.is_main_process
-        return track(rounds, title, total=len(rounds), console=console, transient=True, disable=not shown)
+    def score(indices: Tensor) -> tuple[Tensor, Tensor]:
+        share = indices[accelerator.process_index]
+        batch = trainer._prepare_inputs(trainer.train_data_collator([pairs[index] for index in share.tolist()]))
+        with trainer.compute_loss_context_manager():
+            scored = trainer.logps(model, batch)[batch["sides"]]  # every pair stores both of its responses
+        stored = response_indices(share).to(scored.device)
+        responses, gathered = accelerator.gather((stored.flatten(), scored.flatten()))
+        return responses, gathered
+
+    lengths = trainer.sizes(trainer.train_dataset).tokens
+    tokens = scoring_tokens(lengths, trainer.limits)
+    rounds = scoring_rounds(sizes, tokens=tokens, world=accelerator.num_processes)
+    tracked = _with_progress(trainer, unscored(rounds, values), title)
+    model.eval()
+    if store:
+        fill(values, store, tracked, score, write=accelerator.is_main_process)
+    else:
+        for indices in tracked:
+            responses, logps = score(indices)
+            values[responses] = logps.float()
+    model.train(training)
+
+
+def _with_progress(trainer: Any, rounds: list[Tensor], title: str) -> Iterable[Tensor]:
+    shown = console.is_terminal and trainer.accelerator.is_main_process
+    return track(rounds, title, total=len(rounds), console=console, transient=True, disable=not shown)

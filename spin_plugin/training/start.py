@@ -7,7 +7,7 @@ from spin_plugin.config.announce import announce
 from spin_plugin.config.lower import Lowered
 from spin_plugin.config.refuse import refuse_other_trainers
 from spin_plugin.config.specs import read_opponent, read_training
-from spin_plugin.console import say
+from spin_plugin.console import say, warn
 from spin_plugin.run.processes import rank
 from spin_plugin.training.iteration import Iteration
 from spin_plugin.training.threads import use_all_cores
@@ -37,6 +37,9 @@ def start_iteration(cfg: Any, lowered: Lowered, other_plugins: Iterable[Any], *,
     refuse_other_trainers(cfg, other_plugins)
     if first:
         announce(lowered, read_opponent(cfg), read_training(cfg))
+        state = lowered.run.read_state()
+        if worse := state and state.worse():
+            warn(f"{worse}; iteration {lowered.iteration} starts from it all the same")
     use_all_cores()
     iteration = Iteration(cfg, lowered)
     iteration.prepare(for_training=for_training)

@@ -23,6 +23,7 @@ from spin_plugin.model.select import Layout
 from spin_plugin.objective.losses import spin_terms
 from spin_plugin.objective.metrics import METRICS, metric_sums
 from spin_plugin.run.directory import IterationDir
+from spin_plugin.training.decline import HeldOutCheck, RealRewardWatch
 from spin_plugin.training.precision import keep_outputs_in_fp32
 from spin_plugin.training.saving import disk_errors, fix_mtimes
 from spin_plugin.training.scorer import OpponentScorer
@@ -60,7 +61,8 @@ class SpinTrainer(AxolotlTrainer):
         self._sums: dict[str, Tensor | None] = dict.fromkeys(PREFIX)
         self._pairs = dict.fromkeys(PREFIX, 0)
         self._eval_batches = 0
-        for callback in (OpponentScorer(self), *self.task.callbacks):
+        self._watch = RealRewardWatch(IterationDir(self.task.metrics_file.parent).read_log())
+        for callback in (OpponentScorer(self), *self.task.callbacks, HeldOutCheck(self)):
             self.add_callback(callback)
 
     # --- data --------------------------------------------------------------------------------
@@ -201,6 +203,7 @@ class SpinTrainer(AxolotlTrainer):
         if self.is_world_process_zero():
             with open(self.task.metrics_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry | logs) + "\n")
+            self._watch.add(entry | logs)
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:

@@ -24,7 +24,9 @@ from peft import LoraConfig, get_peft_model
 from tiny import byte_tokenizer, chat_rows, make_model, write_config, write_jsonl
 from transformers import AutoModelForCausalLM
 
+from spin_plugin.args import SpinArgs
 from spin_plugin.cli.init import init
+from spin_plugin.config.specs import read_data
 from spin_plugin.run.directory import RunDir
 from spin_plugin.training.loading import AxolotlSource
 from spin_plugin.training.prepare import open_pairs
@@ -230,9 +232,8 @@ def test_ultrachat_is_read_by_the_paper_recipe_s_dataset_block(directory: Path) 
     place_models(config, directory)
     cfg = validated(config)
     normalize_config(cfg)
-    real = prepare_real(
-        AxolotlSource(cfg), RunDir(directory / "run"), turns=config["spin"]["turns"], sequence_len=cfg.sequence_len
-    )
+    spin = SpinArgs.model_validate(config["spin"] | {"held_out": 0})
+    real = prepare_real(AxolotlSource(cfg), RunDir(directory / "run"), spin, read_data(cfg))
     decode = byte_tokenizer().decode
     assert {decode(row["prompt"]): decode(row["real"]) for row in real.train} == {
         f"<|im_start|>user\ncount {n}<|im_end|>\n<|im_start|>assistant\n": f"{n} comes before {n + 1}<|im_end|>"

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import FSDP2, LORA, chat_rows, spin_config, write_config, write_jsonl, zero
 
+from spin_plugin.objective.decline import read_held_out
 from spin_plugin.run.directory import RunDir
 
 pytestmark = pytest.mark.slow
@@ -55,8 +56,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, run_jobs: Cal
     """A directory with a run of each variant, all from one generation, the grouped ones from another."""
     directory = tmp_path_factory.mktemp("processes")
     # 21 for training: the last step of an epoch has one pair, so one of two ranks only gets repeated ones
-    data = write_jsonl(directory / "chat.jsonl", chat_rows(24))
-    config = spin_config(directory, llama, data, val_set_size=3, eval_strategy="epoch", num_epochs=2)
+    data = write_jsonl(directory / "chat.jsonl", chat_rows(29))
+    config = spin_config(directory, llama, data, val_set_size=8, eval_strategy="epoch", num_epochs=2)
     config["spin"] |= {"beta": 1.0}
     # three pairs of a prompt, which fit into the micro-batch of one process but not of two
     generation = config["spin"]["generation"] | {"num_generations": 3}
@@ -104,6 +105,10 @@ def test_every_variant_follows_the_trajectory_of_one_process(trained: Path, llam
         assert curve(together, metric) == pytest.approx(curve(alone, metric), abs=2e-3), metric
     stored = [load_file(run / "iteration-0/pairs/opponent-train.safetensors")["logps"] for run in (alone, together)]
     torch.testing.assert_close(stored[1], stored[0], atol=1e-3, rtol=0)
+    checked, reference = (read_held_out(RunDir(run).read_state().finished[0]) for run in (together, alone))
+    assert checked.prompts == reference.prompts == 8
+    assert checked.difference == pytest.approx(reference.difference, abs=2e-3)
+    assert checked.interval == pytest.approx(reference.interval, abs=2e-3)
     weights = "adapter_model" if name.startswith("lora") else "model"
     first, second = (load_file(run / f"iteration-0/{weights}.safetensors") for run in (alone, together))
     assert first.keys() == second.keys()

@@ -19,6 +19,7 @@ from spin_plugin.args import GenerationArgs, SpinArgs
 from spin_plugin.cli import spin
 from spin_plugin.cli.init import edit, spin_changes
 from spin_plugin.config.lower import lower
+from spin_plugin.objective.decline import HeldOut
 from spin_plugin.versions import discovers_plugins
 
 train_module = sys.modules["spin_plugin.cli.train"]  # `spin_plugin.cli.train` itself is the command
@@ -50,8 +51,14 @@ if behavior == "fail":
 if behavior == "finish":
     run = RunDir(directory / "run")
     run.root.mkdir(exist_ok=True)
-    run.write_state(RunState({{}}, [{{"iteration": n}} for n in range(run.finished() + 1)], "0"))
+    state = run.read_state() or RunState({{}}, [], "0")
+    checked = directory / f"held-out-{{len(state.finished)}}"
+    held_out = {{"held_out": json.loads(checked.read_text())}} if checked.exists() else {{}}
+    state.finished.append({{"iteration": len(state.finished), "pairs": {{}}, "metrics": {{}}}} | held_out)
+    run.write_state(state)
 """
+WORSE = HeldOut(64, -0.4, -0.6, -0.2, (-0.3, -0.1))
+UNCLEAR = HeldOut(64, -0.4, -0.41, -0.01, (-0.1, 0.08))
 
 
 @pytest.fixture
@@ -93,6 +100,62 @@ def test_iterations_option_limits_the_number_of_iterations(config: Path) -> None
 def test_launcher_arguments_are_passed_on(config: Path, arguments: list[str]) -> None:
     assert invoke("train", config, "--iterations", "1", "--", *arguments).exit_code == 0
     assert calls(config) == [["train", str(config), *arguments]]
+
+
+def test_iteration_after_a_worse_one_is_not_started(config: Path) -> None:
+    """Iteration 0 is within noise, 1 is worse; a rerun ends at once with the same line."""
+    for number, result in enumerate((UNCLEAR, WORSE)):
+        config.with_name(f"held-out-{number}").write_text(json.dumps(result.as_dict()))
+    for _ in range(2):
+        done = invoke("train", config)
+        assert done.exit_code == 1
+        (line,) = done.output.splitlines()
+        assert line.startswith(
+            "spin: error: iteration 1 made held-out real responses less likely, −0.4000 → −0.6000 nats per token "
+            "(−0.2000, 95% interval −0.3000…−0.1000, 64 prompts), so iteration 2 is not started; "
+        )
+        assert "set `spin.on_worse: warn`" in line
+        assert f"`axolotl spin reset {config} --iteration 1`" in line
+        assert all(name in line for name in ("learning_rate", "loss_type: space", "real_penalty", "sft_weight"))
+        assert len(calls(config)) == 2
+
+    settings = yaml.safe_load(config.read_text())
+    settings["spin"]["on_worse"] = "warn"
+    write_config(config.parent, settings)
+    assert invoke("train", config).exit_code == 0
+    assert len(calls(config)) == 3
+
+
+def test_worse_last_iteration_ends_the_run_normally(config: Path) -> None:
+    config.with_name("held-out-2").write_text(json.dumps(WORSE.as_dict()))
+    assert invoke("train", config).exit_code == 0
+    assert invoke("train", config).exit_code == 0
+    assert len(calls(config)) == 3
+
+
+def test_reset_of_a_worse_iteration_lets_the_run_go_on(config: Path) -> None:
+    config.with_name("held-out-0").write_text(json.dumps(WORSE.as_dict()))
+    assert invoke("train", config).exit_code == 1
+    config.with_name("held-out-0").unlink()
+    assert invoke("reset", config, "--iteration", "0", "--yes").exit_code == 0
+    assert invoke("train", config).exit_code == 0
+    assert len(calls(config)) == 4
+
+
+def test_status_marks_worse_iterations(config: Path) -> None:
+    """Also in JSON; the entries of earlier versions have no check."""
+    for number, result in enumerate((WORSE, UNCLEAR)):
+        config.with_name(f"held-out-{number}").write_text(json.dumps(result.as_dict()))
+    settings = yaml.safe_load(config.read_text())
+    settings["spin"]["on_worse"] = "warn"
+    write_config(config.parent, settings)
+    assert invoke("train", config).exit_code == 0
+    content = json.loads(invoke("status", config, "--json").output)
+    assert [entry["state"] for entry in content["iterations"]] == ["finished, worse", "finished", "finished"]
+    assert content["iterations"][0]["held_out"] == json.loads(json.dumps(WORSE.as_dict()))
+    assert "held_out" not in content["iterations"][2]
+    rows = [line.split("  ") for line in invoke("status", config).output.splitlines() if "finished" in line]
+    assert [row[1].strip() for row in rows] == ["finished, worse", "finished", "finished"]
 
 
 def test_first_failure_stops_with_its_exit_code(config: Path) -> None:

@@ -317,7 +317,7 @@ def test_same_configuration_has_no_differing_keys() -> None:
         "hub_model_id", "output_dir", "deepspeed", "fsdp_config", "gradient_checkpointing",
         "dataset_prepared_path", "dataloader_num_workers", "ddp_timeout",
         "resume_from_checkpoint", "debug_num_examples", "shard", "download", "iterable",
-        "spin.iterations", "spin.generation.vllm_python", "vllm.gpu_memory_utilization", "vllm.host",
+        "spin.iterations", "spin.on_worse", "spin.generation.vllm_python", "vllm.gpu_memory_utilization", "vllm.host",
         "vllm.tensor_parallel_size", "vllm.data_parallel_size", "spin.generation.vllm_kwargs.max_num_seqs",
     ],
 )  # fmt: skip
@@ -331,7 +331,7 @@ def test_key_that_does_not_affect_the_result_may_change(path: str) -> None:
         "base_model", "learning_rate", "datasets", "seed",
         "num_epochs", "optimizer", "chat_template", "sequence_len", "adapter", "lora_r", "load_in_4bit",
         "load_in_8bit", "val_set_size", "spin.beta", "spin.loss_type", "spin.turns", "spin.num_prompts",
-        "spin.history_iterations", "vllm.dtype", "spin.generation.vllm_kwargs.quantization",
+        "spin.held_out", "spin.history_iterations", "vllm.dtype", "spin.generation.vllm_kwargs.quantization",
         "spin.equal_pairs", "spin.generation.temperature", "spin.generation.top_p", "spin.generation.max_tokens",
         "spin.generation.num_generations", "spin.generation.seed", "vllm.max_model_len",
         "spin.space_mu", "spin.t_spin_weight", "spin.real_penalty", "spin.sft_weight",

@@ -1,0 +1,108 @@
+"""Do real responses become less likely? Measured on held-out prompts after training, and from the log while training.
+
+Importing this module does not import torch, which keeps `axolotl spin status` fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+REMEDIES = "try a lower learning_rate, `loss_type: space`, `real_penalty` or `sft_weight`"
+CONFIDENCE = 0.95
+FEWEST_PROMPTS = 8
+"""The interval of fewer prompts is too wide to decide anything."""
+WINDOW = 0.5
+"""Epochs over which the real reward must be negative."""
+FEWEST_ENTRIES = 6
+"""Log entries from which their noise can be estimated; a window with fewer is extended."""
+STANDARD_ERRORS = 4
+"""How far below 0 the mean must be. The rule is applied at every log entry, so 2 would often be exceeded by chance."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Real responses of held-out prompts under the opponent and the trained model, in nats per token."""
+
+    prompts: int
+    before: float
+    """Mean over the prompts under the opponent."""
+    after: float
+    """The same under the trained model."""
+    difference: float
+    """Mean of the prompts' differences, `after - before`."""
+    interval: tuple[float, float]
+    """95% confidence interval of `difference`."""
+
+    @property
+    def worse(self) -> bool:
+        """Whether real responses became less likely, beyond the noise of the prompts."""
+        return self.interval[1] < 0
+
+    def summary(self) -> str:
+        """Return `before → after` with difference, interval and number of prompts, on one line."""
+        low, high = self.interval
+        return (
+            f"{_signed(self.before)} → {_signed(self.after)} nats per token ({_signed(self.difference)}, "
+            f"{CONFIDENCE:.0%} interval {_signed(low)}…{_signed(high)}, {self.prompts:,} prompts)"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the entry of run.json."""
+        return asdict(self) | {"worse": self.worse}
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
+
+
+def read_held_out(entry: Mapping[str, Any]) -> HeldOut | None:
+    """Read the check of a finished iteration in run.json; None if it was not checked."""
+    stored = entry.get("held_out")
+    if stored is None:
+        return None
+    low, high = stored["interval"]
+    return HeldOut(stored["prompts"], stored["before"], stored["after"], stored["difference"], (low, high))
+
+
+def compare(before: Tensor, after: Tensor, tokens: Tensor) -> HeldOut:
+    """Compare two models on the same responses: the mean paired difference and its interval by Student's t.
+
+    Args:
+        before: [N] summed log-probs under the opponent, one response per prompt, N ≥ 2.
+        after: [N] the same under the trained model.
+        tokens: [N] response lengths in tokens.
+    """
+    from scipy.special import stdtrit
+
+    before, after = before.double() / tokens, after.double() / tokens
+    differences = after - before
+    number, mean = len(differences), float(differences.mean())
+    quantile = float(stdtrit(number - 1, (1 + CONFIDENCE) / 2))
+    margin = quantile * float(differences.std()) / math.sqrt(number)
+    return HeldOut(number, float(before.mean()), float(after.mean()), mean, (mean - margin, mean + margin))
+
+
+def negative_real_reward(entries: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the mean of `spin/reward_real` over the last half epoch if it is below 0 beyond noise, else None.
+
+    Args:
+        entries: the iteration's log of training, oldest first: `epoch`, `pairs`, and metrics as means over these pairs.
+    """
+    first, covered = len(entries), 0.0
+    while first and (covered < WINDOW or len(entries) - first < FEWEST_ENTRIES):
+        first -= 1
+        covered = entries[-1]["epoch"] - (entries[first - 1]["epoch"] if first else 0.0)
+    window = entries[first:]
+    if covered < WINDOW or len(window) < FEWEST_ENTRIES:
+        return None
+    pairs = sum(entry["pairs"] for entry in window)
+    mean = sum(entry["spin/reward_real"] * entry["pairs"] for entry in window) / pairs
+    squares = sum((entry["pairs"] * (entry["spin/reward_real"] - mean)) ** 2 for entry in window)
+    error = math.sqrt(squares * len(window) / (len(window) - 1)) / pairs
+    return mean if mean < -STANDARD_ERRORS * error else None

@@ -1,0 +1,106 @@
+"""Every iteration is checked on held-out real responses, and no worse model is handed on in silence.
+
+The commands are those of users: real Axolotl, real vLLM, a tiny random model, with `spin.held_out` at its default.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Finished
+from references import naive_logp
+from tiny import chat_rows, spin_config, write_config, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from spin_plugin.data.table import open_table
+from spin_plugin.objective.decline import compare, read_held_out
+from spin_plugin.run.directory import RunDir
+
+pytestmark = pytest.mark.slow
+Command = Callable[..., Finished]
+ROWS, HELD_OUT = 96, 32
+
+
+def configured(directory: Path, llama: Path, **changes: Any) -> tuple[Path, RunDir]:
+    """Write the configuration of two iterations, with rows enough for a held-out split, two responses per prompt."""
+    data = write_jsonl(directory / "chat.jsonl", chat_rows(ROWS))
+    config = spin_config(directory, llama, data, save_strategy="epoch", **changes)
+    config["spin"]["generation"]["num_generations"] = 2
+    return write_config(directory, config), RunDir(directory / "run")
+
+
+def lines(done: Finished, start: str) -> list[str]:
+    """Return the plugin's lines; while training, the progress bar can stand before one."""
+    return [line for line in done.output.splitlines() if f"spin: {start}" in line]
+
+
+def finished(run: RunDir) -> list[dict[str, Any]]:
+    state = run.read_state()
+    assert state is not None
+    return state.finished
+
+
+def test_healthy_run_is_checked_and_goes_on(tmp_path: Path, llama: Path, command: Command) -> None:
+    """The stored numbers are those of the saved models, each prompt once; Axolotl evaluates nothing while training."""
+    config, run = configured(tmp_path, llama)
+    done = command("axolotl", "spin", "train", config, directory=tmp_path)
+    assert done.code == 0, done.output[-3000:]
+    assert len(lines(done, "held-out split: 32 prompts from 32 rows, to check every iteration")) == 1
+    assert len(lines(done, "held-out real responses: ")) == 2
+    assert not lines(done, "warning: iteration")
+    held_out, trained = (open_table(run.real / f"{split}.arrow") for split in ("eval", "train"))
+    assert (len(held_out), len(trained)) == (HELD_OUT, ROWS - HELD_OUT)
+    for number in (0, 1):
+        assert not [entry for entry in run.iteration(number).read_log() if "eval_loss" in entry]
+    models = [llama, run.iteration(0).path, run.iteration(1).path]
+    with torch.no_grad():
+        logps = [
+            torch.tensor([naive_logp(model, row["prompt"], row["real"]) for row in held_out])
+            for model in map(AutoModelForCausalLM.from_pretrained, models)
+        ]
+    tokens = torch.tensor([len(row["real"]) for row in held_out])
+    for number in (0, 1):
+        expected, found = compare(logps[number], logps[number + 1], tokens), read_held_out(finished(run)[number])
+        assert found is not None
+        assert found.prompts == HELD_OUT
+        assert (found.before, found.after) == pytest.approx((expected.before, expected.after), abs=1e-4)
+        assert (found.difference, *found.interval) == pytest.approx((expected.difference, *expected.interval), abs=1e-4)
+
+    # killed between the end of training and that of the iteration: no step is left, and the check is repeated
+    state = run.read_state()
+    assert state is not None
+    stored = state.finished.pop()
+    run.write_state(state)
+    done = command("axolotl", "train", config, directory=tmp_path)
+    assert done.code == 0, done.output[-3000:]
+    assert "resuming at step" in done.output
+    assert finished(run)[1]["held_out"] == stored["held_out"]
+
+
+def test_run_stops_after_a_worse_iteration(tmp_path: Path, llama: Path, command: Command) -> None:
+    """A learning rate that is far too high: the run stops, stops again at once, and goes on when told to."""
+    config, run = configured(tmp_path, llama, learning_rate=0.1, num_epochs=2)
+    done = command("axolotl", "spin", "train", config, directory=tmp_path)
+    assert done.code == 1, done.output[-3000:]
+    assert len(lines(done, "warning: iteration 0 made held-out real responses less likely")) == 1
+    assert len(lines(done, "warning: spin/reward_real has been below 0")) == 1
+    (error,) = done.errors
+    assert "so iteration 1 is not started" in error
+    assert finished(run)[0]["held_out"]["worse"] is True
+    assert not run.iteration(1).path.exists()
+
+    again = command("axolotl", "spin", "train", config, directory=tmp_path)
+    assert (again.code, again.errors) == (1, [error])
+    assert not run.iteration(1).path.exists()
+    status = command("axolotl", "spin", "status", config, "--json", directory=tmp_path)
+    assert json.loads(status.output.splitlines()[-1])["iterations"][0]["state"] == "finished, worse"
+
+    text = config.read_text()
+    config.write_text(text.replace("iterations: 2", "iterations: 2\n  on_worse: warn"))
+    done = command("axolotl", "spin", "train", config, directory=tmp_path)
+    assert done.code == 0, done.output[-3000:]
+    assert len(lines(done, "warning: iteration 0 made held-out real responses less likely")) == 1
+    assert len(finished(run)) == 2

@@ -1,0 +1,164 @@
+"""Whether real responses become less likely: the paired interval, and the rule over half an epoch of the log."""
+
+import json
+import random
+import statistics
+from collections.abc import Callable
+
+import pytest
+import torch
+from scipy.stats import bootstrap, ttest_1samp
+
+from spin_plugin.objective.decline import HeldOut, compare, negative_real_reward, read_held_out
+
+# --- held-out prompts --------------------------------------------------------------------------
+
+
+def reference(before: list[float], after: list[float], tokens: list[int]) -> HeldOut:
+    """Prompt by prompt on Python floats, with scipy's t-test."""
+    first = [logp / count for logp, count in zip(before, tokens, strict=True)]
+    second = [logp / count for logp, count in zip(after, tokens, strict=True)]
+    differences = [new - old for old, new in zip(first, second, strict=True)]
+    low, high = ttest_1samp(differences, 0).confidence_interval(0.95)
+    mean = statistics.fmean
+    return HeldOut(len(tokens), mean(first), mean(second), mean(differences), (low, high))
+
+
+def responses(prompts: int, change: float, noise: float, seed: int = 0) -> tuple[list[float], list[float], list[int]]:
+    """Return log-probs before and after, and lengths; each token changes by `change`, give or take `noise`."""
+    draw = random.Random(seed)
+    tokens = [draw.randint(5, 60) for _ in range(prompts)]
+    before = [-draw.random() * count for count in tokens]
+    after = [old + draw.gauss(change, noise) * count for old, count in zip(before, tokens, strict=True)]
+    return before, after, tokens
+
+
+def compared(before: list[float], after: list[float], tokens: list[int]) -> HeldOut:
+    double = {"dtype": torch.float64}
+    return compare(torch.tensor(before, **double), torch.tensor(after, **double), torch.tensor(tokens))
+
+
+@pytest.mark.parametrize("prompts", [2, 8, 32, 500])
+def test_comparison_matches_the_reference(prompts: int) -> None:
+    data = responses(prompts, -0.01, 0.1)
+    fast, slow = compared(*data), reference(*data)
+    assert fast.prompts == slow.prompts == prompts
+    for value, expected in zip((fast.before, fast.after, fast.difference), (slow.before, slow.after, slow.difference),
+                               strict=True):  # fmt: skip
+        assert value == pytest.approx(expected, abs=1e-12)
+    assert fast.interval == pytest.approx(slow.interval, abs=1e-9)
+
+
+def test_interval_agrees_with_the_bootstrap() -> None:
+    """Which assumes nothing about the distribution: most prompts hardly change, a few change much."""
+    before, after, tokens = responses(200, 0.0, 0.02)
+    after = [
+        value - 0.3 * count * (place % 10 == 0) for place, (value, count) in enumerate(zip(after, tokens, strict=True))
+    ]
+    found = compared(before, after, tokens)
+    differences = [(new - old) / count for old, new, count in zip(before, after, tokens, strict=True)]
+    resampled = bootstrap((differences,), statistics.fmean, vectorized=False, n_resamples=4000, rng=0)
+    assert found.interval == pytest.approx(
+        resampled.confidence_interval, abs=0.1 * (found.interval[1] - found.interval[0])
+    )
+
+
+def test_comparison_by_hand() -> None:
+    """Two prompts of 2 and 4 tokens: -1, -2 before, -2, -2.5 after; differences -1 and -0.5; t(0.975, 1) = 12.706."""
+    found = compared([-2, -8], [-4, -10], [2, 4])
+    assert (found.before, found.after, found.difference) == (-1.5, -2.25, -0.75)
+    assert found.interval == pytest.approx((-0.75 - 12.706 * 0.25, -0.75 + 12.706 * 0.25), abs=1e-3)
+    assert not found.worse
+
+
+def test_unchanged_model_is_not_worse() -> None:
+    before, _, tokens = responses(40, 0, 0)
+    found = compared(before, before, tokens)
+    assert (found.difference, found.interval) == (0, (0, 0))
+    assert not found.worse
+
+
+@pytest.mark.parametrize(("change", "worse"), [(-0.08, True), (0.08, False), (0.0, False)])
+def test_only_a_fall_beyond_noise_is_worse(change: float, worse: bool) -> None:
+    """-0.08 is the collapse of a 135M model, from -1.3 to -4.2 over 37 tokens; 32 prompts with twice that as noise."""
+    assert compared(*responses(32, change, 0.16, seed=1)).worse is worse
+
+
+def test_noise_is_rarely_taken_for_a_fall() -> None:
+    """One side of a 95% interval: 2.5% of unchanged models, 10 of 400."""
+    wrong = sum(compared(*responses(32, 0.0, 0.1, seed=seed)).worse for seed in range(400))
+    assert 1 <= wrong <= 22
+
+
+def test_stored_comparison_is_read_again() -> None:
+    found = compared(*responses(32, -0.1, 0.1))
+    stored = json.loads(json.dumps({"iteration": 0, "held_out": found.as_dict()}))
+    assert stored["held_out"].keys() == {"prompts", "before", "after", "difference", "interval", "worse"}
+    assert stored["held_out"]["worse"] is True
+    assert read_held_out(stored) == found
+    assert read_held_out({"iteration": 0}) is None
+
+
+def test_summary_shows_signs_and_interval() -> None:
+    found = HeldOut(64, -0.412, -0.398, 0.014, (0.009, 0.019))
+    expected = "−0.4120 → −0.3980 nats per token (+0.0140, 95% interval +0.0090…+0.0190, 64 prompts)"
+    assert found.summary() == expected
+
+
+# --- the log -----------------------------------------------------------------------------------
+
+
+def log(
+    reward: Callable[[float], float], steps: int = 40, epochs: float = 2.0, seed: int = 0
+) -> list[dict[str, float]]:
+    """Return a log of `steps` entries with a reward as a function of the epoch, and noise of 0.05."""
+    draw = random.Random(seed)
+    places = [epochs * (step + 1) / steps for step in range(steps)]
+    return [{"epoch": at, "pairs": 64, "spin/reward_real": reward(at) + draw.gauss(0, 0.05)} for at in places]
+
+
+def first_alarm(entries: list[dict[str, float]]) -> float | None:
+    """Return the epoch at which the rule first applies, like a trainer that logs one entry after another."""
+    for count in range(len(entries) + 1):
+        if negative_real_reward(entries[:count]) is not None:
+            return entries[count - 1]["epoch"]
+    return None
+
+
+def test_mean_is_weighted_by_pairs() -> None:
+    """The window is the last half epoch, six entries of 1/12; the first, of 1000 pairs, is before it."""
+    rewards = [(5.0, 1000), (-1.0, 10), (-1.1, 10), (-1.2, 10), (-1.0, 10), (-1.0, 10), (-0.8, 30)]
+    entries = [
+        {"epoch": (place + 1) / 12, "pairs": pairs, "spin/reward_real": reward}
+        for place, (reward, pairs) in enumerate(rewards)
+    ]
+    assert negative_real_reward(entries) == pytest.approx(-(10 + 11 + 12 + 10 + 10 + 24) / 80)
+    assert negative_real_reward(entries[:-1]) is None
+
+
+def test_falling_reward_is_found_once_half_an_epoch_is_over() -> None:
+    assert first_alarm(log(lambda at: -0.5)) == pytest.approx(0.5)
+    assert first_alarm(log(lambda at: -at)) == pytest.approx(0.5)
+
+
+def test_fall_late_in_training_is_found() -> None:
+    found = first_alarm(log(lambda at: 0.2 if at <= 1 else -0.5))
+    assert found is not None
+    assert 1.1 < found <= 1.5
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rising_reward_and_a_short_dip_are_not_found(seed: int) -> None:
+    assert first_alarm(log(lambda at: at, seed=seed)) is None
+    assert first_alarm(log(lambda at: -0.2 if at < 0.15 else 0.3, seed=seed)) is None
+
+
+def test_noise_around_0_is_rarely_found() -> None:
+    """Over two epochs of 20 entries; the mean of half of these runs is below 0."""
+    assert sum(first_alarm(log(lambda at: 0.0, seed=seed)) is not None for seed in range(200)) <= 10
+
+
+def test_few_entries_decide_nothing() -> None:
+    """Logged every two epochs: six entries are needed to estimate the noise."""
+    entries = [{"epoch": 2.0 * (place + 1), "pairs": 64, "spin/reward_real": -1.0 - place / 10} for place in range(6)]
+    assert [negative_real_reward(entries[:count]) is None for count in range(7)] == [True] * 6 + [False]
