@@ -50,7 +50,7 @@ def main() -> None:
                     detokenize=False,
                 )
             )
-    outputs = engine.generate(requests, parameters)
+    outputs = engine.generate(requests, parameters, use_tqdm=False)
     found = [[token for token in output.outputs[0].token_ids if token != options.stop] for output in outputs]
     each = 1 + options.samples
     grouped = [found[first : first + each] for first in range(0, len(found), each)]
