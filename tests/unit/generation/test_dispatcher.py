@@ -544,7 +544,7 @@ def test_interrupt_kills_the_worker(use: Use, shards: Shards, tmp_path: Path) ->
     use(
         LEAVE_A_CHILD
         + "import time\nlauncher = os.getppid()\n"
-        + "while os.getppid() == launcher:\n    os.kill(launcher, signal.SIGINT)\n    time.sleep(3)\n"
+        + "while os.getppid() == launcher:\n    os.kill(launcher, signal.SIGINT)\n    time.sleep(20)\n"
     )
     # Background jobs of a shell, and so possibly CI, ignore SIGINT.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
