@@ -18,6 +18,7 @@ from torch import nn
 
 from spin_plugin.config.specs import TrainingSpec, read_training
 from spin_plugin.console import SpinError
+from spin_plugin.objective.decline import read_held_out
 from spin_plugin.run.directory import RunDir
 from spin_plugin.training.precision import (
     keep_4bit_weights_trainable,
@@ -285,10 +286,9 @@ TWO_PROCESSES = {
 def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path, run_jobs: Callable[..., None]) -> Path:
     """A directory with a run of each setup: 96 steps at a small learning rate, all on the same responses."""
     directory = tmp_path_factory.mktemp("precision")
-    data = write_jsonl(directory / "chat.jsonl", chat_rows(24))
-    base = spin_config(
-        directory, llama, data, num_epochs=16, learning_rate=2e-5, save_strategy="epoch", save_total_limit=1
-    )
+    data = write_jsonl(directory / "chat.jsonl", chat_rows(32))
+    save = {"save_strategy": "epoch", "save_total_limit": 1}
+    base = spin_config(directory, llama, data, num_epochs=16, learning_rate=2e-5, val_set_size=8, **save)
     base["spin"] |= {"iterations": 1, "beta": 1.0}
     run_jobs((write_config(directory, base | BF16), 1), command="preprocess")
     (directory / "run/run.json").unlink()  # the setups' configurations differ
@@ -343,6 +343,16 @@ def test_two_processes_match_the_losses_of_one(trained: Path, name: str) -> None
         for setup in ("bf16", name)
     ]
     assert curves[1] == pytest.approx(curves[0], abs=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bf16", "stochastic", *TWO_PROCESSES])
+def test_held_out_responses_gain_as_in_fp32(trained: Path, name: str) -> None:
+    """Scored after the masters are rounded, with sharded weights too."""
+    states = [RunDir(trained / setup / "run").read_state() for setup in ("fp32", name)]
+    exact, found = (read_held_out(state.finished[0]) for state in states)
+    assert found.prompts == exact.prompts == 8
+    assert found.difference == pytest.approx(exact.difference, rel=0.1)
 
 
 @pytest.mark.slow
