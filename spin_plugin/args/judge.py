@@ -1,6 +1,6 @@
 """The judge of synthetic responses (`spin.judge`)."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, JsonValue, field_validator
 
@@ -12,6 +12,11 @@ READY_MADE = ("exact", "number", "sqlite")
 ARGUMENTS = ("prompt", "real", "synthetic")
 
 
+def full_name(function: Any) -> Any:
+    """Return `module:function` for the name of a ready-made judge; anything else unchanged."""
+    return f"spin_plugin.judge:{function}" if function in READY_MADE else function
+
+
 class JudgeArgs(Block):
     """`spin.judge`: leaves out pairs whose synthetic response is as good as the real one."""
 
@@ -20,13 +25,13 @@ class JudgeArgs(Block):
     `real` and `synthetic` and returns one score in 0…1 for each synthetic response; 1 is as good as the real one."""
 
     drop_at: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Pairs with this score or a higher one are left out of training."""
+    """Responses scoring at least this are right: their pairs are left out of training."""
 
     timeout: Annotated[float, Mark.FREE] = Field(default=10.0, gt=0.0, le=86400.0)
-    """Seconds for a batch of 16 responses. A batch that takes longer is judged again one response at a time, each with
-    this limit; a response that exceeds it is passed over, and its pair stays in training."""
+    """Seconds per response. Responses are judged in batches of up to 16; one that takes longer than all its responses
+    may is judged again one by one, and a response that exceeds its limit is skipped: its pair stays in training."""
 
-    processes: Annotated[int, Mark.FREE] = Field(default=2, ge=1, le=256)
+    processes: Annotated[int, Mark.FREE] = Field(default=2, ge=1, le=16)
     """Number of processes that judge in parallel."""
 
     kwargs: dict[str, JsonValue] = Field(default_factory=dict)
@@ -36,9 +41,10 @@ class JudgeArgs(Block):
     @classmethod
     def function_is_named(cls, value: str) -> str:
         """Complete the name of a ready-made judge; require `module:function` otherwise."""
-        if value in READY_MADE:
-            return f"spin_plugin.judge:{value}"
+        value = full_name(value)
         module, _, name = value.partition(":")
+        if module.endswith(".py"):
+            raise ValueError(f"write `module:function` instead of {value!r}: a module's name, not its file")
         if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
             raise ValueError(f"{value!r} is neither `module:function` nor one of {', '.join(READY_MADE)}")
         return value

@@ -1,5 +1,6 @@
 """The `spin:` block."""
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -7,7 +8,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from spin_plugin.args.block import Block, Mark
 from spin_plugin.args.generation import GenerationArgs
-from spin_plugin.args.judge import JudgeArgs
+from spin_plugin.args.judge import JudgeArgs, full_name
 from spin_plugin.objective.losses import LOSSES, Objective
 
 # Keys of Axolotl that `schedule` cannot override, because they define the run as a whole.
@@ -90,8 +91,8 @@ class SpinArgs(Block):
     worse. With fewer than 64 rows none is held out; 0 disables this."""
 
     on_worse: Annotated[Literal["stop", "warn"], Mark.FREE, Mark.RUN_WIDE] = "stop"
-    """What `axolotl spin train` does after an iteration that made held-out real responses less likely: `stop` before
-    the next one, or only `warn`."""
+    """What to do after an iteration that made held-out real responses less likely or, with `judge`, lowered the
+    held-out responses' score: `stop` before the next one is trained, or only `warn`."""
 
     resample_prompts: bool = False
     """Sample a new set of `num_prompts` prompts in each iteration instead of reusing the first one."""
@@ -180,9 +181,17 @@ class SpinArgs(Block):
         for block in ("generation", "judge"):
             if isinstance(changes.get(block), Mapping):
                 changes[block] = (values[block] or {}) | dict(changes[block])
+        if self.judge and changes.get("judge") and full_name(changes["judge"].get("function")) != self.judge.function:
+            changes["judge"]["kwargs"] = entry["judge"].get("kwargs", {})  # the other function's are not for this one
         loss = changes.get("loss_type", self.loss_type)
         others = [name for name, owner in LOSS_OPTIONS.items() if owner != loss]  # this iteration has no use for them
         return SpinArgs.model_validate({key: value for key, value in values.items() if key not in others} | changes)
+
+    @property
+    def judges(self) -> list[JudgeArgs]:
+        """The judges of all iterations, each once."""
+        used = [judge for number in range(self.iterations) if (judge := self.at(number).judge)]
+        return list({json.dumps([judge.function, judge.kwargs], sort_keys=True): judge for judge in used}.values())
 
     @property
     def objective(self) -> Objective:

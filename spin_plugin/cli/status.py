@@ -10,7 +10,7 @@ from rich.table import Table
 
 from spin_plugin.cli.config_file import CONFIG, read_config
 from spin_plugin.console import console, exit_on_error
-from spin_plugin.objective.decline import read_held_out
+from spin_plugin.objective.decline import decline
 from spin_plugin.objective.metrics import METRICS
 from spin_plugin.run.directory import RunDir
 
@@ -46,9 +46,8 @@ def run_status(config: Path) -> dict[str, Any]:
 
 
 def _finished_state(entry: dict[str, Any]) -> str:
-    """Say whether a finished iteration made held-out real responses less likely."""
-    found = read_held_out(entry)
-    return "finished, worse" if found and found.worse else "finished"
+    """Say whether a finished iteration made the model worse."""
+    return "finished, worse" if decline(entry) else "finished"
 
 
 def _unfinished(run: RunDir, number: int, *, started: bool) -> dict[str, Any]:
@@ -70,12 +69,9 @@ def _unfinished(run: RunDir, number: int, *, started: bool) -> dict[str, Any]:
 
 
 def _judge_score(entry: dict[str, Any]) -> str:
-    """Return the judge's mean score of the held-out responses, or without any of those used for training."""
-    for split in ("eval", "train"):
-        judge = entry["pairs"].get(split, {}).get("judge")
-        if judge and judge["judged"]:
-            return f"{judge['mean']:.4f}"
-    return ""
+    """Return the judge's mean score of the held-out responses."""
+    judge = entry["pairs"].get("eval", {}).get("judge")
+    return f"{judge['mean']:.4f}" if judge and judge["judged"] else ""
 
 
 def _table(content: dict[str, Any]) -> Table:

@@ -13,7 +13,6 @@ import psutil
 
 from spin_plugin.cli.config_file import CONFIG, read_config
 from spin_plugin.console import INTERRUPTED, SpinError, exit_on_error, say
-from spin_plugin.objective.decline import REMEDIES
 
 # Keeps `accelerate launch` from printing a stack trace after the one-line error of the command it started.
 QUIET = ("--", "--quiet")
@@ -55,15 +54,10 @@ def progress(config: Path) -> tuple[int, int]:
 
 
 def _require_no_decline(config: Path) -> None:
-    """Raise a SpinError if the last iteration made the model worse, unless `spin.on_worse` says to go on."""
+    """Refuse at once, without starting Axolotl, what `axolotl train` would refuse."""
     args, run = read_config(config)
-    state = run.read_state()
-    if args.on_worse == "stop" and (worse := state and state.worse()):
-        last = run.finished() - 1
-        raise SpinError(
-            f"{worse}, so iteration {last + 1} is not started; to go on all the same, set `spin.on_worse: warn`; to "
-            f"train it again, run `axolotl spin reset {config} --iteration {last}`, then {REMEDIES} in spin.schedule"
-        )
+    if state := run.read_state():
+        state.require_no_decline(args.on_worse)
 
 
 def _axolotl() -> str:

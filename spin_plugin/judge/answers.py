@@ -10,7 +10,10 @@ NUMBER = re.compile(
     r"(?:(?<![\w.,)\]])[-+])?"
     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?<![\w.])(?=\.[0-9]))"  # 1,234 or 1234 or nothing before .5
     r"(?:\.[0-9]+)?"
+    r"(?:[eE][-+]?[0-9]{1,3}(?!\w))?"  # of three digits at most: a Decimal of a million would fill the memory
 )
+
+MINUS = str.maketrans("−–", "--")
 
 
 def exact(
@@ -21,7 +24,7 @@ def exact(
     ignore_case: bool = False,
     ignore_whitespace: bool = False,
 ) -> list[float]:
-    """Score 1 for the text of the real response, otherwise 0.
+    """Score 1 if the text equals the real response, otherwise 0.
 
     Args:
         prompt: not used.
@@ -50,13 +53,15 @@ def number(
         tolerance: the largest difference that counts as equal.
     """
 
+    largest = Decimal(str(tolerance))
+
     def close(one: Decimal | None, other: Decimal | None) -> bool:
-        return one is not None and other is not None and (one == other or abs(one - other) <= Decimal(str(tolerance)))
+        return one is not None and other is not None and (one == other or abs(one - other) <= largest)
 
     return [float(close(last_number(one), last_number(other))) for one, other in zip(real, synthetic, strict=True)]
 
 
 def last_number(text: str) -> Decimal | None:
-    """Return the last number in a text, like -1,234.5; None without one."""
-    found = NUMBER.findall(text.replace("−", "-"))
+    """Return the last number in a text, like -1,234.5 or 2e-3; None without one. A dash can be a minus sign."""
+    found = NUMBER.findall(text.translate(MINUS))
     return Decimal(found[-1].replace(",", "")) if found else None

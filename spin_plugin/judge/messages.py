@@ -9,12 +9,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-
 Message = dict[str, str]
 START, END = "", "end"  # beside the roles: the places before the first message and after the last
 CONVERSATIONS = (("user",), ("user", "assistant", "user"), ("system", "user"))
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError)  # ValueError: the tokenizer has no template
 
 
 class ChatTemplate:
@@ -72,7 +69,7 @@ class ChatTemplate:
     def _render(self, messages: list[Message]) -> str | None:
         try:
             return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TEMPLATE_ERRORS:
+        except Exception:  # noqa: BLE001 - a template can raise anything
             return None
 
 

@@ -2,15 +2,19 @@
 
 import re
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 # What a query may do. Everything else is refused: writing, ATTACH, PRAGMA, temporary tables.
 ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
-LONGEST_VALUE = 10_000_000  # bytes of one value: a query can make a gigabyte in one step
+LONGEST_VALUE = 1_000_000  # bytes of one value: a query can make a gigabyte in one step
+SECONDS = 2.0  # per query, whose steps can take any time
+STEPS_PER_CHECK = 1000
 FENCED = re.compile(r"```\w*\n(.*?)```", re.DOTALL)
 
 Rows = Counter[tuple[Any, ...]]
@@ -26,6 +30,9 @@ def sqlite(
 ) -> list[float]:
     """Score 1 for a query with the rows of the real one, in any order, otherwise 0: execution accuracy.
 
+    As in that measure, two queries without rows match, also if they ask for different things. A query that takes
+    longer than 2 seconds counts as failed.
+
     Args:
         prompt: not used.
         real: the real queries; one that fails is never matched.
@@ -35,30 +42,39 @@ def sqlite(
 
     Raises:
         sqlite3.Error: the database cannot be read.
+        ValueError: `max_steps` is not positive.
     """
+    if max_steps < 1:
+        raise ValueError(f"max_steps: {max_steps} is not positive")
     uri = f"{Path(database).absolute().as_uri()}?mode=ro"
-    # Statements are not cached, because a cached one would go on counting its steps.
-    with closing(sqlite3.connect(uri, uri=True, cached_statements=0)) as connection:
+    with closing(sqlite3.connect(uri, uri=True)) as connection:
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # is it a database?
         connection.text_factory = bytes  # text need not be valid UTF-8
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
         connection.set_authorizer(_authorize)
-        connection.set_progress_handler(lambda: True, max_steps)  # interrupts the query
-        return [float(_same_rows(connection, *queries)) for queries in zip(real, synthetic, strict=True)]
+        return [float(_same_rows(connection, *queries, max_steps)) for queries in zip(real, synthetic, strict=True)]
 
 
 def _authorize(action: int, *_: object) -> int:
     return sqlite3.SQLITE_OK if action in ALLOWED else sqlite3.SQLITE_DENY
 
 
-def _same_rows(connection: sqlite3.Connection, real: str, synthetic: str) -> bool:
-    expected = _rows(connection, real)
-    return expected is not None and _rows(connection, synthetic, at_most=expected.total()) == expected
+def _same_rows(connection: sqlite3.Connection, real: str, synthetic: str, max_steps: int) -> bool:
+    expected = _rows(connection, real, max_steps)
+    return expected is not None and _rows(connection, synthetic, max_steps, at_most=expected.total()) == expected
 
 
-def _rows(connection: sqlite3.Connection, text: str, at_most: int | None = None) -> Rows | None:
+def _interrupt_after(connection: sqlite3.Connection, max_steps: int) -> None:
+    """Let the next query be interrupted after this many steps, or when its time is over."""
+    deadline, steps = time.monotonic() + SECONDS, min(max_steps, STEPS_PER_CHECK)
+    left = count(max_steps - steps, -steps)
+    connection.set_progress_handler(lambda: next(left) <= 0 or time.monotonic() > deadline, steps)
+
+
+def _rows(connection: sqlite3.Connection, text: str, max_steps: int, at_most: int | None = None) -> Rows | None:
     """Return a query's rows with their counts; None if it fails or returns more than `at_most` rows."""
     fenced = FENCED.search(text)
+    _interrupt_after(connection, max_steps)
     try:
         with closing(connection.execute(fenced.group(1) if fenced else text)) as cursor:
             if cursor.description is None:  # empty, or only a comment

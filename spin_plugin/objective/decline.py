@@ -1,4 +1,4 @@
-"""Do real responses become less likely? Measured on held-out prompts after training, and from the log while training.
+"""Does the model become worse? Measured on held-out prompts after an iteration, and from the log while training.
 
 Importing this module does not import torch, which keeps `axolotl spin status` fast.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,15 +25,33 @@ STANDARD_ERRORS = 4
 """How far below 0 the mean must be. The rule is applied at every log entry, so 2 would often be exceeded by chance."""
 
 
+class Check(NamedTuple):
+    """A check of a finished iteration, under its name in run.json."""
+
+    measured: str
+    """What is measured on held-out prompts."""
+    worse: str
+    """What an iteration that made it worse did."""
+    unit: str
+
+
+CHECKS = {
+    "held_out": Check("held-out real responses", "made held-out real responses less likely", "nats per token"),
+    "judge": Check(
+        "judge's score of held-out responses", "lowered the judge's score of held-out responses", "mean score"
+    ),
+}
+
+
 @dataclass(frozen=True)
-class HeldOut:
-    """Real responses of held-out prompts under the opponent and the trained model, in nats per token."""
+class Comparison:
+    """A measurement of the opponent and of the trained model on the same held-out prompts."""
 
     prompts: int
     before: float
-    """Mean over the prompts under the opponent."""
+    """Mean over the prompts with the opponent."""
     after: float
-    """The same under the trained model."""
+    """The same with the trained model."""
     difference: float
     """Mean of the prompts' differences, `after - before`."""
     interval: tuple[float, float]
@@ -41,14 +59,14 @@ class HeldOut:
 
     @property
     def worse(self) -> bool:
-        """Whether real responses became less likely, beyond the noise of the prompts."""
+        """Whether it became less, beyond the noise of the prompts."""
         return self.interval[1] < 0
 
-    def summary(self) -> str:
-        """Return `before → after` with difference, interval and number of prompts, on one line."""
+    def summary(self, unit: str) -> str:
+        """Return `before → after` in this unit, with difference, interval and number of prompts, on one line."""
         low, high = self.interval
         return (
-            f"{_signed(self.before)} → {_signed(self.after)} nats per token ({_signed(self.difference)}, "
+            f"{_signed(self.before)} → {_signed(self.after)} {unit} ({_signed(self.difference)}, "
             f"{CONFIDENCE:.0%} interval {_signed(low)}…{_signed(high)}, {self.prompts:,} prompts)"
         )
 
@@ -61,31 +79,41 @@ def _signed(value: float) -> str:
     return f"{value:+.4f}".replace("-", "−")
 
 
-def read_held_out(entry: Mapping[str, Any]) -> HeldOut | None:
-    """Read the check of a finished iteration in run.json; None if it was not checked."""
-    stored = entry.get("held_out")
+def read_check(entry: Mapping[str, Any], name: str) -> Comparison | None:
+    """Read a check of a finished iteration in run.json; None if it was not checked."""
+    stored = entry.get(name)
     if stored is None:
         return None
     low, high = stored["interval"]
-    return HeldOut(stored["prompts"], stored["before"], stored["after"], stored["difference"], (low, high))
+    return Comparison(stored["prompts"], stored["before"], stored["after"], stored["difference"], (low, high))
 
 
-def compare(before: Tensor, after: Tensor, tokens: Tensor) -> HeldOut:
-    """Compare two models on the same responses: the mean paired difference and its interval by Student's t.
+def decline(entry: Mapping[str, Any]) -> str | None:
+    """Say what a finished iteration in run.json made worse; None if nothing is known to be."""
+    found = {name: read_check(entry, name) for name in CHECKS}
+    worse = [
+        f"{CHECKS[name].worse}, {check.summary(CHECKS[name].unit)}"
+        for name, check in found.items()
+        if check and check.worse
+    ]
+    return " and ".join(worse) or None
+
+
+def compare(before: Tensor, after: Tensor) -> Comparison:
+    """Compare two models on the same prompts: the mean paired difference and its interval by Student's t.
 
     Args:
-        before: [N] summed log-probs under the opponent, one response per prompt, N ≥ 2.
-        after: [N] the same under the trained model.
-        tokens: [N] response lengths in tokens.
+        before: [N] a measurement of each prompt with the opponent, N ≥ 2.
+        after: [N] the same with the trained model.
     """
     from scipy.special import stdtrit
 
-    before, after = before.double() / tokens, after.double() / tokens
+    before, after = before.double(), after.double()
     differences = after - before
     number, mean = len(differences), float(differences.mean())
     quantile = float(stdtrit(number - 1, (1 + CONFIDENCE) / 2))
     margin = quantile * float(differences.std()) / math.sqrt(number)
-    return HeldOut(number, float(before.mean()), float(after.mean()), mean, (mean - margin, mean + margin))
+    return Comparison(number, float(before.mean()), float(after.mean()), mean, (mean - margin, mean + margin))
 
 
 def negative_real_reward(entries: Sequence[Mapping[str, Any]]) -> float | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_plugin.console import SpinError
-from spin_plugin.objective.decline import read_held_out
+from spin_plugin.objective.decline import REMEDIES, decline
 from spin_plugin.run.atomic import write_atomically
 
 FORMAT = 3
@@ -22,11 +22,22 @@ class RunState:
 
     def worse(self) -> str | None:
         """Say that the last finished iteration made the model worse; None if it did not or was not checked."""
-        found = read_held_out(self.finished[-1]) if self.finished else None
-        if found is None or not found.worse:
-            return None
-        number = len(self.finished) - 1
-        return f"iteration {number} made held-out real responses less likely, {found.summary()}"
+        found = decline(self.finished[-1]) if self.finished else None
+        return f"iteration {len(self.finished) - 1} {found}" if found else None
+
+    def require_no_decline(self, on_worse: str) -> None:
+        """Refuse to go on from a model that the last iteration made worse, unless `spin.on_worse` is `warn`.
+
+        Raises:
+            SpinError: it did.
+        """
+        if on_worse == "stop" and (worse := self.worse()):
+            last = len(self.finished) - 1
+            raise SpinError(
+                f"{worse}, so iteration {last + 1} is not trained; to go on all the same, set `spin.on_worse: warn`; "
+                f"to train it again, run `axolotl spin reset CONFIG --iteration {last}`, then {REMEDIES} in "
+                "spin.schedule"
+            )
 
 
 def read_state(file: Path) -> RunState | None:

@@ -19,7 +19,7 @@ from spin_plugin.console import SpinError, say, warn
 from spin_plugin.data.steps import steps_in_epoch
 from spin_plugin.generation.shards import Shards
 from spin_plugin.model.layout import PairCollator
-from spin_plugin.objective.decline import REMEDIES, HeldOut
+from spin_plugin.objective.decline import CHECKS, REMEDIES, Comparison
 from spin_plugin.opponent.agreement import comparable, distance, require_agreement
 from spin_plugin.opponent.hub import pin
 from spin_plugin.opponent.merge import merge
@@ -29,6 +29,7 @@ from spin_plugin.run.checkpoint import check_model_dir, incomplete_reason
 from spin_plugin.run.directory import IterationDir
 from spin_plugin.run.processes import Ranks, exit_with_launcher, rank, shared_start_id
 from spin_plugin.run.state import RunState
+from spin_plugin.training.judged import require_loadable
 from spin_plugin.training.precision import (
     keep_4bit_weights_trainable,
     keep_masters,
@@ -52,7 +53,7 @@ class Iteration:
         self.lock = ExitStack()
         self.fp32_tensors: list[str] = []
         """Names of tensors that the architecture keeps in fp32 whatever the model's dtype."""
-        self.held_out: HeldOut | None = None
+        self.held_out: Comparison | None = None
         """The trained model's comparison with the opponent; None if no prompts are held out."""
 
     # --- before training ---------------------------------------------------------------------
@@ -72,6 +73,8 @@ class Iteration:
             self.lock.enter_context(run.locked())
             self._claim()
             self.ranks.remove_earlier_starts()
+            if not run.holds_responses():
+                require_loadable(self.lowered.spin.judges)
             self.pairs = prepare_iteration(self.cfg, run, self.spin, number)
             if for_training:
                 self._remove_incomplete_checkpoints()  # before the other ranks look for a checkpoint
@@ -217,7 +220,7 @@ class Iteration:
                 quantized=opponent.quantized or opponent.fp8,
             )
 
-    def _record_held_out(self, result: HeldOut) -> None:
+    def _record_held_out(self, result: Comparison) -> None:
         self.held_out = result
 
     def _warn_of_warmup(self, warmup: int) -> None:
@@ -272,7 +275,8 @@ class Iteration:
             f"{f'{left} to go: rerun the same command' if left else 'that was the last one'}"
         )
         if self.held_out:
-            say(f"held-out real responses: {self.held_out.summary()}")
+            check = CHECKS["held_out"]
+            say(f"{check.measured}: {self.held_out.summary(check.unit)}")
         if worse := state.worse():
             warn(f"{worse}; {REMEDIES}")
 

@@ -3,10 +3,8 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,12 @@ from spin_plugin.data.real import Real, prepare_real
 from spin_plugin.data.table import open_table
 from spin_plugin.generation.job import Job
 from spin_plugin.generation.shards import Shards
-from spin_plugin.judge.judging import Judging
-from spin_plugin.judge.texts import Texts
 from spin_plugin.objective.losses import LOSSES
 from spin_plugin.opponent.hub import commit_of, pin
 from spin_plugin.run.atomic import set_aside, write_atomically, write_dir_atomically
 from spin_plugin.run.directory import IterationDir, RunDir
-from spin_plugin.training.generate import Generation, generate_responses
+from spin_plugin.training.generate import Generation
+from spin_plugin.training.judged import Judged, compare_with_previous, generate_and_judge
 from spin_plugin.training.loading import AxolotlSource, stored_dtype
 from spin_plugin.training.precision import keeps_masters
 
@@ -90,19 +87,14 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
         has_masters=keeps_masters(training) and stored_dtype(cfg) in ("bfloat16", "float16"),
         real=real,
     )
-    judging = None
-    with ExitStack() as stack:
-        if spin.judge:
-            judging = stack.enter_context(closing(Judging(spin.judge, run, Texts(source.tokenizer(), real))))
-            judging.try_on_real_responses()
-            judging.submit_all(sources[:-1])
-        job = generate_responses(generation, partial(judging.submit, number) if judging else None)
-        if judging:
-            judging.finish(sources)
-    key = _pairs_key(run, sources, job, spin, data.sequence_len, judging)
-    if reason := _why_rebuild(directory, key):
+    job, judged = generate_and_judge(generation, source.tokenizer(), sources)
+    key = _pairs_key(run, sources, job, spin, data.sequence_len, judged)
+    reason = _why_rebuild(directory, key)
+    if judged and number:
+        compare_with_previous(run, number, judged, spin.on_worse, again=reason is not None)
+    if reason:
         _set_training_aside(directory, number, reason)
-        write = partial(_write_pairs, run, spin, data.sequence_len, real, sources, key, judging)
+        write = partial(_write_pairs, run, spin, data.sequence_len, real, sources, key, judged)
         write_dir_atomically(directory.pairs, write)
     found = open_pairs(directory)
     say(f"iteration {number}: {found.stats['train'].summary()}")
@@ -142,7 +134,7 @@ def open_pairs(directory: IterationDir) -> PairsOnDisk:
 
 
 def _pairs_key(
-    run: RunDir, sources: range, job: Job, spin: SpinArgs, sequence_len: int, judging: Judging | None
+    run: RunDir, sources: range, job: Job, spin: SpinArgs, sequence_len: int, judged: Judged | None
 ) -> dict[str, Any]:
     """Return what the pairs depend on, under the names that messages use."""
     return {
@@ -151,7 +143,7 @@ def _pairs_key(
         "spin.equal_pairs": spin.equal_pairs,
         "sequence_len": sequence_len,
         **({"iteration 0's responses": _identity(run, 0)} if _uses_initial(spin, sources) else {}),
-        **({"spin.judge": [judging.judge, spin.judge.drop_at]} if judging and spin.judge else {}),
+        **({"spin.judge": judged.key} if judged else {}),
     }
 
 
@@ -204,7 +196,7 @@ def _write_pairs(
     real: Real,
     sources: range,
     key: dict[str, Any],
-    judging: Judging | None,
+    judged: Judged | None,
     directory: Path,
 ) -> None:
     """Join this iteration's responses, and for training those of earlier ones, with the real responses."""
@@ -215,13 +207,13 @@ def _write_pairs(
         iterations = list(reversed(sources)) if split == "train" else [sources[-1]]
         stats[split] = build_pairs(
             examples if examples is not None else real.train,
-            _responses(run, iterations, split, judging, has_initial=has_initial),
+            _responses(run, iterations, split, judged, has_initial=has_initial),
             directory / f"{split}.arrow",
             end_tokens=real.stop_tokens,
             sequence_len=sequence_len,
             keep_equal=spin.equal_pairs == "keep",
             has_initial=has_initial,
-            drop_at=spin.judge.drop_at if spin.judge else None,
+            drop_at=judged.drop_at if judged else None,
             keep_right=split == "eval",
         )
     write_stats(directory / "stats.json", stats)
@@ -231,17 +223,17 @@ def _write_pairs(
 
 
 def _responses(
-    run: RunDir, iterations: list[int], split: str, judging: Judging | None, *, has_initial: bool
+    run: RunDir, iterations: list[int], split: str, judged: Judged | None, *, has_initial: bool
 ) -> Iterator[Synthetic]:
     for number in iterations:
-        own = _responses_of(run, number, split, judging)
+        own = _responses_of(run, number, split, judged)
         yield from with_initial(own, _responses_of(run, 0, split, None)) if has_initial else own
 
 
-def _responses_of(run: RunDir, number: int, split: str, judging: Judging | None) -> Iterator[Synthetic]:
-    scores: Iterator[float | None] = judging.verdicts(number).scores() if judging else repeat(None)
-    # without a judge, the scores never end
-    for response, score in zip(Shards(run.iteration(number).synthetic).responses(), scores, strict=False):
+def _responses_of(run: RunDir, number: int, split: str, judged: Judged | None) -> Iterator[Synthetic]:
+    responses = Shards(run.iteration(number).synthetic).responses()
+    scored = zip(responses, judged.scores[number], strict=True) if judged else ((one, None) for one in responses)
+    for response, score in scored:
         if response["split"] == split:
             truncated = response["finish"] == "length"
             yield Synthetic(response["example"], number, response["tokens"], truncated, score=score)

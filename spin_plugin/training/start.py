@@ -23,7 +23,7 @@ def start_iteration(cfg: Any, lowered: Lowered, other_plugins: Iterable[Any], *,
         for_training: False for `axolotl preprocess`, which stops before training.
 
     Raises:
-        SpinError: see `Iteration.prepare`.
+        SpinError: the opponent is worse than its predecessor, or see `Iteration.prepare`.
         SystemExit: all iterations are finished.
     """
     first = rank() == 0
@@ -37,9 +37,10 @@ def start_iteration(cfg: Any, lowered: Lowered, other_plugins: Iterable[Any], *,
     refuse_other_trainers(cfg, other_plugins)
     if first:
         announce(lowered, read_opponent(cfg), read_training(cfg))
-        state = lowered.run.read_state()
-        if worse := state and state.worse():
-            warn(f"{worse}; iteration {lowered.iteration} starts from it all the same")
+        if state := lowered.run.read_state():
+            state.require_no_decline(lowered.spin.on_worse)
+            if worse := state.worse():
+                warn(f"{worse}; iteration {lowered.iteration} starts from it all the same")
     use_all_cores()
     iteration = Iteration(cfg, lowered)
     iteration.prepare(for_training=for_training)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import FSDP2, LORA, chat_rows, spin_config, write_config, write_jsonl, zero
 
-from spin_plugin.objective.decline import read_held_out
+from spin_plugin.objective.decline import read_check
 from spin_plugin.run.directory import RunDir
 
 pytestmark = pytest.mark.slow
@@ -105,7 +105,7 @@ def test_every_variant_follows_the_trajectory_of_one_process(trained: Path, llam
         assert curve(together, metric) == pytest.approx(curve(alone, metric), abs=2e-3), metric
     stored = [load_file(run / "iteration-0/pairs/opponent-train.safetensors")["logps"] for run in (alone, together)]
     torch.testing.assert_close(stored[1], stored[0], atol=1e-3, rtol=0)
-    checked, reference = (read_held_out(RunDir(run).read_state().finished[0]) for run in (together, alone))
+    checked, reference = (read_check(RunDir(run).read_state().finished[0], "held_out") for run in (together, alone))
     assert checked.prompts == reference.prompts == 8
     assert checked.difference == pytest.approx(reference.difference, abs=2e-3)
     assert checked.interval == pytest.approx(reference.interval, abs=2e-3)

@@ -16,7 +16,7 @@ from tiny import chat_rows, spin_config, write_config, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from spin_plugin.data.table import open_table
-from spin_plugin.objective.decline import compare, read_held_out
+from spin_plugin.objective.decline import compare, read_check
 from spin_plugin.run.directory import RunDir
 
 pytestmark = pytest.mark.slow
@@ -63,7 +63,8 @@ def test_healthy_run_is_checked_and_goes_on(tmp_path: Path, llama: Path, command
         ]
     tokens = torch.tensor([len(row["real"]) for row in held_out])
     for number in (0, 1):
-        expected, found = compare(logps[number], logps[number + 1], tokens), read_held_out(finished(run)[number])
+        expected = compare(logps[number] / tokens, logps[number + 1] / tokens)
+        found = read_check(finished(run)[number], "held_out")
         assert found is not None
         assert found.prompts == HELD_OUT
         assert (found.before, found.after) == pytest.approx((expected.before, expected.after), abs=1e-4)
@@ -88,7 +89,7 @@ def test_run_stops_after_a_worse_iteration(tmp_path: Path, llama: Path, command:
     assert len(lines(done, "warning: iteration 0 made held-out real responses less likely")) == 1
     assert len(lines(done, "warning: spin/reward_real has been below 0")) == 1
     (error,) = done.errors
-    assert "so iteration 1 is not started" in error
+    assert "so iteration 1 is not trained" in error
     assert finished(run)[0]["held_out"]["worse"] is True
     assert not run.iteration(1).path.exists()
 

@@ -19,7 +19,7 @@ from spin_plugin.args import GenerationArgs, SpinArgs
 from spin_plugin.cli import spin
 from spin_plugin.cli.init import edit, spin_changes
 from spin_plugin.config.lower import lower
-from spin_plugin.objective.decline import HeldOut
+from spin_plugin.objective.decline import Comparison
 from spin_plugin.versions import discovers_plugins
 
 train_module = sys.modules["spin_plugin.cli.train"]  # `spin_plugin.cli.train` itself is the command
@@ -57,8 +57,8 @@ if behavior == "finish":
     state.finished.append({{"iteration": len(state.finished), "pairs": {{}}, "metrics": {{}}}} | held_out)
     run.write_state(state)
 """
-WORSE = HeldOut(64, -0.4, -0.6, -0.2, (-0.3, -0.1))
-UNCLEAR = HeldOut(64, -0.4, -0.41, -0.01, (-0.1, 0.08))
+WORSE = Comparison(64, -0.4, -0.6, -0.2, (-0.3, -0.1))
+UNCLEAR = Comparison(64, -0.4, -0.41, -0.01, (-0.1, 0.08))
 
 
 @pytest.fixture
@@ -112,10 +112,10 @@ def test_iteration_after_a_worse_one_is_not_started(config: Path) -> None:
         (line,) = done.output.splitlines()
         assert line.startswith(
             "spin: error: iteration 1 made held-out real responses less likely, −0.4000 → −0.6000 nats per token "
-            "(−0.2000, 95% interval −0.3000…−0.1000, 64 prompts), so iteration 2 is not started; "
+            "(−0.2000, 95% interval −0.3000…−0.1000, 64 prompts), so iteration 2 is not trained; "
         )
         assert "set `spin.on_worse: warn`" in line
-        assert f"`axolotl spin reset {config} --iteration 1`" in line
+        assert "`axolotl spin reset CONFIG --iteration 1`" in line
         assert all(name in line for name in ("learning_rate", "loss_type: space", "real_penalty", "sft_weight"))
         assert len(calls(config)) == 2
 
@@ -124,6 +124,25 @@ def test_iteration_after_a_worse_one_is_not_started(config: Path) -> None:
     write_config(config.parent, settings)
     assert invoke("train", config).exit_code == 0
     assert len(calls(config)) == 3
+
+
+def test_iteration_with_a_lower_score_of_the_judge_is_handled_alike(config: Path) -> None:
+    """The next iteration's preparation stores the comparison; until the mark is removed, nothing is trained."""
+    assert invoke("train", config, "--iterations", "2").exit_code == 0
+    _, run = read_config(config)
+    state = run.read_state()
+    assert state is not None
+    state.finished[1]["judge"] = Comparison(40, 0.6, 0.4, -0.2, (-0.3, -0.1)).as_dict()
+    run.write_state(state)
+    done = invoke("train", config)
+    assert done.exit_code == 1
+    assert "iteration 1 lowered the judge's score of held-out responses, +0.6000 → +0.4000 mean score (" in done.output
+    assert "so iteration 2 is not trained" in done.output
+    content = json.loads(invoke("status", config, "--json").output)
+    assert [entry["state"] for entry in content["iterations"]] == ["finished", "finished, worse", "not started"]
+    assert invoke("reset", config, "--iteration", "1", "--yes").exit_code == 0
+    assert invoke("train", config).exit_code == 0
+    assert len(calls(config)) == 4
 
 
 def test_worse_last_iteration_ends_the_run_normally(config: Path) -> None:

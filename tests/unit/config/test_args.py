@@ -403,6 +403,8 @@ def test_judge_is_a_ready_made_one_or_a_function(written: str, function: str) ->
         ),
         ({"function": "a:b:c"}, "spin.judge.function"),
         ({"function": "a/b.py:c"}, "spin.judge.function"),
+        ({"function": "mine.py:judge"}, "write `module:function` instead of 'mine.py:judge': a module's name, not its"),
+        ({"function": "exact", "processes": 17}, "spin.judge.processes"),
         ({"function": ":c"}, "spin.judge.function"),
         ({"function": "a:"}, "spin.judge.function"),
         ({"function": "exact", "drop_at": 0}, "spin.judge.drop_at"),
@@ -440,6 +442,25 @@ def test_schedule_adds_changes_and_removes_the_judge() -> None:
     )
     assert args.at(0).judge == JudgeArgs(function="number", drop_at=0.5, timeout=3, kwargs={"tolerance": 1})
     assert args.at(1).judge is None
+
+
+def test_another_function_in_the_schedule_does_not_inherit_kwargs() -> None:
+    args = parse_spin_block(
+        {
+            "iterations": 4,
+            "judge": {"function": "number", "timeout": 3, "kwargs": {"tolerance": 1}},
+            "schedule": [
+                {"judge": {"function": "number"}},
+                {"judge": {"function": "exact"}},
+                {"judge": {"function": "exact", "kwargs": {"ignore_case": True}}},
+                {"judge": {"function": "exact", "drop_at": 0.5}},
+            ],
+        }
+    )
+    found = [args.at(number).judge for number in range(4)]
+    assert [judge and judge.kwargs for judge in found] == [{"tolerance": 1}, {}, {"ignore_case": True}, {}]
+    assert [judge and judge.timeout for judge in found] == [3, 3, 3, 3]
+    assert args.judges == [found[0], found[3], found[2]]  # each function with its arguments once
 
 
 @pytest.mark.parametrize(

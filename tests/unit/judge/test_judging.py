@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -85,11 +86,15 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def write_judge(body: str, name: str = "mine") -> str:
-    """Write a module with a judge and return `module:function`."""
+def write_judge(body: str, *, when_tried: bool = False) -> str:
+    """Write a module with a judge and return `module:function`.
+
+    When it is tried on real responses, it finds them right without a trace, unless `when_tried`.
+    """
+    body = body if when_tried else f"if real == synthetic: return [1.0] * len(real)\n{body.strip()}"
     lines = "\n".join(f"    {line}" for line in body.strip("\n").splitlines())
-    Path(f"{name}.py").write_text(f"{RECORDS}\ndef judge(prompt, real, synthetic, **kwargs):\n{lines}\n")
-    return f"{name}:judge"
+    Path("mine.py").write_text(f"{RECORDS}\ndef judge(prompt, real, synthetic, **kwargs):\n{lines}\n")
+    return "mine:judge"
 
 
 RIGHT = "return [float(r == s) for r, s in zip(real, synthetic)]"
@@ -105,10 +110,10 @@ def judge_all(run: RunDir, function: str, iterations: tuple[int, ...] = (0,), **
     """Judge a run and return the scores of its last iteration."""
     with judging(run, function, **options) as started:
         started.finish(iterations)
-        return list(started.verdicts(iterations[-1]).scores())
+        return list(started.stored(iterations[-1]) or [])
 
 
-def calls() -> list[str]:
+def calls() -> list[Any]:
     """Return every response that was judged, in the order of the calls."""
     file = Path("calls")
     return [text for line in file.read_text().splitlines() for text in json.loads(line)] if file.exists() else []
@@ -205,7 +210,7 @@ def test_messages_are_escaped_and_shortened(directory: Path) -> None:
         ("absent:judge", "No module named 'absent'"),
         ("mine:absent", "has no attribute 'absent'"),
         ("broken:judge", "SyntaxError"),
-        ("json:decoder", "'module' object is not callable"),
+        ("json:decoder", "it is not a function: module"),
     ],
 )
 def test_function_that_cannot_be_used_is_reported_before_anything_is_judged(
@@ -214,28 +219,25 @@ def test_function_that_cannot_be_used_is_reported_before_anything_is_judged(
     write_judge(RIGHT)
     Path("broken.py").write_text("def judge(:")
     with pytest.raises(SpinError, match=reason), judging(make_run(directory), function) as started:
-        started.try_on_real_responses()
+        started.begin([0])
     assert children() == []
 
 
 def test_real_response_that_is_not_right_is_a_warning(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(directory)
-    with judging(run, write_judge("return [0.25] * len(real)")) as started:
-        started.try_on_real_responses()
+    judge_all(run, write_judge("return [0.25] * len(real)", when_tried=True))
     (warning,) = (line for line in capsys.readouterr().out.splitlines() if "warning" in line)
     assert "16 of 16 real responses, compared with themselves, do not reach drop_at: 1 (the first one: 0.25)" in warning
-    with judging(run, write_judge(RIGHT)) as started:
-        started.try_on_real_responses()
-    assert capsys.readouterr().out == ""
+    judge_all(run, write_judge(RIGHT))
+    assert "warning" not in capsys.readouterr().out
 
 
 # --- functions that do not come back -----------------------------------------------------------
 
 
-PASSED_OVER = [
-    ("while True: pass", "it took longer than 1 s"),
-    ("time.sleep(3600)", "it took longer than 1 s"),
-    ("import subprocess; subprocess.run(['sleep', '3600'])", "it took longer than 1 s"),
+SKIPPED = [
+    ("while True: pass", "it took longer than 0."),
+    ("import subprocess; subprocess.run(['sleep', '3600'])", "it took longer than 0."),
     ("[bytes(1 << 30) for _ in range(5)]", "it needed more than 4 GiB of memory"),
     ("os.kill(os.getpid(), 11)", "it was killed by signal 11"),
     ("os._exit(3)", "it exited with code 3"),
@@ -243,28 +245,28 @@ PASSED_OVER = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "reason"), PASSED_OVER, ids=[fault[:20] for fault, _ in PASSED_OVER])
-def test_response_that_ends_the_process_is_passed_over(
+@pytest.mark.parametrize(("fault", "reason"), SKIPPED, ids=[fault[:20] for fault, _ in SKIPPED])
+def test_response_that_ends_the_process_is_skipped(
     directory: Path, fault: str, reason: str, children: Children, capsys: pytest.CaptureFixture[str]
 ) -> None:
     function = write_judge(f"if 'wrong 4' in synthetic:\n    {fault}\n{RIGHT}")
-    found = judge_all(make_run(directory), function, timeout=1)
+    found = judge_all(make_run(directory), function, timeout=0.3)
     assert found == [None if n == 4 else score for n, score in enumerate(EXPECTED)]
     output = capsys.readouterr().out
-    assert f"the response 'wrong 4' to 'question 4' is passed over: {reason}" in output
-    assert "1 passed over" in output
+    assert f"the response 'wrong 4' to 'question 4' is skipped: {reason}" in output
+    assert "1 skipped" in output
     assert children() == []
 
 
 def test_slow_function_is_judged_one_by_one(directory: Path) -> None:
-    """A batch takes 1.6 s, a response 0.1 s: none is passed over."""
-    function = write_judge(f"time.sleep(0.1 * len(real))\n{RIGHT}")
-    assert judge_all(make_run(directory, total=20), function, timeout=1) == EXPECTED[:20]
+    """A batch of 16 hangs, a response alone does not: none is skipped."""
+    function = write_judge(f"if len(real) > 8: time.sleep(3600)\n{RIGHT}")
+    assert judge_all(make_run(directory, total=20), function, timeout=0.3) == EXPECTED[:20]
 
 
-def test_too_many_passed_over_is_an_error(directory: Path) -> None:
+def test_too_many_skipped_is_an_error(directory: Path) -> None:
     function = write_judge("if any('wrong' in text for text in synthetic): os._exit(1)\n" + RIGHT)
-    with pytest.raises(SpinError, match="passed over too many responses of iteration 0"):
+    with pytest.raises(SpinError, match="could not judge too many responses of iteration 0"):
         judge_all(make_run(directory), function)
 
 
@@ -299,8 +301,12 @@ def test_environment_holds_no_secrets(directory: Path, monkeypatch: pytest.Monke
 
 
 def test_processes_end_with_a_killed_parent(directory: Path) -> None:
-    """Idle ones when their pipe closes, hung ones when their time limit is over."""
-    write_judge("note([os.getpid()])\nwhile True: pass")
+    """At once, with what they have started, also if the function holds the interpreter's lock."""
+    write_judge(
+        "import re, subprocess, signal\nsignal.alarm(9999)\nchild = subprocess.Popen(['sleep', '3600'])\n"
+        "note([child.pid])\nre.match('(a*)*b', 'a' * 99)",
+        when_tried=True,
+    )
     program = """
 from spin_plugin.judge.process import JudgeProcess, Question
 process = JudgeProcess()
@@ -308,14 +314,18 @@ process.load("mine:judge", {})
 idle = JudgeProcess()
 idle.load("mine:judge", {})
 print(process._process.pid, idle._process.pid, flush=True)
-process.scores([Question({"text": "", "messages": None}, "", "")], 1.0)
+process.scores([Question({"text": "", "messages": None}, "", "")], 3600.0)
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout
         pids = [int(pid) for pid in parent.stdout.readline().split()]
-        wait_until(lambda: Path("calls").exists())
+        wait_until(lambda: bool(calls()))
         parent.kill()
-    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+    wait_until(lambda: not any(map(running, [*pids, *calls()])))
+
+
+def running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def wait_until(reached: Callable[[], bool]) -> None:
@@ -332,7 +342,7 @@ def test_nothing_is_judged_twice(directory: Path, capsys: pytest.CaptureFixture[
     run, function = make_run(directory), write_judge(f"note(synthetic)\n{RIGHT}")
     judge_all(run, function)
     assert sorted(calls()) == sorted(f"{'answer' if n % 3 == 0 else 'wrong'} {n}" for n in range(TOTAL))
-    assert "300 responses judged by mine:judge; of all 300, 33.3% are right" in capsys.readouterr().out
+    assert re.search("300 responses judged by mine:judge in [0-9]+ s, 0 skipped", capsys.readouterr().out)
     assert judge_all(run, function, timeout=99, processes=1) == EXPECTED
     assert len(calls()) == TOTAL
     assert capsys.readouterr().out == ""
@@ -377,10 +387,10 @@ def test_verdicts_of_other_responses_or_another_judge_are_judged_again(directory
     assert len(calls()) == 3 * TOTAL + TOTAL - 256
 
 
-def test_a_longer_time_limit_judges_again_what_was_passed_over(directory: Path) -> None:
+def test_a_longer_time_limit_judges_again_what_was_skipped(directory: Path) -> None:
     run, function = make_run(directory), write_judge(f"if 'wrong 4' in synthetic: time.sleep(0.8)\n{RIGHT}")
-    assert judge_all(run, function, timeout=0.5)[4] is None
-    assert judge_all(run, function, timeout=0.4)[4] is None
+    assert judge_all(run, function, timeout=0.05)[4] is None
+    assert judge_all(run, function, timeout=0.04)[4] is None
     assert judge_all(run, function, timeout=60) == EXPECTED
 
 
@@ -429,20 +439,24 @@ def test_shards_are_judged_as_they_are_submitted(directory: Path) -> None:
         assert len(calls()) == TOTAL - 256
         started.submit(0, 0)
         started.finish([0])
-        assert list(started.verdicts(0).scores()) == EXPECTED
+        assert started.stored(0) == EXPECTED
     assert len(calls()) == TOTAL
 
 
-def test_failure_in_the_background_stops_the_next_submission(directory: Path) -> None:
-    with judging(make_run(directory), write_judge("raise OSError")) as started:
+def test_nothing_is_judged_after_a_failure_and_the_end_reports_it(directory: Path) -> None:
+    """Generating goes on: `submit` does not raise."""
+    with judging(make_run(directory), write_judge("note(synthetic)\nraise OSError")) as started:
         started.submit(0, 0)
         wait_until(started._shards[0, 0].done)
+        seen = len(calls())
+        started.submit(0, 1)
         with pytest.raises(SpinError, match="OSError"):
-            started.submit(0, 1)
+            started.finish([0])
+        assert len(calls()) == seen
 
 
 def test_closing_does_not_wait_for_the_function(directory: Path, children: Children) -> None:
-    function = write_judge("note(synthetic)\nif real != synthetic: time.sleep(3600)\n" + RIGHT)
+    function = write_judge("note(synthetic)\ntime.sleep(3600)")
     with judging(make_run(directory), function, timeout=3600) as started:
         started.submit(0, 0)
         wait_until(lambda: bool(calls()))
@@ -462,6 +476,7 @@ def test_function_that_changes_while_judging_is_refused(directory: Path) -> None
     run = make_run(directory)
     function = write_judge("if 'wrong 4' in synthetic: os._exit(0)\n" + RIGHT)
     with judging(run, function) as started:
+        started.begin([0])
         write_judge(RIGHT)
-        with pytest.raises(SpinError, match="has changed meanwhile"):
+        with pytest.raises(SpinError, match="changed during the run"):
             started.finish([0])

@@ -6,6 +6,7 @@ import random
 import re
 import sqlite3
 import string
+import time
 from decimal import Decimal
 from pathlib import Path
 
@@ -58,6 +59,12 @@ def test_exact(real: str, synthetic: str, plain: int, case: int, whitespace: int
         ("1,2345", "2345"),
         ("so -5", "-5"),
         ("so −5", "-5"),
+        ("so –5", "-5"),
+        ("7–3", "3"),
+        ("1e5", "100000"),
+        ("about 1.5E-3 mm", "0.0015"),
+        ("2e3x", "3"),
+        ("1e999999999", "999999999"),
         ("+7", "7"),
         ("7-3", "3"),
         ("(2)-3", "3"),
@@ -184,6 +191,20 @@ def test_only_reading_is_allowed(database: str, query: str, tmp_path: Path, monk
     assert sqlite([{}] * 3, [query, REAL, REAL], [query, query, REAL], database=database) == [0, 0, 1]
     assert Path(database).read_bytes() == before
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("max_steps", [0, -1])
+def test_steps_must_be_positive(database: str, max_steps: int) -> None:
+    with pytest.raises(ValueError, match="max_steps"):
+        sqlite([{}], [REAL], [REAL], database=database, max_steps=max_steps)
+
+
+def test_expensive_functions_do_not_escape_the_limit(database: str) -> None:
+    """Each step takes milliseconds, so that all of max_steps would take hours."""
+    slow = ENDLESS.replace("count(*)", "sum(length(hex(randomblob(490000))))")
+    started = time.process_time()
+    assert sqlite([{}], [slow], [slow], database=database) == [0]
+    assert time.process_time() - started < 20  # 2 s, far from hours
 
 
 ENDLESS = "with recursive n(i) as (select 1 union all select i + 1 from n) select count(*) from n"

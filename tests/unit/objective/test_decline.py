@@ -9,19 +9,19 @@ import pytest
 import torch
 from scipy.stats import bootstrap, ttest_1samp
 
-from spin_plugin.objective.decline import HeldOut, compare, negative_real_reward, read_held_out
+from spin_plugin.objective.decline import Comparison, compare, negative_real_reward, read_check
 
 # --- held-out prompts --------------------------------------------------------------------------
 
 
-def reference(before: list[float], after: list[float], tokens: list[int]) -> HeldOut:
+def reference(before: list[float], after: list[float], tokens: list[int]) -> Comparison:
     """Prompt by prompt on Python floats, with scipy's t-test."""
     first = [logp / count for logp, count in zip(before, tokens, strict=True)]
     second = [logp / count for logp, count in zip(after, tokens, strict=True)]
     differences = [new - old for old, new in zip(first, second, strict=True)]
     low, high = ttest_1samp(differences, 0).confidence_interval(0.95)
     mean = statistics.fmean
-    return HeldOut(len(tokens), mean(first), mean(second), mean(differences), (low, high))
+    return Comparison(len(tokens), mean(first), mean(second), mean(differences), (low, high))
 
 
 def responses(prompts: int, change: float, noise: float, seed: int = 0) -> tuple[list[float], list[float], list[int]]:
@@ -33,9 +33,9 @@ def responses(prompts: int, change: float, noise: float, seed: int = 0) -> tuple
     return before, after, tokens
 
 
-def compared(before: list[float], after: list[float], tokens: list[int]) -> HeldOut:
-    double = {"dtype": torch.float64}
-    return compare(torch.tensor(before, **double), torch.tensor(after, **double), torch.tensor(tokens))
+def compared(before: list[float], after: list[float], tokens: list[int]) -> Comparison:
+    old, new = (torch.tensor(logps, dtype=torch.float64) / torch.tensor(tokens) for logps in (before, after))
+    return compare(old, new)
 
 
 @pytest.mark.parametrize("prompts", [2, 8, 32, 500])
@@ -95,14 +95,14 @@ def test_stored_comparison_is_read_again() -> None:
     stored = json.loads(json.dumps({"iteration": 0, "held_out": found.as_dict()}))
     assert stored["held_out"].keys() == {"prompts", "before", "after", "difference", "interval", "worse"}
     assert stored["held_out"]["worse"] is True
-    assert read_held_out(stored) == found
-    assert read_held_out({"iteration": 0}) is None
+    assert read_check(stored, "held_out") == found
+    assert read_check({"iteration": 0}, "held_out") is None
 
 
 def test_summary_shows_signs_and_interval() -> None:
-    found = HeldOut(64, -0.412, -0.398, 0.014, (0.009, 0.019))
+    found = Comparison(64, -0.412, -0.398, 0.014, (0.009, 0.019))
     expected = "−0.4120 → −0.3980 nats per token (+0.0140, 95% interval +0.0090…+0.0190, 64 prompts)"
-    assert found.summary() == expected
+    assert found.summary("nats per token") == expected
 
 
 # --- the log -----------------------------------------------------------------------------------
