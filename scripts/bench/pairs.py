@@ -44,7 +44,8 @@ def write_inputs(directory: Path, pairs: int) -> None:
     with table_writer(directory / "examples.arrow", EXAMPLE_SCHEMA) as write:
         for start in range(0, examples, SHARD):
             count = min(SHARD, examples - start)
-            write({"prompt": list(tokens(count, PROMPT)), "real": list(tokens(count, REAL))})
+            rows = [*range(start, start + count)]
+            write({"prompt": list(tokens(count, PROMPT)), "real": list(tokens(count, REAL)), "row": rows})
     for iteration in (0, 1):
         shards = Shards(directory / f"synthetic-{iteration}")
         shards.directory.mkdir()

@@ -117,8 +117,9 @@ class SpinArgs(Block):
 
     tokens_per_micro_batch: Annotated[int | None, Mark.FREE] = Field(default=None, ge=1)
     """Number of tokens that a micro-batch holds, instead of `micro_batch_size` pairs; a longer pair has one to itself.
-    Memory then depends on this number. A step keeps its micro_batch_size × gradient_accumulation_steps pairs per
-    process. Default: `micro_batch_size` pairs, rounded up to whole prompts."""
+    Memory then depends on this number (in the padded layout, which repeats prompts and pads, it is higher). A step keeps
+    its micro_batch_size × gradient_accumulation_steps pairs per process. Default: `micro_batch_size` pairs, rounded up
+    to whole prompts."""
 
     adapter_chain: Annotated[Literal["continue", "merge"], Mark.RUN_WIDE] = "continue"
     """How iterations build on each other with `adapter: lora` or `qlora`. `continue` keeps training the previous

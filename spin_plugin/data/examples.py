@@ -55,15 +55,17 @@ def write_examples(
     A real response is a span that the labels train on; its prompt is everything before it, including earlier turns.
     A row with several trained spans yields one example for each of the chosen turns.
     """
-    counts = ExampleCounts(rows=len(rows))
+    counts, first = ExampleCounts(rows=len(rows)), 0
     with table_writer(path, EXAMPLE_SCHEMA) as write:
         for block in blocks(rows, ("input_ids", "labels")):
             examples = [
-                example
-                for ids, labels in zip(block["input_ids"], block["labels"], strict=True)
+                (*example, row)
+                for row, (ids, labels) in enumerate(zip(block["input_ids"], block["labels"], strict=True), first)
                 for example in _examples_of_row(ids, labels, turns, sequence_len, counts)
             ]
-            write({"prompt": [prompt for prompt, _ in examples], "real": [real for _, real in examples]})
+            columns = zip(*examples, strict=True) if examples else ((), (), ())
+            write(dict(zip(EXAMPLE_SCHEMA.names, columns, strict=True)))
+            first += len(block["labels"])
     return counts
 
 

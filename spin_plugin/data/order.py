@@ -7,7 +7,7 @@ split into micro-batches of about equally many tokens.
 import math
 from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -58,6 +58,25 @@ class PromptSampler(Sampler[int]):
         yield from shuffled(self.prompts, torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
 
 
+class SeededSampler(Sampler[int]):
+    """Give a sampler that draws from a generator, as that of `group_by_length`, the same order on every rank and after
+    a resume."""
+
+    def __init__(self, sampler: Any, *, seed: int) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch; accelerate calls this at the start of every epoch, also after a resume."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from self.sampler
+
+
 def shuffled(prompts: Tensor, generator: torch.Generator) -> Tensor:
     """Return the [N] pair indices in a random order of prompts, the pairs of each together and in their own order."""
     numbers, pairs = prompts.unique(return_inverse=True)
@@ -96,13 +115,16 @@ def micro_batches(step: list[int], sizes: Sizes, limits: Limits, *, ranks: int, 
     parts = [list(run) for _, run in groupby(step, key=prompts.__getitem__)]
     if limits.tokens is not None:
         parts = [piece for part in parts for piece in _pieces(part, limits.tokens, row_tokens)]
-    weighed = [(part, row_tokens(part)) for part in parts]
     if not balance:
-        return _in_order(weighed, limits)
-    weighed.sort(key=lambda part: part[1], reverse=True)
-    least = len(step) / limits.pairs if limits.tokens is None else sum(load for _, load in weighed) / limits.tokens
+        return _in_order([(part, row_tokens(part)) for part in parts], limits)
+    least = len(step) / limits.pairs if limits.tokens is None else sum(map(row_tokens, parts)) / limits.tokens
     number = ranks * math.ceil(least / ranks)
-    while (found := _balanced(weighed, number, limits)) is None:
+    # With fewer prompts than micro-batches, the last ranks would have none. Half a prompt is better.
+    while len(parts) < number and len(parts) % ranks and len(longest := max(parts, key=len)) > 1:
+        parts.remove(longest)
+        parts += [longest[: len(longest) // 2], longest[len(longest) // 2 :]]
+    with_tokens = sorted(((part, row_tokens(part)) for part in parts), key=lambda part: part[1], reverse=True)
+    while (found := _balanced(with_tokens, number, limits)) is None:
         number += ranks
     return found
 
@@ -125,7 +147,7 @@ class _MicroBatch:
         self.pairs: list[int] = []
         self.tokens = 0
 
-    def has_space(self, tokens: int, limits: Limits) -> bool:
+    def fits(self, tokens: int, limits: Limits) -> bool:
         if limits.tokens is None:
             return len(self.pairs) < limits.pairs
         return not self.pairs or self.tokens + tokens <= limits.tokens
@@ -139,7 +161,7 @@ def _in_order(parts: list[tuple[list[int], int]], limits: Limits) -> list[list[i
     """Join consecutive parts, each with its tokens, into micro-batches."""
     filled = [_MicroBatch()]
     for pairs, tokens in parts:
-        if not filled[-1].has_space(tokens, limits):
+        if not filled[-1].fits(tokens, limits):
             filled.append(_MicroBatch())
         filled[-1].add(pairs, tokens)
     return [batch.pairs for batch in filled]
@@ -150,10 +172,10 @@ def _balanced(parts: list[tuple[list[int], int]], number: int, limits: Limits) -
     filled = [_MicroBatch() for _ in range(number)]
     for pairs, tokens in parts:
         # Greedy: to the micro-batch with the fewest tokens among those with space.
-        having_space = [batch for batch in filled if batch.has_space(tokens, limits)]
-        if not having_space:
+        fitting = [batch for batch in filled if batch.fits(tokens, limits)]
+        if not fitting:
             return None
-        min(having_space, key=lambda batch: batch.tokens).add(pairs, tokens)
+        min(fitting, key=lambda batch: batch.tokens).add(pairs, tokens)
     return [batch.pairs for batch in filled if batch.pairs]
 
 

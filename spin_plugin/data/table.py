@@ -11,7 +11,7 @@ from datasets import Dataset
 BLOCK = 1024  # rows in memory at a time
 
 TOKENS = pa.list_(pa.int32())
-EXAMPLE_SCHEMA = pa.schema({"prompt": TOKENS, "real": TOKENS})
+EXAMPLE_SCHEMA = pa.schema({"prompt": TOKENS, "real": TOKENS, "row": pa.int64()})  # row: number of the SFT row
 PAIR_SCHEMA = pa.schema(
     {
         "prompt": TOKENS,

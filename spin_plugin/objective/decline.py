@@ -17,6 +17,9 @@ REMEDIES = "try a lower learning_rate, `loss_type: space`, `real_penalty` or `sf
 CONFIDENCE = 0.95
 FEWEST_PROMPTS = 8
 """The interval of fewer prompts is too wide to decide anything."""
+NEGLIGIBLE = 0.005
+"""A smaller fall, in nats per token or of a score, does not count, however certain it is: SPIN's loss often lowers real
+responses slightly, and with thousands of prompts that would be significant."""
 WINDOW = 0.5
 """Epochs over which the real reward must be negative."""
 FEWEST_ENTRIES = 6
@@ -59,8 +62,8 @@ class Comparison:
 
     @property
     def worse(self) -> bool:
-        """Whether it became less, beyond the noise of the prompts."""
-        return self.interval[1] < 0
+        """Whether it fell, beyond the noise of the prompts and by more than a negligible amount."""
+        return self.interval[1] < 0 and self.difference < -NEGLIGIBLE
 
     def summary(self, unit: str) -> str:
         """Return `before → after` in this unit, with difference, interval and number of prompts, on one line."""
@@ -99,21 +102,27 @@ def decline(entry: Mapping[str, Any]) -> str | None:
     return " and ".join(worse) or None
 
 
-def compare(before: Tensor, after: Tensor) -> Comparison:
+def compare(before: Tensor, after: Tensor, rows: Tensor | None = None) -> Comparison:
     """Compare two models on the same prompts: the mean paired difference and its interval by Student's t.
 
     Args:
         before: [N] a measurement of each prompt with the opponent, N ≥ 2.
         after: [N] the same with the trained model.
+        rows: [N] number of the SFT row, at least two. Turns of one conversation are not independent, so each row counts
+            with its mean; by default each prompt is a row of its own.
     """
     from scipy.special import stdtrit
 
+    prompts = len(before)
     before, after = before.double(), after.double()
+    if rows is not None:
+        _, place, counts = rows.unique(return_inverse=True, return_counts=True)
+        before, after = (before.new_zeros(len(counts)).index_add(0, place, each) / counts for each in (before, after))
     differences = after - before
     number, mean = len(differences), float(differences.mean())
     quantile = float(stdtrit(number - 1, (1 + CONFIDENCE) / 2))
     margin = quantile * float(differences.std()) / math.sqrt(number)
-    return Comparison(number, float(before.mean()), float(after.mean()), mean, (mean - margin, mean + margin))
+    return Comparison(prompts, float(before.mean()), float(after.mean()), mean, (mean - margin, mean + margin))
 
 
 def negative_real_reward(entries: Sequence[Mapping[str, Any]]) -> float | None:

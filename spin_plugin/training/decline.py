@@ -1,5 +1,6 @@
 """Warn when real responses become less likely: at the end of training on held-out prompts, before that from the log."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,16 +29,18 @@ class HeldOutCheck(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        trainer, pairs = self.trainer, self.trainer.task.pairs.eval
+        trainer, found = self.trainer, self.trainer.task.pairs
+        pairs, rows = found.eval, found.held_out_rows
         if pairs is None:
             return
         # A prompt's real response counts once, however many pairs it has.
-        first = np.unique(pairs.data.column("example").to_numpy(), return_index=True)[1]
-        if len(first) < FEWEST_PROMPTS:
+        examples, first = np.unique(pairs.data.column("example").to_numpy(), return_index=True)
+        rows = None if rows is None else rows[torch.from_numpy(examples)]
+        if len(first if rows is None else rows.unique()) < FEWEST_PROMPTS:
             if trainer.is_world_process_zero():
                 say(f"{len(first)} held-out prompts are too few to check whether the model became worse")
             return
-        # All pairs in the same rounds as under the opponent: an unchanged model has exactly the same log-probs.
+        # All pairs in the same rounds as under the opponent, so that rounding does not differ either.
         after = torch.full_like(trainer.opponent["eval"], torch.nan)
         score_pairs(trainer, trainer.model_wrapped, pairs, after, title="held-out pairs")
         real = response_indices(torch.from_numpy(first))[0]
@@ -48,30 +51,29 @@ class HeldOutCheck(TrainerCallback):
                 "the trained model's log-probs of held-out responses are not finite: training diverged; remove the "
                 "iteration with `axolotl spin reset` and lower the learning_rate"
             )
-        trainer.task.record_held_out(compare(before / tokens, after / tokens))
+        trainer.task.record_held_out(compare(before / tokens, after / tokens, rows))
 
 
 class RealRewardWatch:
     """Warns once an iteration that `spin/reward_real` stays below 0."""
 
     def __init__(self, logged: Iterable[Mapping[str, Any]]) -> None:
-        """`logged` is the log up to the checkpoint that training resumes from: what it shows was warned of before."""
-        self.entries: list[Mapping[str, Any]] = []
-        self.warned = False
-        for entry in logged:
-            self.warned = self.warned or self._add(entry) is not None
+        """`logged` is the log up to the checkpoint that training resumes from; what it shows was already reported."""
+        self.entries = [entry for entry in logged if _has_reward(entry)]
+        self.warned = negative_real_reward(self.entries) is not None
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Add an entry of the training log."""
-        if not self.warned and (mean := self._add(entry)) is not None:
+        if self.warned or not _has_reward(entry):
+            return
+        self.entries.append(entry)
+        if (mean := negative_real_reward(self.entries)) is not None:
             self.warned = True
             warn(
-                f"spin/reward_real has been below 0 for the last {WINDOW:g} epochs (mean {mean:.4f}): real responses "
-                f"become less likely; {REMEDIES}"
+                f"the mean of spin/reward_real over the last {WINDOW:g} epochs is {mean:.4f}: real responses become "
+                f"less likely; {REMEDIES}"
             )
 
-    def _add(self, entry: Mapping[str, Any]) -> float | None:
-        if "spin/reward_real" not in entry:
-            return None
-        self.entries.append(entry)
-        return negative_real_reward(self.entries)
+
+def _has_reward(entry: Mapping[str, Any]) -> bool:
+    return math.isfinite(entry.get("spin/reward_real", math.nan))

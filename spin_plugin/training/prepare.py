@@ -8,8 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from datasets import Dataset
+from torch import Tensor
 
 from spin_plugin.args import SpinArgs
 from spin_plugin.config.plain import without_secrets
@@ -45,6 +47,8 @@ class PairsOnDisk:
     """Fingerprint of the opponent's weights."""
     revision: str | None = None
     """Commit of a base model on the hub; all ranks load this one."""
+    held_out_rows: Tensor | None = None
+    """[examples] SFT row of each held-out prompt; None in runs that did not store it."""
     grouped: bool = False
     """Whether pairs of one prompt stand together; decided when the pairs are built, so a resume keeps the order."""
 
@@ -119,11 +123,14 @@ def open_pairs(directory: IterationDir) -> PairsOnDisk:
     """Open the pairs of a prepared iteration."""
     tables = {split: open_table(directory.pairs / f"{split}.arrow") for split in SPLITS}
     manifest = Shards(directory.synthetic).manifest() or {}
+    held_out = RunDir(directory.path.parent).real / "eval.arrow"
+    examples = open_table(held_out) if held_out.exists() else None
     return PairsOnDisk(
         train=tables["train"],
         eval=tables["eval"] if len(tables["eval"]) else None,
         stats=read_stats(directory.pairs / "stats.json"),
         opponent_files={split: directory.pairs / f"opponent-{split}.safetensors" for split in SPLITS},
+        held_out_rows=torch.tensor(examples["row"]) if examples and "row" in examples.column_names else None,
         grouped=(_stored_key(directory) or {}).get("grouped", False),
         weights=str(manifest.get("weights")),
         revision=manifest.get("revision"),
@@ -211,7 +218,7 @@ def _write_pairs(
             directory / f"{split}.arrow",
             end_tokens=real.stop_tokens,
             sequence_len=sequence_len,
-            keep_equal=spin.equal_pairs == "keep",
+            keep_equal=spin.equal_pairs == "keep" or split == "eval",  # held-out prompts must not be selected
             has_initial=has_initial,
             drop_at=judged.drop_at if judged else None,
             keep_right=split == "eval",

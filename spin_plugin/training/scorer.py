@@ -92,7 +92,9 @@ class OpponentScorer(TrainerCallback):
     def _token_logps(self, model: nn.Module, pairs: list[dict[str, Any]]) -> list[Tensor]:
         """Token log-probs of each pair's synthetic response; each rank scores all, because the model can be sharded."""
         trainer = self.trainer
-        found, training, size = [], model.training, trainer.args.per_device_train_batch_size
+        lengths = trainer.sizes(trainer.train_dataset).tokens
+        size = max(1, scoring_tokens(lengths, trainer.limits) // int(lengths.max()))
+        found, training = [], model.training
         model.eval()
         for start in range(0, len(pairs), size):
             batch = trainer._prepare_inputs(trainer.train_data_collator(pairs[start : start + size]))

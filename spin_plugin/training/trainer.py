@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from spin_plugin.console import exit_on_error, say
-from spin_plugin.data.order import Limits, PromptSampler, Sizes, pair_sizes, pairs_counted
+from spin_plugin.data.order import Limits, PromptSampler, SeededSampler, Sizes, pair_sizes, pairs_counted
 from spin_plugin.data.steps import StepDataset, StepSampler, unchanged
 from spin_plugin.model.forward import disable_dropout, install, logps
 from spin_plugin.model.select import Layout
@@ -88,7 +88,9 @@ class SpinTrainer(AxolotlTrainer):
         ordered = args.curriculum_sampling or args.train_sampling_strategy != "random"
         seed = args.data_seed if args.data_seed is not None else args.seed
         sampler = StepSampler(
-            self._get_train_sampler(pairs) if ordered else PromptSampler(sizes.prompts, seed=seed),
+            SeededSampler(self._get_train_sampler(pairs), seed=seed)
+            if ordered
+            else PromptSampler(sizes.prompts, seed=seed),
             sizes,
             self.limits,
             accumulation=args.gradient_accumulation_steps,
@@ -99,7 +101,6 @@ class SpinTrainer(AxolotlTrainer):
         return DataLoaderShard(
             StepDataset(pairs, self.train_data_collator),
             device=args.device,
-            rng_types=["torch"] if ordered else None,  # the order must be the same on all ranks
             batch_sampler=sampler,
             collate_fn=unchanged,
             num_workers=args.dataloader_num_workers,
@@ -117,12 +118,17 @@ class SpinTrainer(AxolotlTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return sum(super(SpinTrainer, self).floating_point_ops(batch) for batch in inputs["micro_batches"])
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        for batch in inputs["micro_batches"]:
+            super()._track_num_input_tokens(batch)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run forward and backward of an item's micro-batches; returns their summed loss."""
         loss = torch.zeros((), device=self.args.device)
         *earlier, last = inputs["micro_batches"] or [None]
         # In items that are not the last of a step, transformers has done the same already.
-        local = self._local_gradients if self.accelerator.sync_gradients else lambda _: nullcontext()
+        each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        local = self._local_gradients if self.accelerator.sync_gradients and not each else lambda _: nullcontext()
         for batch in earlier:
             with local(model):
                 loss += super().training_step(model, batch, num_items_in_batch)
@@ -196,7 +202,7 @@ class SpinTrainer(AxolotlTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each metric's mean since the last log, over all ranks."""
         entry: dict[str, float | None] = {"step": self.state.global_step, "epoch": self.state.epoch}
-        # A rank whose last micro-batches only held repeated pairs takes part in the sum over all ranks, too.
+        # A rank whose last micro-batches did not count takes part in the sum over all ranks, too.
         if "loss" in logs and self._sums["train"] is not None:
             metrics, entry["pairs"] = self._drain("train")
             logs |= metrics

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 BETA, WEIGHT = 0.05, 0.5
 RUNS: dict[str, dict[str, Any]] = {
     "space": {"loss_type": "space", "space_mu": 2.0, "real_penalty": 1.0, "sft_weight": 0.5},
-    "t_spin": {"loss_type": "t_spin", "t_spin_weight": WEIGHT, "group_prompts": "on"},
+    "t_spin": {"loss_type": "t_spin", "t_spin_weight": WEIGHT, "group_prompts": "auto"},
 }
 OF_MARGIN = [name for name in LOSSES if name not in RUNS]
 

@@ -87,7 +87,7 @@ def test_run_stops_after_a_worse_iteration(tmp_path: Path, llama: Path, command:
     done = command("axolotl", "spin", "train", config, directory=tmp_path)
     assert done.code == 1, done.output[-3000:]
     assert len(lines(done, "warning: iteration 0 made held-out real responses less likely")) == 1
-    assert len(lines(done, "warning: spin/reward_real has been below 0")) == 1
+    assert len(lines(done, "warning: the mean of spin/reward_real over")) == 1
     (error,) = done.errors
     assert "so iteration 1 is not trained" in error
     assert finished(run)[0]["held_out"]["worse"] is True

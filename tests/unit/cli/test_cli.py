@@ -17,6 +17,7 @@ from tiny import chat_rows, spin_config, write_config, write_jsonl
 
 from spin_plugin.args import GenerationArgs, SpinArgs
 from spin_plugin.cli import spin
+from spin_plugin.cli.config_file import read_config
 from spin_plugin.cli.init import edit, spin_changes
 from spin_plugin.config.lower import lower
 from spin_plugin.objective.decline import Comparison

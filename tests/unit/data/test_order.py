@@ -7,8 +7,18 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, skip_firs
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import BatchSampler, SequentialSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from spin_plugin.data.order import Limits, PromptSampler, Sizes, micro_batches, pair_sizes, pairs_counted, shuffled
+from spin_plugin.data.order import (
+    Limits,
+    PromptSampler,
+    SeededSampler,
+    Sizes,
+    micro_batches,
+    pair_sizes,
+    pairs_counted,
+    shuffled,
+)
 from spin_plugin.data.steps import StepDataset, StepSampler, steps_in_epoch, unchanged
 
 
@@ -158,13 +168,38 @@ def test_balanced_groups_by_hand() -> None:
 
 
 def test_micro_batch_of_one_pair_holds_one_prompt() -> None:
-    """Three prompts of two pairs: three micro-batches instead of six, and on two ranks two each, one of them empty."""
+    """Three prompts of two pairs: three micro-batches instead of six; on two ranks two each, so one prompt is split."""
     sizes = Sizes(torch.full((6,), 10), torch.full((6,), 5), torch.tensor([1, 1, 2, 2, 3, 3]))
     found = micro_batches([*range(6)], sizes, Limits(1), ranks=1, balance=True)
     assert found == [[0, 1], [2, 3], [4, 5]]
     (step,) = steps_of(items(sizes, Limits(1), accumulation=3, ranks=2))
     assert [len(batches) for batches in step] == [2, 2]
-    assert sorted(len(batch) for batches in step for batch in batches) == [0, 2, 2, 2]
+    assert sorted(len(batch) for batches in step for batch in batches) == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "accumulation", "ranks", "prompts"), [(1, 1, 8, 4), (1, 4, 8, 4), (2, 2, 8, 4), (4, 1, 2, 1)]
+)
+def test_every_rank_has_pairs_where_prompts_are_fewer(pairs: int, accumulation: int, ranks: int, prompts: int) -> None:
+    """Prompts are split just enough; with whole prompts only, the last ranks would repeat a pair in vain."""
+    number = pairs * accumulation * ranks
+    sizes = Sizes(torch.full((number,), 10), torch.full((number,), 5), torch.arange(number) * prompts // number)
+    (step,) = steps_of(items(sizes, Limits(pairs), accumulation=accumulation, ranks=ranks))
+    assert all(batch for batches in step for batch in batches)
+    assert {len(batches) for batches in step} == {1}
+
+
+def test_order_by_length_is_the_same_after_a_resume() -> None:
+    lengths = torch.randint(1, 100, (64,)).tolist()
+    orders = []
+    for _ in range(2):
+        sampler = SeededSampler(LengthGroupedSampler(4, lengths=lengths), seed=5)
+        sampler.set_epoch(1)
+        orders.append(list(sampler))
+        torch.rand(3)  # the global generator is elsewhere by then
+    assert orders[0] == orders[1]
+    sampler.set_epoch(2)
+    assert list(sampler) != orders[0]
 
 
 def test_tokens_by_hand() -> None:

@@ -125,7 +125,7 @@ def test_first_turn_without_a_prompt_does_not_hide_the_later_ones(tmp_path: Path
     rows = sft(row((True, [20, END]), (False, [11]), (True, [21, END])))
     counts = write_examples(rows, tmp_path / "x.arrow", turns="all", sequence_len=50)
     assert (counts.no_prompt, counts.examples) == (1, 1)
-    assert open_table(tmp_path / "x.arrow")[0] == {"prompt": [20, END, 11], "real": [21, END]}
+    assert open_table(tmp_path / "x.arrow")[0] == {"prompt": [20, END, 11], "real": [21, END], "row": 0}
 
 
 def test_skipped_rows_are_not_mentioned_if_there_are_none() -> None:

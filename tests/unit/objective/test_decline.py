@@ -162,3 +162,20 @@ def test_few_entries_decide_nothing() -> None:
     """Logged every two epochs: six entries are needed to estimate the noise."""
     entries = [{"epoch": 2.0 * (place + 1), "pairs": 64, "spin/reward_real": -1.0 - place / 10} for place in range(6)]
     assert [negative_real_reward(entries[:count]) is None for count in range(7)] == [True] * 6 + [False]
+
+
+def test_turns_of_a_row_count_once() -> None:
+    """By hand: rows with means 1, 2 and 6 of their turns' differences."""
+    before, after = torch.zeros(5), torch.tensor([1.0, 1.0, 1.0, 2.0, 6.0])
+    found = compare(before, after, torch.tensor([7, 7, 7, 3, 4]))
+    alone = compare(torch.zeros(3), torch.tensor([1.0, 2.0, 6.0]))
+    assert (found.difference, found.interval) == (alone.difference, alone.interval) == (3.0, alone.interval)
+    assert found.prompts == 5
+
+
+def test_a_negligible_fall_is_not_worse() -> None:
+    noise = torch.randn(2000, generator=torch.Generator().manual_seed(0)) * 0.001
+    for fall, worse in ((0.004, False), (0.006, True)):
+        found = compare(torch.zeros(2000), noise - fall)
+        assert found.interval[1] < 0
+        assert found.worse is worse

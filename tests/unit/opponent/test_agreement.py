@@ -42,7 +42,8 @@ def build(directory: Path, responses: list[Response], *, keep_equal: bool, earli
     """Build the pairs of iteration 1; the real response of example n is [n, END]."""
     examples = max(each["example"] for each in responses) + 1
     with table_writer(directory / "real.arrow", EXAMPLE_SCHEMA) as write:
-        write({"prompt": examples * [[7]], "real": [[number, END] for number in range(examples)]})
+        numbers = [*range(examples)]
+        write({"prompt": examples * [[7]], "real": [[number, END] for number in numbers], "row": numbers})
     of_train = [each for each in responses if each["split"] == "train"]
     synthetic = [Synthetic(each["example"], 1, each["tokens"], truncated=False) for each in of_train]
     mixed = [each._replace(iteration=0) for each in synthetic[:earlier]] + synthetic

@@ -18,7 +18,7 @@ from torch import nn
 
 from spin_plugin.config.specs import TrainingSpec, read_training
 from spin_plugin.console import SpinError
-from spin_plugin.objective.decline import read_held_out
+from spin_plugin.objective.decline import read_check
 from spin_plugin.run.directory import RunDir
 from spin_plugin.training.precision import (
     keep_4bit_weights_trainable,
@@ -350,7 +350,7 @@ def test_two_processes_match_the_losses_of_one(trained: Path, name: str) -> None
 def test_held_out_responses_gain_as_in_fp32(trained: Path, name: str) -> None:
     """Scored after the masters are rounded, with sharded weights too."""
     states = [RunDir(trained / setup / "run").read_state() for setup in ("fp32", name)]
-    exact, found = (read_held_out(state.finished[0]) for state in states)
+    exact, found = (read_check(state.finished[0], "held_out") for state in states)
     assert found.prompts == exact.prompts == 8
     assert found.difference == pytest.approx(exact.difference, rel=0.1)
 

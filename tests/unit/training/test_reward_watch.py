@@ -18,7 +18,7 @@ def test_one_warning_names_the_remedies(capsys: pytest.CaptureFixture[str]) -> N
     for entry in entries(-1.0):
         watch.add(entry)
     (line,) = warnings(capsys)
-    assert line.startswith("spin: warning: spin/reward_real has been below 0 for the last 0.5 epochs (mean -1.002")
+    assert line.startswith("spin: warning: the mean of spin/reward_real over the last 0.5 epochs is -1.002")
     assert all(name in line for name in ("learning_rate", "loss_type: space", "real_penalty", "sft_weight"))
 
 
