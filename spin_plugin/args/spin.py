@@ -117,7 +117,7 @@ class SpinArgs(Block):
 
     tokens_per_micro_batch: Annotated[int | None, Mark.FREE] = Field(default=None, ge=1)
     """Number of tokens that a micro-batch holds, instead of `micro_batch_size` pairs; a longer pair has one to itself.
-    Memory then depends on this number (in the padded layout, which repeats prompts and pads, it is higher). A step keeps
+    Memory then depends on this number; it is higher in the padded layout, which repeats prompts and pads. A step keeps
     its micro_batch_size × gradient_accumulation_steps pairs per process. Default: `micro_batch_size` pairs, rounded up
     to whole prompts."""
 
