@@ -43,7 +43,7 @@ class JudgeStats:
     right: int = 0
     """Number of responses that reach `drop_at`."""
     unjudged: int = 0
-    """Number of responses that were passed over."""
+    """Number of responses that were skipped."""
     mean: float = 0.0
     """Mean score of the judged responses, 0…1."""
 

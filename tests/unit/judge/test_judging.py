@@ -223,6 +223,82 @@ def test_function_that_cannot_be_used_is_reported_before_anything_is_judged(
     assert children() == []
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "reason"),
+    [
+        ({"ignore": True}, "spin.judge.kwargs: spin_plugin.judge:exact: got an unexpected keyword argument 'ignore'"),
+        ({"database": 1, "max": 2}, "spin.judge.kwargs: spin_plugin.judge:exact: "),
+    ],
+)
+def test_wrong_kwargs_are_reported_by_name(directory: Path, kwargs: dict[str, Any], reason: str) -> None:
+    with pytest.raises(SpinError, match=re.escape(reason)):
+        judge_all(make_run(directory), "spin_plugin.judge:exact", kwargs=kwargs)
+
+
+def test_missing_kwargs_are_reported(directory: Path) -> None:
+    with pytest.raises(SpinError, match=r"spin.judge.kwargs: .*missing a required argument: 'database'"):
+        judge_all(make_run(directory), "spin_plugin.judge:sqlite")
+
+
+@pytest.mark.parametrize(
+    ("start", "reason"),
+    [
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("import os; os.write(2, b'libgone.so: cannot open\\n'); os._exit(1)", "code 1: libgone.so: cannot open"),
+        ("import sys; sys.excepthook = lambda *_: None\nraise ImportError('hidden?')", "ImportError: hidden?"),
+        (
+            "def judge(real, synthetic): pass",
+            "cannot be loaded: TypeError: got an unexpected keyword argument 'prompt'",
+        ),
+    ],
+)
+def test_module_that_cannot_be_imported_is_reported_with_the_reason(directory: Path, start: str, reason: str) -> None:
+    Path("mine.py").write_text(start)
+    with pytest.raises(SpinError, match=re.escape(reason)):
+        judge_all(make_run(directory), "mine:judge")
+
+
+def test_trial_on_one_response_ends_at_the_time_limit(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spin_plugin.judge.pool.START_TIMEOUT", 0.5)
+    function = write_judge("note(synthetic)\ntime.sleep(3600)", when_tried=True)
+    with pytest.raises(SpinError, match=r"'answer 0' to 'question 0': it took longer than 0.6 s \(spin.judge.timeout"):
+        judge_all(make_run(directory), function, timeout=0.1)
+    assert calls() == ["answer 0"]
+
+
+def test_first_call_of_a_process_may_load_a_model(directory: Path) -> None:
+    """Also in a process that is started after another one has died."""
+    function = write_judge(
+        f"""
+if not hasattr(sys, "model"):
+    time.sleep(1)
+    sys.model = True
+if 'wrong 4' in synthetic: os._exit(1)
+{RIGHT}
+""",
+        when_tried=True,
+    )
+    found = judge_all(make_run(directory, total=20), function, timeout=0.2, processes=1)
+    assert found == [None if n == 4 else score for n, score in enumerate(EXPECTED[:20])]
+
+
+def test_replaced_excepthook_hides_no_error(directory: Path) -> None:
+    function = write_judge("sys.excepthook = lambda *_: None\nraise KeyError('column')")
+    with pytest.raises(SpinError, match="KeyError: 'column'"):
+        judge_all(make_run(directory), function)
+
+
+def test_forked_children_do_not_answer(directory: Path) -> None:
+    """They return from the function as their parent does, or raise."""
+    function = write_judge(f"if os.fork() == 0 and len(synthetic) % 2: raise OSError\n{RIGHT}")
+    assert judge_all(make_run(directory), function) == EXPECTED
+
+
+def test_judge_leaves_the_processor_to_vllm(directory: Path) -> None:
+    judge_all(make_run(directory, total=20), write_judge(f"note([os.nice(0)])\n{RIGHT}"), processes=1)
+    assert calls()[0] == min(19, os.nice(0) + 10)
+
+
 def test_real_response_that_is_not_right_is_a_warning(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(directory)
     judge_all(run, write_judge("return [0.25] * len(real)", when_tried=True))
@@ -241,6 +317,12 @@ SKIPPED = [
     ("[bytes(1 << 30) for _ in range(5)]", "it needed more than 4 GiB of memory"),
     ("os.kill(os.getpid(), 11)", "it was killed by signal 11"),
     ("os._exit(3)", "it exited with code 3"),
+    ("sys.stderr.write('first\\n\\nout of luck\\n'); sys.stderr.flush(); os._exit(3)", "code 3: out of luck"),
+    ('raise RuntimeError("DefaultCPUAllocator: can\'t allocate memory")', "it needed more than 4 GiB of memory"),
+    ("raise OSError(12, 'Cannot allocate memory')", "it needed more than 4 GiB of memory"),
+    ("os.write(int(sys.argv[2]), b'nonsense\\n')", "its reply was garbled"),
+    ("os.write(int(sys.argv[2]), b'[' * 5000 + b'\\n')", "its reply was garbled"),
+    ('os.write(int(sys.argv[2]), b\'{"number": 0, "scores": []}\\n\')', "its reply was garbled"),
     ("sys.exit()", "it exited with code 0"),
 ]
 
@@ -253,7 +335,8 @@ def test_response_that_ends_the_process_is_skipped(
     found = judge_all(make_run(directory), function, timeout=0.3)
     assert found == [None if n == 4 else score for n, score in enumerate(EXPECTED)]
     output = capsys.readouterr().out
-    assert f"the response 'wrong 4' to 'question 4' is skipped: {reason}" in output
+    assert "the response 'wrong 4' to 'question 4' is skipped: " in output
+    assert reason in output
     assert "1 skipped" in output
     assert children() == []
 
@@ -387,8 +470,54 @@ def test_verdicts_of_other_responses_or_another_judge_are_judged_again(directory
     assert len(calls()) == 3 * TOTAL + TOTAL - 256
 
 
+def test_complete_verdicts_need_no_judge(directory: Path) -> None:
+    """The function is not even imported, but its file is known: a change is found."""
+    run, function = make_run(directory), write_judge(RIGHT)
+    source = Path("mine.py").read_text()
+    Path("mine.py").write_text(f"import pathlib\nassert not pathlib.Path('gone').exists()\n{source}")
+    judge_all(run, function)
+    Path("gone").touch()
+    with judging(run, function) as started:
+        started.begin([0])
+        assert started.finish([0]) == {0: EXPECTED}
+    Path("mine.py").write_text(source + "# edited")
+    assert judge_all(run, function) == EXPECTED
+
+
+def test_missing_shard_is_no_error_if_its_verdict_is_there(directory: Path) -> None:
+    run, function = make_run(directory), write_judge(RIGHT)
+    judge_all(run, function)
+    shards = Shards(run.iteration(0).synthetic)
+    shards.shard(1).unlink()
+    assert judge_all(run, function) == EXPECTED
+    (shards.directory / "verdicts-00001.json").unlink()
+    with pytest.raises(SpinError, match="is missing"):
+        judge_all(run, function)
+
+
+@pytest.mark.parametrize(
+    "definition",
+    [
+        "from other import judge",
+        "import functools, other\njudge = functools.wraps(other.judge)(lambda **k: other.judge(**k))",
+    ],
+)
+def test_changes_in_either_module_of_a_function_are_found(directory: Path, definition: str) -> None:
+    """The one that it is found in, and the one that defines it."""
+    run = make_run(directory, total=20)
+    write_judge(f"note(synthetic)\n{RIGHT}")
+    Path("mine.py").rename("other.py")
+    Path("mine.py").write_text(definition)
+    judge_all(run, "mine:judge")
+    assert len(calls()) == 20
+    for number, file in enumerate(("mine.py", "other.py")):
+        Path(file).write_text(Path(file).read_text() + "\n# edited\n")
+        judge_all(run, "mine:judge")
+        assert len(calls()) == 40 + 20 * number
+
+
 def test_a_longer_time_limit_judges_again_what_was_skipped(directory: Path) -> None:
-    run, function = make_run(directory), write_judge(f"if 'wrong 4' in synthetic: time.sleep(0.8)\n{RIGHT}")
+    run, function = make_run(directory), write_judge(f"if 'wrong 4' in synthetic: time.sleep(5)\n{RIGHT}")
     assert judge_all(run, function, timeout=0.05)[4] is None
     assert judge_all(run, function, timeout=0.04)[4] is None
     assert judge_all(run, function, timeout=60) == EXPECTED
@@ -448,11 +577,10 @@ def test_nothing_is_judged_after_a_failure_and_the_end_reports_it(directory: Pat
     with judging(make_run(directory), write_judge("note(synthetic)\nraise OSError")) as started:
         started.submit(0, 0)
         wait_until(started._shards[0, 0].done)
-        seen = len(calls())
         started.submit(0, 1)
         with pytest.raises(SpinError, match="OSError"):
             started.finish([0])
-        assert len(calls()) == seen
+        assert "answer 270" not in calls(), "a response of the second shard"
 
 
 def test_closing_does_not_wait_for_the_function(directory: Path, children: Children) -> None:

@@ -126,3 +126,9 @@ def test_questions_have_messages_and_no_special_tokens() -> None:
     (question,) = texts.questions([{"split": "train", "example": 0, "tokens": [*tokens[2], *newline]}])
     assert question == ({"text": prompt, "messages": messages}, "real", "synthetic")
     assert texts.real_answers(9)[0].synthetic == "real"
+
+
+@pytest.mark.parametrize("error", ["{{ 1 / 0 }}", "{{ messages[9].content.x }}", "{% for x in 5 %}{% endfor %}"])
+def test_template_that_fails_in_any_way_yields_no_messages(error: str) -> None:
+    """Jinja raises Python's own errors, too."""
+    assert ChatTemplate(tokenizer(error)).messages("text") is None
