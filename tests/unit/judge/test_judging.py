@@ -517,9 +517,12 @@ def test_changes_in_either_module_of_a_function_are_found(directory: Path, defin
 
 
 def test_a_longer_time_limit_judges_again_what_was_skipped(directory: Path) -> None:
-    run, function = make_run(directory), write_judge(f"if 'wrong 4' in synthetic: time.sleep(5)\n{RIGHT}")
+    run = make_run(directory)
+    function = write_judge(f"while 'wrong 4' in synthetic and not os.path.exists('go'): time.sleep(0.01)\n{RIGHT}")
+    assert judge_all(run, function, timeout=0.1)[4] is None
     assert judge_all(run, function, timeout=0.05)[4] is None
-    assert judge_all(run, function, timeout=0.04)[4] is None
+    Path("go").touch()
+    assert judge_all(run, function, timeout=0.1)[4] is None
     assert judge_all(run, function, timeout=60) == EXPECTED
 
 
