@@ -104,7 +104,9 @@ def compare_with_previous(run: RunDir, number: int, judged: Judged, on_worse: st
     both = sorted(before.keys() & after.keys())
     if len(both) < FEWEST_PROMPTS:
         return
-    found = compare(*(torch.tensor([means[example] for example in both]) for means in (before, after)))
+    found = compare(
+        *(torch.tensor([means[example] for example in both], dtype=torch.float64) for means in (before, after))
+    )
     entry["judge"] = found.as_dict()
     run.write_state(state)
     check = CHECKS["judge"]

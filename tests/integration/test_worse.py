@@ -93,8 +93,9 @@ def test_run_stops_after_a_worse_iteration(tmp_path: Path, llama: Path, command:
     assert finished(run)[0]["held_out"]["worse"] is True
     assert not run.iteration(1).path.exists()
 
-    again = command("axolotl", "spin", "train", config, directory=tmp_path)
-    assert (again.code, again.errors) == (1, [error])
+    for start in (["spin", "train"], ["train"]):
+        again = command("axolotl", *start, config, directory=tmp_path)
+        assert (again.code, again.errors) == (1, [error])
     assert not run.iteration(1).path.exists()
     status = command("axolotl", "spin", "status", config, "--json", directory=tmp_path)
     assert json.loads(status.output.splitlines()[-1])["iterations"][0]["state"] == "finished, worse"
