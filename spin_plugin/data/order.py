@@ -41,39 +41,47 @@ def pair_sizes(pairs: Dataset, *, grouped: bool) -> Sizes:
     return Sizes(tokens, shared, prompts if grouped else torch.arange(len(tokens)))
 
 
-class PromptSampler(Sampler[int]):
-    """Sample the pairs in a seeded random order of prompts, the same on every rank."""
+class EpochSampler(Sampler[int]):
+    """A sampler whose generator depends on seed and epoch only: the same on every rank and after a resume."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch; accelerate calls this at the start of every epoch, also after a resume."""
+        self.epoch = epoch
+
+    def generator(self) -> torch.Generator:
+        """Return a new generator for this epoch."""
+        return torch.Generator().manual_seed(self.seed + self.epoch)
+
+
+class PromptSampler(EpochSampler):
+    """Sample the pairs in a random order of prompts."""
 
     def __init__(self, prompts: Tensor, *, seed: int) -> None:
-        self.prompts, self.seed, self.epoch = prompts, seed, 0
+        super().__init__(seed)
+        self.prompts = prompts
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch; accelerate calls this at the start of every epoch, also after a resume."""
-        self.epoch = epoch
-
     def __iter__(self) -> Iterator[int]:
-        yield from shuffled(self.prompts, torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        yield from shuffled(self.prompts, self.generator()).tolist()
 
 
-class SeededSampler(Sampler[int]):
-    """Give a sampler that draws from a generator, as that of `group_by_length`, the same order on every rank and after
-    a resume."""
+class SeededSampler(EpochSampler):
+    """Let a sampler that draws from a generator, as that of `group_by_length`, use this one's."""
 
     def __init__(self, sampler: Any, *, seed: int) -> None:
-        self.sampler, self.seed, self.epoch = sampler, seed, 0
+        super().__init__(seed)
+        self.sampler = sampler
 
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch; accelerate calls this at the start of every epoch, also after a resume."""
-        self.epoch = epoch
-
     def __iter__(self) -> Iterator[int]:
-        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        self.sampler.generator = self.generator()
         yield from self.sampler
 
 
