@@ -21,20 +21,25 @@ def main() -> None:
     parser.add_argument("--stop", type=int, required=True, help="the token that ends an answer")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--gpu-share", type=float, default=0.5)
     options = parser.parse_args()
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}  # before vllm is imported
 
     import vllm
+    from vllm.platforms import current_platform
 
+    gpu = {} if current_platform.is_cpu() else {"gpu_memory_utilization": options.gpu_share}
     engine = vllm.LLM(
         options.model,
-        dtype="float32",
+        dtype=options.dtype,
         skip_tokenizer_init=True,
         generation_config="vllm",
         enforce_eager=True,
         max_model_len=512,
         kv_cache_memory_bytes=1 << 30,
         enable_chunked_prefill=False,
+        **gpu,
     )
     prompts = json.loads(options.prompts.read_text(encoding="utf-8"))
     requests, parameters = [], []

@@ -4,16 +4,16 @@
 
 A random Llama with weights of standard deviation 0.02 trains on random pairs with SPIN's loss and AdamW, once per
 scheme and learning rate, always on the same batches. For the weight matrices, prints the share of changed elements
-(`changed`) and the projection of their update on that of the fp32 run: 1 if equal, 0 if nothing changes. `stored` is
-the projection of the weights that an iteration stores in bf16, `nearest` the same with round-to-nearest (adapters are
-stored unchanged). Takes a few minutes on a CPU.
+(`changed`) and the projection of their update on that of the fp32 run: 1 if equal, 0 if nothing changes. `seen` is the
+projection of the weights that the forward computes with, `stored` that of the weights that an iteration stores, in bf16
+(adapters unchanged). Takes a few minutes on a CPU.
 """
 
 import argparse
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -30,7 +30,7 @@ from spin_plugin.model.attention import enable
 from spin_plugin.model.forward import install, logps
 from spin_plugin.model.layout import Pair, shared_prefix_batch
 from spin_plugin.objective.losses import Objective, spin_terms
-from spin_plugin.training.saving import round_masters
+from spin_plugin.training.rounding import dither_masters, dither_residuals, round_masters
 
 RATES = (5e-7, 2e-6, 1e-5)
 BETA = 0.1
@@ -51,10 +51,8 @@ CONFIG = LlamaConfig(
 console = Console(soft_wrap=True)
 
 Weights = dict[str, Tensor]
-States = Mapping[nn.Parameter, Mapping[str, Any]]
-Trainer = Callable[[nn.Module, list[dict[str, Tensor]], float], tuple[Weights, States]]
-"""Maps model, batches and learning rate to the final matrices, in the precision that training keeps, and the optimizer
-states."""
+Trainer = Callable[[nn.Module, list[dict[str, Tensor]], float], Weights]
+"""Maps model, batches and learning rate to the final matrices, in the precision that training keeps."""
 
 
 def make_model(dtype: torch.dtype, *, lora: bool = False) -> nn.Module:
@@ -109,28 +107,37 @@ def rounding_error_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter)
     return 0.0 if lost is None else lost.float()
 
 
-def trainer(optimizer: Callable[[Iterator[nn.Parameter], float], torch.optim.Optimizer], *, autocast: bool) -> Trainer:
+def trainer(
+    optimizer: Callable[[Iterator[nn.Parameter], float], torch.optim.Optimizer],
+    *,
+    autocast: bool,
+    dither: bool = False,
+) -> Trainer:
     """Plain single-process training with an optimizer, as in Axolotl's trainer."""
 
-    def train(model: nn.Module, batches: list[dict[str, Tensor]], rate: float) -> tuple[Weights, States]:
+    def train(model: nn.Module, batches: list[dict[str, Tensor]], rate: float) -> Weights:
         computing = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
         steps = optimizer((p for p in model.parameters() if p.requires_grad), rate)
+        if dither:
+            dither_masters(model, kept=(), seed=0, everywhere=False)
         with computing:
             opponents = score(model, batches)
-        for batch, opponent in zip(batches, opponents, strict=True):
+        for number, (batch, opponent) in enumerate(zip(batches, opponents, strict=True)):
             with computing:
                 loss = loss_of(model, batch, opponent)
             loss.backward()
             steps.step()
             steps.zero_grad()
+            if dither and not number:
+                dither_residuals(model, steps.state, seed=0)
         named = {name: parameter for name, parameter in model.named_parameters() if name in matrices(model)}
         kept = {name: weight.detach().float() + rounding_error_of(steps, weight) for name, weight in named.items()}
-        return kept, steps.state
+        return kept
 
     return train
 
 
-def train_with_zero(model: nn.Module, batches: list[dict[str, Tensor]], rate: float) -> tuple[Weights, States]:
+def train_with_zero(model: nn.Module, batches: list[dict[str, Tensor]], rate: float) -> Weights:
     """DeepSpeed ZeRO-2 with `bf16` in one process; returns its fp32 masters."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
@@ -142,20 +149,22 @@ def train_with_zero(model: nn.Module, batches: list[dict[str, Tensor]], rate: fl
         "zero_allow_untested_optimizer": True,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model.parameters(), rate), config=config)
+    dither_masters(engine.module, kept=(), seed=0, everywhere=True)
     opponents = score(engine, batches)
     for batch, opponent in zip(batches, opponents, strict=True):
         engine.backward(loss_of(engine, batch, opponent))
         engine.step()
     named = ((n, p) for n, p in engine.module.named_parameters() if p.dim() > 1)
-    return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in named}, {}
+    return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in named}
 
 
 # Name, dtype of the weights, and trainer of each scheme.
 SCHEMES: dict[str, tuple[torch.dtype, Trainer]] = {
-    "fp32 masters": (torch.float32, trainer(adamw, autocast=True)),
+    "fp32 masters": (torch.float32, trainer(adamw, autocast=True, dither=True)),
+    "not dithered": (torch.float32, trainer(adamw, autocast=True)),
     "ZeRO": (torch.bfloat16, train_with_zero),
     "stochastic rounding": (torch.bfloat16, trainer(stochastic, autocast=True)),
-    "compensated": (torch.bfloat16, trainer(compensated, autocast=True)),
+    "compensated": (torch.bfloat16, trainer(compensated, autocast=True, dither=True)),
     "plain bf16": (torch.bfloat16, trainer(adamw, autocast=True)),
     "LoRA": (torch.bfloat16, trainer(adamw, autocast=True)),
 }
@@ -173,7 +182,7 @@ def projection(update: Tensor, reference: Tensor) -> float:
 def reference_update(rate: float, steps: int, *, lora: bool) -> Tensor:
     """Return the update of the fp32 run."""
     exact = make_model(torch.float32, lora=lora)
-    return update(matrices(exact), trainer(adamw, autocast=False)(exact, sample_batches(steps), rate)[0])
+    return update(matrices(exact), trainer(adamw, autocast=False)(exact, sample_batches(steps), rate))
 
 
 def sample_batches(steps: int) -> list[dict[str, Tensor]]:
@@ -191,18 +200,18 @@ def compare(scheme: str, rate: float, steps: int) -> dict[str, Any]:
     reference = reference_update(rate, steps, lora=lora)
     model = make_model(dtype, lora=lora)
     start = matrices(model)
-    after, states = train(model, sample_batches(steps), rate)
+    after = train(model, sample_batches(steps), rate)
     trained = update(start, after)
-    nearest = update(start, {name: weight.bfloat16().float() for name, weight in after.items()})
+    seen = update(start, {name: weight.bfloat16().float() for name, weight in after.items()})
     if not lora:  # adapters are stored unchanged
-        round_masters(model, kept=(), seed=0, states=states)
+        round_masters(model, kept=(), seed=0, everywhere=scheme == "ZeRO")
     return {
         "way": scheme,
         "learning_rate": rate,
         "changed": float((trained != 0).double().mean()),
         "projection": projection(trained, reference),
+        "seen": projection(seen, reference),
         "stored": projection(update(start, matrices(model)), reference),
-        "nearest": projection(nearest, reference),
     }
 
 
@@ -227,7 +236,7 @@ def main() -> None:
             for scheme in track(SCHEMES, "training", console=console)
             for rate in RATES
         ]
-    columns = ("changed", "projection", "stored", "nearest")
+    columns = ("changed", "projection", "seen", "stored")
     table = Table("way", "learning rate", *columns)
     for row in rows:
         table.add_row(row["way"], f"{row['learning_rate']:g}", *(f"{row[column]:.3f}" for column in columns))

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import math
+import os
 import random
 import tempfile
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from spin_plugin.model.attention import enable
 from spin_plugin.model.forward import install, logps
 from spin_plugin.model.layout import Pair, groups_of, padded_batch, row_spans, sequences_of, shared_prefix_batch
 from spin_plugin.objective.losses import Objective, spin_terms
+
+# Axolotl's allocator: without it, micro-batches of other lengths make torch free and allocate blocks in most steps.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 MEDIANS, SIGMA = (120, 245, 200), 0.6  # prompt, real, synthetic
 LONGEST_PROMPT, LONGEST = 512, 1024  # TRL truncates at 1024 by default, too

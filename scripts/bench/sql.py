@@ -6,6 +6,8 @@
 three epochs of SFT at 5e-5. Then, for each setting and seed, one iteration through `axolotl train`. Every model answers
 the test questions greedily and with four samples at temperature 1; an answer is right if it returns the rows of the
 reference. Writes one JSON file per model into `--results`; finished ones are skipped, so it can be interrupted.
+`--bf16` makes SPIN train and generate in bf16. Several programs with other settings can share one GPU: then make the
+start first (`--seeds 0`), and give each `--gpu-share`.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import AutoTokenizer
 
@@ -34,7 +37,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "space_sft": {"learning_rate": 1e-5, "spin": {"loss_type": "space", "sft_weight": 5.0}},
     "real_penalty": {"learning_rate": 1e-5, "spin": {"real_penalty": 5.0}},
     "judge": {"learning_rate": 1e-5, "spin": {"judge": True}},
+    "judge_sft": {"learning_rate": 1e-5, "spin": {"judge": True, "sft_weight": 5.0}},
 }
+KV_CACHE = 4 << 30  # bytes; fixed, because vLLM cannot measure its memory beside others on the GPU
 
 
 def configuration(options: argparse.Namespace, output_dir: Path) -> dict[str, Any]:
@@ -54,7 +59,7 @@ def configuration(options: argparse.Namespace, output_dir: Path) -> dict[str, An
         "optimizer": "adamw_torch",
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "bf16": False,
+        "bf16": options.bf16,
         "fp16": False,
         "tf32": False,
         "attn_implementation": "sdpa",
@@ -81,7 +86,9 @@ def sft(options: argparse.Namespace) -> Path:
     """Return the directory of the start, trained if it is missing."""
     model = options.out / "sft"
     if not (options.out / "sft-finished").exists():
-        train(options.out / "sft-run", configuration(options, model) | {"num_epochs": 3, "learning_rate": 5e-5})
+        # in fp32: Axolotl's SFT with `bf16: true` trains bf16 weights, which 103 steps at this rate hardly move
+        own = {"num_epochs": 3, "learning_rate": 5e-5, "bf16": False}
+        train(options.out / "sft-run", configuration(options, model) | own)
         (options.out / "sft-finished").touch()
     return model
 
@@ -98,6 +105,9 @@ def spin(options: argparse.Namespace, start: Path, setting: str, seed: int) -> t
         **overrides,
     }
     config["spin"] = {"iterations": 1, "beta": 0.3} | overrides.get("spin", {})
+    if options.gpu_share:
+        config["vllm"] = {"gpu_memory_utilization": options.gpu_share, "enforce_eager": True}
+        config["spin"]["generation"] = {"vllm_kwargs": {"kv_cache_memory_bytes": KV_CACHE}}
     if config["spin"].get("judge"):
         database = str(options.data / "geography.sqlite")
         config["spin"]["judge"] = {"function": "sqlite", "kwargs": {"database": database}}
@@ -117,11 +127,14 @@ def accuracy(options: argparse.Namespace, model: Path, name: str) -> dict[str, A
         tokenizer.apply_chat_template(row[:-1], add_generation_prompt=True, return_dict=False, tokenize=True)
         for row in rows
     ]
-    asked, answered = options.out / "prompts.json", options.out / f"answers-{name}.json"
+    asked, answered = options.out / f"prompts-{name}.json", options.out / f"answers-{name}.json"
     asked.write_text(json.dumps(prompts), encoding="utf-8")
     script = [options.vllm_python, ROOT / "scripts/bench/answers.py", model, asked, answered]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    run([*script, "--samples", str(options.samples), "--stop", str(end)], options.out / "answers.log")
+    script += ["--samples", str(options.samples), "--stop", str(end)]
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    script += ["--dtype", dtype, "--gpu-share", str(options.gpu_share or 0.5)]
+    run(script, options.out / f"answers-{name}.log")
     scores = []
     for row, answers in zip(rows, json.loads(answered.read_text(encoding="utf-8")), strict=True):
         texts = [tokenizer.decode(answer) for answer in answers]
@@ -140,6 +153,8 @@ def write(options: argparse.Namespace, name: str, model: Path, **entry: Any) -> 
     if not file.exists():
         entry |= accuracy(options, model, name)
         entry["versions"] = {package: version(package) for package in ("axolotl", "torch", "transformers")}
+        entry["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        entry["bf16"] = options.bf16
         file.write_text(json.dumps(entry) + "\n", encoding="utf-8")
     found = json.loads(file.read_text(encoding="utf-8"))
     sys.stdout.write(f"{name}: greedy {found['greedy']:.1f}, sampled {found['sampled']:.1f}\n")
@@ -155,6 +170,8 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["plain", "sft_weight"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--gpu-share", type=float, help="vLLM's share of the GPU's memory")
     parser.add_argument("--vllm-python", type=Path, default=ROOT / ".venv-vllm/bin/python")
     options = parser.parse_args()
     for name in ("data", "base", "out", "results", "vllm_python"):

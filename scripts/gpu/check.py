@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from gpu_configs import WAYS, Way, config_of, make_model_of, write  # noqa: E402
 
 ITERATIONS = 2
-MARGIN_NOISE = 0.5  # nats; expected 16-bit rounding error of the difference of two responses, see docs/gpu.md
+MARGIN_NOISE = 1.0  # nats; 16-bit rounding error of the difference of two responses on an H200, see docs/gpu.md
 MIN_SPEED_VS_BARE = 0.95
 COLUMNS = "{:<16}{:<10}{:>5} {:>9} {:>8} {:>8} {:>9}  {}"
 

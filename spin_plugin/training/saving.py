@@ -1,20 +1,16 @@
-"""What an iteration saves: checkpoints, and weights rounded to 16 bits."""
+"""What an iteration saves: checkpoints, and weights in 16 bits."""
 
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spin_plugin.console import SpinError
 from spin_plugin.run.atomic import write_atomically
@@ -46,92 +42,6 @@ def disk_errors(directory: str) -> Iterator[None]:
             f"{directory}: could not be written ({free:.1f} GB free): {str(error)[:200]}; free some space, then rerun "
             "the same command, which resumes from the last complete checkpoint"
         ) from None
-
-
-class RoundMastersAtEnd(TrainerCallback):
-    """Rounds masters to bf16 before Axolotl saves the model, stochastically so that no movement is lost on average."""
-
-    def __init__(self, kept: list[str]) -> None:
-        self.kept = kept
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        round_masters(kwargs["model"], kept=self.kept, seed=args.seed, states=kwargs["optimizer"].state)
-
-
-# Prefixes that activation checkpointing, torch.compile and FSDP add to parameter names.
-WRAPPERS = re.compile(r"_checkpoint_wrapped_module\.|_orig_mod\.|_fsdp_wrapped_module\.")
-
-
-# --- rounding --------------------------------------------------------------------------------------
-
-
-def rounded_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Round fp32 values to bf16, each up or down at random so that its mean is exact.
-
-    Rounding to nearest would undo every movement below half a bf16 step: of 50 steps at 5e-7 it keeps 11%. The error
-    of each value stays below one bf16 step.
-    """
-    noise = torch.randint(1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    bits = values.float().contiguous().view(torch.int32)
-    rounded = ((bits + noise) & -(1 << 16)).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values).bfloat16()
-
-
-@torch.no_grad()
-def round_masters(
-    model: nn.Module, *, kept: Iterable[str], seed: int, states: Mapping[nn.Parameter, Mapping[str, Any]]
-) -> None:
-    """Round the trained weights to bf16 values in place at the end of training; every rank must call it.
-
-    Args:
-        model: the unwrapped model. Its parameters can be DeepSpeed's, whose masters are in the optimizer, or FSDP2's
-            shards.
-        kept: names of parameters that the architecture keeps in fp32.
-        seed: seed of the rounding noise.
-        states: the optimizer's state, which can hold the residual that compensated summation keeps of a bf16 weight.
-    """
-    kept = set(kept)
-    for number, (name, parameter) in enumerate(model.named_parameters()):
-        if not parameter.requires_grad or WRAPPERS.sub("", name) in kept:
-            continue
-        if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-            _round_deepspeed(parameter, seed + number)
-            continue
-        weights, residual = _local(parameter), states.get(parameter, {}).get("kahan_comp")
-        if weights.dtype == torch.float32 or residual is not None:
-            master = weights.float() if residual is None else weights.float() + _local(residual).float()
-            generator = _generator(weights, seed + number + _shard_seed(parameter))
-            weights.copy_(rounded_stochastically(master, generator))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor on this rank."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _shard_seed(parameter: nn.Parameter) -> int:
-    """Return a seed offset that differs between a parameter's shards; 0 if it is not sharded."""
-    if not isinstance(parameter, DTensor):
-        return 0
-    coordinate: Sequence[int] = parameter.device_mesh.get_coordinate() or []
-    shard = [at for at, placement in zip(coordinate, parameter.placements, strict=True) if placement.is_shard()]
-    return 1_000_003 * sum(at * 1009**number for number, at in enumerate(shard))
-
-
-def _round_deepspeed(parameter: nn.Parameter, seed: int) -> None:
-    from deepspeed.runtime.zero import GatheredParameters
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    master = safe_get_full_fp32_param(parameter)
-    with GatheredParameters([parameter], modifier_rank=0):
-        if master is not None and parameter.dtype == torch.bfloat16:
-            parameter.copy_(rounded_stochastically(master, _generator(master, seed)))
-
-
-def _generator(tensor: Tensor, seed: int) -> torch.Generator:
-    return torch.Generator(tensor.device).manual_seed(seed)
 
 
 def store_in_16_bits(directory: Path, files: Iterable[Path], dtype: torch.dtype, kept: Iterable[str]) -> None:

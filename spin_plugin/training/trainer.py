@@ -62,7 +62,7 @@ class SpinTrainer(AxolotlTrainer):
         self._pairs = dict.fromkeys(PREFIX, 0)
         self._eval_batches = 0
         self._watch = RealRewardWatch(IterationDir(self.task.metrics_file.parent).read_log())
-        for callback in (OpponentScorer(self), *self.task.callbacks, HeldOutCheck(self)):
+        for callback in (*self.task.callbacks, OpponentScorer(self), HeldOutCheck(self)):
             self.add_callback(callback)
 
     # --- data --------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from spin_plugin.training.precision import (
     require_masters,
     require_no_lost_updates,
 )
-from spin_plugin.training.saving import round_masters, rounded_stochastically, store_in_16_bits
+from spin_plugin.training.saving import store_in_16_bits
 
 STOCHASTIC = {"optimizer": "adamw_torch_8bit", "optim_args": {"bf16_stochastic_round": True}}
 
@@ -183,47 +183,6 @@ def test_16_bit_weights_in_the_optimizer_are_refused(changes: dict[str, Any]) ->
     require_masters(config(**changes), torch.optim.SGD(p for p in model.parameters() if p.requires_grad).param_groups)
 
 
-def test_stochastic_rounding_is_unbiased() -> None:
-    """1 + 2^-9 is a quarter of the way from 1 to the next bf16 value, 1 + 2^-7."""
-    value, step = 1 + 2**-9, 2**-7
-    values = torch.tensor([value, -value, 1.0, 0.0, float("inf"), 2**-130 + 2**-140]).repeat(20_000, 1)
-    rounded = rounded_stochastically(values, torch.Generator().manual_seed(0))
-    assert rounded.dtype == torch.bfloat16
-    assert set(rounded[:, 0].tolist()) == {1.0, 1 + step}
-    assert rounded[:, 0].double().mean().item() == pytest.approx(value, abs=step / 100)
-    assert rounded[:, 1].double().mean().item() == pytest.approx(-value, abs=step / 100)
-    assert torch.equal(rounded[:, 2:5].float(), values[:, 2:5]), "bf16 values are unchanged"
-    assert torch.equal(rounded, rounded_stochastically(values, torch.Generator().manual_seed(0)))
-
-
-def test_only_trained_weights_are_rounded() -> None:
-    model = nn.ModuleDict({name: nn.Linear(64, 64, bias=False) for name in ("trained", "frozen", "router")})
-    model["frozen"].requires_grad_(False)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    round_masters(model, kept=["router.weight"], seed=1, states={})
-    after = dict(model.named_parameters())
-    assert torch.equal(after["trained.weight"], after["trained.weight"].bfloat16().float())
-    assert (after["trained.weight"] - before["trained.weight"]).abs().max() <= 2**-10  # weights are below 1/8
-    assert not torch.equal(after["trained.weight"], before["trained.weight"].bfloat16().float()), (
-        "not rounded to nearest"
-    )
-    assert all(torch.equal(after[f"{name}.weight"], before[f"{name}.weight"]) for name in ("frozen", "router"))
-
-
-def test_residual_of_compensated_summation_is_rounded_in() -> None:
-    from optimi import AdamW
-
-    model = nn.Linear(64, 64, bias=False).bfloat16()
-    nn.init.constant_(model.weight, 1.0)
-    optimizer = AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, foreach=False)
-    for _ in range(10):  # each update is -1e-4, and the bf16 value below 1 is 1 - 2^-8
-        model.weight.grad = torch.ones_like(model.weight)
-        optimizer.step()
-    assert (model.weight == 1).all()
-    round_masters(model, kept=(), seed=1, states=optimizer.state)
-    assert model.weight.double().mean().item() == pytest.approx(1 - 1e-3, abs=2e-4)
-
-
 def test_fsdp_outputs_stay_in_fp32() -> None:
     """accelerate's default of bf16 rounds a sum of 300 to steps of 2."""
     from accelerate.utils import FullyShardedDataParallelPlugin
@@ -273,6 +232,7 @@ ONE_PROCESS = {
     "stochastic": BF16 | STOCHASTIC,
     "lora": BF16 | LORA,
     "slow": BF16 | {"learning_rate": 5e-7},
+    "slow fp32": {"learning_rate": 5e-7},
 }
 TWO_PROCESSES = {
     "ddp": BF16,
@@ -360,6 +320,16 @@ def test_masters_move_at_the_papers_learning_rate(trained: Path, llama: Path) ->
     """Read from the checkpoint, because the final model is rounded."""
     moved = movement(checkpoint(trained / "slow/run") / "model.safetensors", llama)
     assert (moved != 0).double().mean() > 0.9
+
+
+@pytest.mark.slow
+def test_movements_below_a_bf16_step_reach_the_loss_and_the_saved_model(trained: Path, llama: Path) -> None:
+    """48e-6 at most, less than half a bf16 step of most weights: rounded to nearest from the start, margins stay 0."""
+    runs = [RunDir(trained / setup / "run").iteration(0) for setup in ("slow fp32", "slow")]
+    exact, found = (run.last_metrics()["spin/reward_margin"] for run in runs)
+    assert found == pytest.approx(exact, rel=0.2)
+    exact_movement, moved = (movement(run.path / "model.safetensors", llama) for run in runs)
+    assert (moved @ exact_movement) / (exact_movement @ exact_movement) == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.slow
