@@ -175,15 +175,15 @@ class Iteration:
     def trainer_class(self) -> type[Any]:
         """Return the trainer class for this iteration."""
         from spin_plugin.training.precision import SyncRoundingNoise
-        from spin_plugin.training.rounding import RoundMasters
+        from spin_plugin.training.rounding import DitherMasters, RoundMasters
         from spin_plugin.training.task import TrainingTask
         from spin_plugin.training.trainer import trainer_for
 
         callbacks: list[Any] = []
-        if self.training.full_in_16_bits and self.training.dtype == "bfloat16":
+        if self.training.dtype == "bfloat16":
+            kind = DitherMasters if self.training.adapter else RoundMasters
             everywhere = bool(self.training.fsdp or self.training.deepspeed)
-            number = self.lowered.iteration
-            callbacks.append(RoundMasters(self.fp32_tensors, everywhere=everywhere, iteration=number))
+            callbacks.append(kind(self.fp32_tensors, everywhere=everywhere, iteration=self.lowered.iteration))
         if needs_no_masters(self.training):
             callbacks.append(SyncRoundingNoise())
         task = TrainingTask(

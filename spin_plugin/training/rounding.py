@@ -7,6 +7,7 @@ loss. At SPIN's learning rates that is most of an iteration: training pushes on 
 So masters start at a random place among the values that round to the weight (dither). The forward still computes with
 the opponent's exact weights before the first step, and then a movement of a tenth of a bf16 step changes a tenth of
 the weights by a whole one: its mean is exact. Rounded to nearest, the saved model is the one that training saw.
+Adapters are dithered once and saved as they are; vLLM rounds them as the forward did.
 """
 
 import re
@@ -24,11 +25,8 @@ SEEDS_PER_ITERATION = 1 << 24  # more than a model has tensors
 PART = 1 << 24  # weights changed at a time; an embedding table and its noise would take gigabytes
 
 
-class RoundMasters(TrainerCallback):
-    """Dithers masters before the first step and rounds them before Axolotl saves the model.
-
-    It must come before every callback that scores the model at the same events.
-    """
+class DitherMasters(TrainerCallback):
+    """Dithers masters before the first step. It must come before every callback that scores the model then."""
 
     def __init__(self, kept: list[str], *, everywhere: bool, iteration: int) -> None:
         """
@@ -44,21 +42,25 @@ class RoundMasters(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not state.global_step:  # the masters of a checkpoint are dithered
-            dither_masters(kwargs["model"], kept=self.kept, seed=self._seed(args), everywhere=self.everywhere)
+            dither_masters(kwargs["model"], kept=self.kept, seed=self.seed(args), everywhere=self.everywhere)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not state.global_step:  # the first step, which creates the residuals
-            dither_residuals(kwargs["model"], kwargs["optimizer"].state, seed=self._seed(args))
+            dither_residuals(kwargs["model"], kwargs["optimizer"].state, seed=self.seed(args))
+
+    def seed(self, args: TrainingArguments) -> int:
+        return args.seed + self.iteration * SEEDS_PER_ITERATION
+
+
+class RoundMasters(DitherMasters):
+    """Also rounds the masters before Axolotl saves the model, and before callbacks that score it then."""
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        round_masters(kwargs["model"], kept=self.kept, seed=self._seed(args), everywhere=self.everywhere)
-
-    def _seed(self, args: TrainingArguments) -> int:
-        return args.seed + self.iteration * SEEDS_PER_ITERATION
+        round_masters(kwargs["model"], kept=self.kept, seed=self.seed(args), everywhere=self.everywhere)
 
 
 # --- one tensor ------------------------------------------------------------------------------------
@@ -67,12 +69,14 @@ class RoundMasters(TrainerCallback):
 def dithered(values: Tensor, generator: torch.Generator) -> Tensor:
     """Move bf16 numbers, given in fp32, to a random place among the fp32 values that round to them.
 
-    Rounding adds half a step and drops the lower 16 bits; the noise stays below that half. Zeros stay zero.
+    Rounding adds half a step and drops the lower 16 bits; the noise stays below that half. Zeros stay zero, and values
+    between bf16 numbers where they are: those of an adapter that was dithered in an earlier iteration.
     """
     half = 1 << 15
     noise = torch.randint(1 - half, half, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    moved = (values.contiguous().view(torch.int32) + noise).view(torch.float32)
-    return torch.where(values.isfinite() & (values.abs() >= torch.finfo(torch.float32).tiny), moved, values)
+    bits = values.contiguous().view(torch.int32)
+    moves = (bits & (2 * half - 1) == 0) & values.isfinite() & (values.abs() >= torch.finfo(torch.float32).tiny)
+    return torch.where(moves, (bits + noise).view(torch.float32), values)
 
 
 def rounded_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
