@@ -175,11 +175,12 @@ class Iteration:
     def trainer_class(self) -> type[Any]:
         """Return the trainer class for this iteration."""
         from spin_plugin.training.precision import SyncRoundingNoise
+        from spin_plugin.training.progress import TrainingProgress
         from spin_plugin.training.rounding import DitherMasters, RoundMasters
         from spin_plugin.training.task import TrainingTask
         from spin_plugin.training.trainer import trainer_for
 
-        callbacks: list[Any] = []
+        callbacks: list[Any] = [TrainingProgress(self.lowered.iteration)]
         if self.training.dtype == "bfloat16":
             kind = DitherMasters if self.training.adapter else RoundMasters
             everywhere = bool(self.training.fsdp or self.training.deepspeed)

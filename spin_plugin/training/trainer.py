@@ -13,6 +13,7 @@ from axolotl.core.trainers import AxolotlTrainer
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from spin_plugin.console import exit_on_error, say
@@ -62,6 +63,8 @@ class SpinTrainer(AxolotlTrainer):
         self._pairs = dict.fromkeys(PREFIX, 0)
         self._eval_batches = 0
         self._watch = RealRewardWatch(IterationDir(self.task.metrics_file.parent).read_log())
+        for shown in (ProgressCallback, PrinterCallback):  # progress.py replaces them
+            self.remove_callback(shown)
         for callback in (*self.task.callbacks, OpponentScorer(self), HeldOutCheck(self)):
             self.add_callback(callback)
 
