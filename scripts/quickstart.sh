@@ -14,7 +14,11 @@ export HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 DO_NOT_TRACK=1
 
 python scripts/tiny/make.py --out outputs/tiny
 if [ ! -f outputs/tiny/sft/finished ]; then
-    axolotl train yaml_examples/sft-tiny.yml
+    echo "quickstart: SFT, about two minutes; log in outputs/tiny/sft.log"
+    if ! axolotl train yaml_examples/sft-tiny.yml >outputs/tiny/sft.log 2>&1; then
+        tail -n 30 outputs/tiny/sft.log >&2
+        exit 1
+    fi
     touch outputs/tiny/sft/finished
 fi
 scripts/iterate.sh yaml_examples/spin-tiny.yml

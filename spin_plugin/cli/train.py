@@ -5,14 +5,18 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import click
 import psutil
 
 from spin_plugin.cli.config_file import CONFIG, read_config
+from spin_plugin.cli.screen import Screen
 from spin_plugin.console import INTERRUPTED, SpinError, exit_on_error, say
+from spin_plugin.run.directory import RunDir
 
 # Keeps `accelerate launch` from printing a stack trace after the one-line error of the command it started.
 QUIET = ("--", "--quiet")
@@ -21,25 +25,31 @@ QUIET = ("--", "--quiet")
 @click.command(context_settings={"ignore_unknown_options": True})
 @CONFIG
 @click.option("--iterations", type=click.IntRange(min=1), help="Number of iterations to train. Default: all remaining.")
+@click.option("--verbose", "-v", is_flag=True, help="Show all output of `axolotl train`, not only this plugin's lines.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- AXOLOTL TRAIN ARGUMENTS]")
 @exit_on_error
-def train(config: Path, iterations: int | None, arguments: tuple[str, ...]) -> None:
+def train(config: Path, iterations: int | None, verbose: bool, arguments: tuple[str, ...]) -> None:
     """Train the remaining iterations of CONFIG, each in its own `axolotl train`.
 
-    After any crash, rerun the same command.
+    All output of `axolotl train` goes to a file in `logs` of output_dir. After any crash, rerun the same command.
 
     \b
     axolotl spin train config.yml --iterations 1
     axolotl spin train config.yml -- --num_processes 8
     axolotl spin train config.yml -- --launcher torchrun -- --nproc_per_node=8
     """
+    _, run = read_config(config)
     finished, total = progress(config)
     goal = min(total, finished + iterations) if iterations else total
     if finished >= total:
         say(f"{config}: all {total} iterations are finished")
     while finished < goal:
         _require_no_decline(config)
-        code = _run([_axolotl(), "train", str(config), *(arguments or QUIET)])
+        command = [_axolotl(), "train", str(config), *(arguments or QUIET)]
+        with (None if verbose else _screen(run, finished)) or nullcontext() as screen:
+            code = _run(command, screen)
+        if code and screen:
+            screen.explain()
         if code:
             raise SystemExit(code)
         before, (finished, total) = finished, progress(config)
@@ -69,19 +79,24 @@ def _axolotl() -> str:
     return found
 
 
-def _run(command: list[str]) -> int:
+def _run(command: list[str], screen: Screen | None) -> int:
     """Run a command and return its exit code.
 
     Docker and Slurm stop a job by SIGTERM, which is passed on to the command and its descendants.
+
+    Args:
+        screen: shows the command's output; None: the command does.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # `axolotl train` calls accelerate
+    written: dict[str, Any] = {"stdout": screen.output, "stderr": subprocess.STDOUT} if screen else {}
     received: list[int] = []
     earlier = signal.signal(signal.SIGTERM, lambda number, _frame: received.append(number))
     try:
-        with subprocess.Popen(command, env=os.environ | {"PATH": path}) as child:
+        with subprocess.Popen(command, env=os.environ | {"PATH": path}, **written) as child:
             try:
                 while (code := _wait(child)) is None and not received:
-                    pass
+                    if screen:
+                        screen.update()
                 if received:
                     _terminate_tree(child)
             except KeyboardInterrupt:  # the terminal has sent SIGINT to the child, too
@@ -93,6 +108,16 @@ def _run(command: list[str]) -> int:
         return 128 + received[0]
     assert code is not None
     return code if code >= 0 else 128 - code
+
+
+def _screen(run: RunDir, iteration: int) -> Screen | None:
+    """Return the screen for an iteration; None if no log can be written, of which `axolotl train` says the reason."""
+    with suppress(OSError):
+        log = run.root / "logs" / f"iteration-{iteration}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+        screen = Screen(log, f"iteration {iteration}: axolotl train is starting")
+        say(f"iteration {iteration}: all output is in {log}")
+        return screen
+    return None
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int | None:

@@ -11,6 +11,7 @@ output_dir/
     metrics.jsonl       the training log
     .replaced-*         responses and checkpoint set aside because one of their inputs changed
   iteration-1/ ...
+  logs/                 everything that `axolotl spin train` leaves out on the screen
   config.json, model.safetensors, tokenizer.json, ...   links to the newest finished iteration
 """
 

@@ -48,7 +48,13 @@ if behavior == "wait":  # like accelerate's launcher, which does not forward sig
     (directory / "pids").write_text(json.dumps([os.getpid(), child.pid]))
     sys.exit(child.wait())
 if behavior == "fail":
+    print("loading\\nTraceback: out of luck", file=sys.stderr)
     sys.exit(3)
+if behavior == "refuse":
+    print("loading\\nspin: error: beta: too high")
+    sys.exit(1)
+if behavior == "finish":
+    print("loading\\nspin: iteration finished")
 if behavior == "finish":
     run = RunDir(directory / "run")
     run.root.mkdir(exist_ok=True)
@@ -110,7 +116,7 @@ def test_iteration_after_a_worse_one_is_not_started(config: Path) -> None:
     for _ in range(2):
         done = invoke("train", config)
         assert done.exit_code == 1
-        (line,) = done.output.splitlines()
+        *_, line = done.output.splitlines()
         assert line.startswith(
             "spin: error: iteration 1 made held-out real responses less likely, −0.4000 → −0.6000 nats per token "
             "(−0.2000, 95% interval −0.3000…−0.1000, 64 prompts), so iteration 2 is not trained; "
@@ -191,6 +197,31 @@ def test_unfinished_iteration_is_an_error_despite_exit_code_0(config: Path) -> N
     assert done.exit_code == 1
     assert "iteration 0 was not finished" in done.output
     assert len(calls(config)) == 1
+
+
+@pytest.mark.parametrize(
+    ("behavior", "shown", "hidden"),
+    [
+        ("finish", ["spin: iteration finished"], "loading"),
+        ("refuse", ["spin: error: beta: too high"], "loading"),
+        ("fail", ["loading", "Traceback: out of luck", "spin: the end of "], "spin: error"),
+    ],
+)
+def test_only_what_matters_is_shown_and_all_is_logged(
+    config: Path, behavior: str, shown: list[str], hidden: str
+) -> None:
+    config.with_name("behavior").write_text(behavior)
+    done = invoke("train", config, "--iterations", "1")
+    assert all(line in done.output for line in shown), done.output
+    assert hidden not in done.output
+    (log,) = (config.parent / "run/logs").glob("iteration-0-*.log")
+    assert log.read_text().startswith("loading\n")
+
+
+def test_verbose_writes_no_log(config: Path) -> None:
+    config.with_name("behavior").write_text("fail")
+    assert invoke("train", config, "--verbose").exit_code == 3
+    assert not (config.parent / "run/logs").exists()
 
 
 def test_sigterm_stops_training(config: Path) -> None:
