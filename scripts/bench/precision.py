@@ -202,9 +202,9 @@ def compare(scheme: str, rate: float, steps: int) -> dict[str, Any]:
     start = matrices(model)
     after = train(model, sample_batches(steps), rate)
     trained = update(start, after)
-    # autocast does not round the embedding table
+    # autocast does not round an fp32 embedding table
     seen = update(
-        start, {n: w if "embed" in n and scheme != "ZeRO" else w.bfloat16().float() for n, w in after.items()}
+        start, {n: w if "embed" in n and dtype == torch.float32 else w.bfloat16().float() for n, w in after.items()}
     )
     if not lora:  # adapters are stored unchanged
         round_masters(model, kept=(), seed=0, everywhere=scheme == "ZeRO")

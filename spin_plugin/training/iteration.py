@@ -176,15 +176,20 @@ class Iteration:
         """Return the trainer class for this iteration."""
         from spin_plugin.training.precision import SyncRoundingNoise
         from spin_plugin.training.progress import TrainingProgress
-        from spin_plugin.training.rounding import DitherMasters, RoundMasters
+        from spin_plugin.training.rounding import RoundMasters
         from spin_plugin.training.task import TrainingTask
         from spin_plugin.training.trainer import trainer_for
 
         callbacks: list[Any] = [TrainingProgress(self.lowered.iteration)]
         if self.training.dtype == "bfloat16":
-            kind = DitherMasters if self.training.adapter else RoundMasters
-            everywhere = bool(self.training.fsdp or self.training.deepspeed)
-            callbacks.append(kind(self.fp32_tensors, everywhere=everywhere, iteration=self.lowered.iteration))
+            callbacks.append(
+                RoundMasters(
+                    self.fp32_tensors,
+                    everywhere=bool(self.training.fsdp or self.training.deepspeed),
+                    iteration=self.lowered.iteration,
+                    adapter=bool(self.training.adapter),
+                )
+            )
         if needs_no_masters(self.training):
             callbacks.append(SyncRoundingNoise())
         task = TrainingTask(

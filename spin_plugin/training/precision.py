@@ -36,7 +36,7 @@ class SyncRoundingNoise(TrainerCallback):
 HALF = (torch.bfloat16, torch.float16)
 ROUNDS_STOCHASTICALLY = "bf16_stochastic_round"
 # Optimizers whose updates of 16-bit weights are unbiased (torchao's stochastic rounding, if this argument is set) or
-# exact in the sum (optimi's compensated summation, always on).
+# nearly exact in the sum (optimi's compensated summation, always on, keeps what was lost in bf16).
 WITHOUT_MASTERS: dict[str, str | None] = {
     "adamw_torch_8bit": ROUNDS_STOCHASTICALLY,
     "adamw_torch_4bit": ROUNDS_STOCHASTICALLY,

@@ -4,9 +4,12 @@ The forward rounds the masters to bf16, to nearest. Masters that start as bf16 n
 that round to them, so nothing that moves by less than half a bf16 step, about 1e-4 for a weight of 0.05, reaches the
 loss. At SPIN's learning rates that is most of an iteration: training pushes on blindly, and all weights jump later.
 
-So masters start at a random place among the values that round to the weight (dither). The forward still computes with
-the opponent's exact weights before the first step, and then a movement of a tenth of a bf16 step changes a tenth of
-the weights by a whole one: its mean is exact. Rounded to nearest, the saved model is the one that training saw.
+So masters start at a random place among the values that round to the weight (dither). Before the first step the forward
+computes with the same bf16 weights as without; then a movement of a tenth of a bf16 step changes a tenth of the weights
+by a whole one: its mean is exact. Rounded to nearest, they are saved as training saw them.
+
+Autocast leaves embedding tables and vectors such as the norms' in fp32; they are not dithered, and saved with
+stochastic rounding. A table tied to the head is dithered for the head, so its look-ups carry noise of bf16's size.
 Adapters are dithered once and saved as they are; vLLM rounds them as the forward did.
 """
 
@@ -25,42 +28,43 @@ SEEDS_PER_ITERATION = 1 << 24  # more than a model has tensors
 PART = 1 << 24  # weights changed at a time; an embedding table and its noise would take gigabytes
 
 
-class DitherMasters(TrainerCallback):
-    """Dithers masters before the first step. It must come before every callback that scores the model then."""
+class RoundMasters(TrainerCallback):
+    """Dithers masters before the first step and rounds them before Axolotl saves the model.
 
-    def __init__(self, kept: list[str], *, everywhere: bool, iteration: int) -> None:
+    It must come before every callback that scores the model at the same events.
+    """
+
+    def __init__(self, kept: list[str], *, everywhere: bool, iteration: int, adapter: bool) -> None:
         """
         Args:
             kept: names of parameters that the architecture keeps in fp32.
             everywhere: whether the forward casts every weight to bf16 (FSDP, DeepSpeed), not only those of matrix
                 products (autocast).
             iteration: each has its own noise; otherwise the same weights would be rounded up every time.
+            adapter: an adapter is trained, which is not rounded at the end.
         """
-        self.kept, self.everywhere, self.iteration = kept, everywhere, iteration
+        self.kept, self.everywhere, self.iteration, self.adapter = kept, everywhere, iteration, adapter
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not state.global_step:  # the masters of a checkpoint are dithered
-            dither_masters(kwargs["model"], kept=self.kept, seed=self.seed(args), everywhere=self.everywhere)
+            dither_masters(kwargs["model"], kept=self.kept, seed=self._seed(args), everywhere=self.everywhere)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not state.global_step:  # the first step, which creates the residuals
-            dither_residuals(kwargs["model"], kwargs["optimizer"].state, seed=self.seed(args))
-
-    def seed(self, args: TrainingArguments) -> int:
-        return args.seed + self.iteration * SEEDS_PER_ITERATION
-
-
-class RoundMasters(DitherMasters):
-    """Also rounds the masters before Axolotl saves the model, and before callbacks that score it then."""
+            dither_residuals(kwargs["model"], kwargs["optimizer"].state, seed=self._seed(args))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        round_masters(kwargs["model"], kept=self.kept, seed=self.seed(args), everywhere=self.everywhere)
+        if not self.adapter:
+            round_masters(kwargs["model"], kept=self.kept, seed=self._seed(args), everywhere=self.everywhere)
+
+    def _seed(self, args: TrainingArguments) -> int:
+        return args.seed + self.iteration * SEEDS_PER_ITERATION
 
 
 # --- one tensor ------------------------------------------------------------------------------------
@@ -116,7 +120,10 @@ def dither_masters(model: nn.Module, *, kept: Iterable[str], seed: int, everywhe
 
 @torch.no_grad()
 def dither_residuals(model: nn.Module, states: Mapping[nn.Parameter, Mapping[str, Any]], *, seed: int) -> None:
-    """Dither bf16 weights whose optimizer keeps the residual of each (compensated summation, `kahan_comp`).
+    """Dither bf16 matrices whose optimizer keeps the residual of each weight (compensated summation, `kahan_comp`).
+
+    A residual is a bf16 number itself: noise of half a step leaves it 2^-9 of that step as its own. Vectors, whose
+    weights are near 1, would lose all small updates to it.
 
     Args:
         model: the unwrapped model.
@@ -125,10 +132,12 @@ def dither_residuals(model: nn.Module, states: Mapping[nn.Parameter, Mapping[str
     """
     for number, parameter in enumerate(model.parameters()):
         residual = states.get(parameter, {}).get("kahan_comp")
-        if residual is not None:
-            weights = _local(parameter).float()
-            noise = dithered(weights, _generator(weights, seed + number + _shard_seed(parameter))) - weights
-            _local(residual).add_(noise)
+        if residual is None or parameter.dtype != torch.bfloat16 or parameter.dim() < 2:
+            continue
+        weights = _local(parameter)
+        generator = _generator(weights, seed + number + _shard_seed(parameter))
+        for part, lost in zip(_parts(weights), _parts(_local(residual)), strict=True):
+            lost.add_(dithered(part.float(), generator) - part.float())
 
 
 @torch.no_grad()
@@ -139,8 +148,10 @@ def round_masters(model: nn.Module, *, kept: Iterable[str], seed: int, everywher
     weights, DeepSpeed's among them.
 
     Args:
-        model, kept, everywhere: see `dither_masters`.
+        model: see `dither_masters`.
+        kept: names of parameters that the architecture keeps in fp32.
         seed: seed of the rounding noise.
+        everywhere: whether the forward casts every weight to bf16.
     """
     nearest = {number for number, _ in _rounded_by_the_forward(model, kept, everywhere)}
     for number, parameter in _trained(model, kept):
@@ -148,7 +159,7 @@ def round_masters(model: nn.Module, *, kept: Iterable[str], seed: int, everywher
         if _is_deepspeeds(parameter) or weights.dtype != torch.float32:
             continue
         generator = _generator(weights, seed + number + _shard_seed(parameter))
-        for part in weights.view(-1).split(PART):
+        for part in _parts(weights):
             part.copy_(part.bfloat16() if number in nearest else rounded_stochastically(part, generator))
 
 
@@ -188,8 +199,12 @@ def _shard_seed(parameter: nn.Parameter) -> int:
     return 1_000_003 * sum(at * 1009**number for number, at in enumerate(shard))
 
 
+def _parts(weights: Tensor) -> Sequence[Tensor]:
+    return weights.view(-1).split(PART) if weights.is_contiguous() else (weights,)
+
+
 def _dither(masters: Tensor, generator: torch.Generator) -> None:
-    for part in masters.view(-1).split(PART):
+    for part in _parts(masters):
         part.copy_(dithered(part, generator))
 
 
@@ -198,13 +213,24 @@ def _is_deepspeeds(parameter: nn.Parameter) -> bool:
 
 
 def _dither_deepspeed(parameter: nn.Parameter, seed: int) -> None:
-    """Dither DeepSpeed's master; all ranks draw the same noise and keep their part."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+    """Dither DeepSpeed's master: under ZeRO-3 this rank's part, otherwise all of it, with each rank's noise equal."""
+    from deepspeed import utils
 
-    master = safe_get_full_fp32_param(parameter)
-    if master is not None and parameter.dtype == torch.bfloat16:
+    if parameter.dtype != torch.bfloat16:
+        return
+    if hasattr(parameter, "ds_id"):
+        # a getter and setter of whole parameters exist, but the setter fails unless the ranks' parts are equal
+        get, put, seed = utils.safe_get_local_fp32_param, utils.safe_set_local_fp32_param, seed + _rank_seed()
+    else:
+        get, put = utils.safe_get_full_fp32_param, utils.safe_set_full_fp32_param
+    master = get(parameter)
+    if master is not None:
         _dither(master, _generator(master, seed))
-        safe_set_full_fp32_param(parameter, master)
+        put(parameter, master)
+
+
+def _rank_seed() -> int:
+    return 1_000_003 * torch.distributed.get_rank()
 
 
 def _generator(tensor: Tensor, seed: int) -> torch.Generator:

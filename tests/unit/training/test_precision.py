@@ -226,12 +226,13 @@ def test_stored_fp32_tensors_are_converted_and_others_kept(tmp_path: Path) -> No
 # --- axolotl train -----------------------------------------------------------------------------------
 
 BF16 = {"bf16": True}
+SLOW = BF16 | {"learning_rate": 5e-7}
 ONE_PROCESS = {
     "fp32": {},
     "bf16": BF16,
     "stochastic": BF16 | STOCHASTIC,
     "lora": BF16 | LORA,
-    "slow": BF16 | {"learning_rate": 5e-7},
+    "slow": SLOW,
     "slow fp32": {"learning_rate": 5e-7},
 }
 TWO_PROCESSES = {
@@ -239,7 +240,11 @@ TWO_PROCESSES = {
     "fsdp2": BF16 | FSDP2,
     "zero2": BF16 | zero(2, bf16=True),
     "zero3": BF16 | zero(3, bf16=True),
+    "slow fsdp2": SLOW | FSDP2,
+    "slow zero2": SLOW | zero(2, bf16=True),
+    "slow zero3": SLOW | zero(3, bf16=True),
 }
+AT_FULL_RATE = ["ddp", "fsdp2", "zero2", "zero3"]
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +280,7 @@ def checkpoint(run: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bf16", "stochastic", *TWO_PROCESSES])
+@pytest.mark.parametrize("name", ["bf16", "stochastic", *AT_FULL_RATE])
 def test_stored_weights_move_as_in_fp32(trained: Path, llama: Path, name: str) -> None:
     exact = movement(trained / "fp32/run/iteration-0/model.safetensors", llama)
     file = trained / name / "run/iteration-0/model.safetensors"
@@ -291,7 +296,7 @@ def test_stored_weights_move_as_in_fp32(trained: Path, llama: Path, name: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TWO_PROCESSES)
+@pytest.mark.parametrize("name", AT_FULL_RATE)
 def test_two_processes_match_the_losses_of_one(trained: Path, name: str) -> None:
     """Step by step, within the effect of rounding in another order in 16 bits."""
     curves = [
@@ -306,7 +311,7 @@ def test_two_processes_match_the_losses_of_one(trained: Path, name: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bf16", "stochastic", *TWO_PROCESSES])
+@pytest.mark.parametrize("name", ["bf16", "stochastic", *AT_FULL_RATE])
 def test_held_out_responses_gain_as_in_fp32(trained: Path, name: str) -> None:
     """Scored after the masters are rounded, with sharded weights too."""
     states = [RunDir(trained / setup / "run").read_state() for setup in ("fp32", name)]
@@ -323,9 +328,10 @@ def test_masters_move_at_the_papers_learning_rate(trained: Path, llama: Path) ->
 
 
 @pytest.mark.slow
-def test_movements_below_a_bf16_step_reach_the_loss_and_the_saved_model(trained: Path, llama: Path) -> None:
+@pytest.mark.parametrize("name", ["slow", "slow fsdp2", "slow zero2", "slow zero3"])
+def test_movements_below_a_bf16_step_reach_the_loss_and_the_saved_model(trained: Path, llama: Path, name: str) -> None:
     """48e-6 at most, less than half a bf16 step of most weights: rounded to nearest from the start, margins stay 0."""
-    runs = [RunDir(trained / setup / "run").iteration(0) for setup in ("slow fp32", "slow")]
+    runs = [RunDir(trained / setup / "run").iteration(0) for setup in ("slow fp32", name)]
     exact, found = (run.last_metrics()["spin/reward_margin"] for run in runs)
     assert found == pytest.approx(exact, rel=0.2)
     exact_movement, moved = (movement(run.path / "model.safetensors", llama) for run in runs)
@@ -335,6 +341,8 @@ def test_movements_below_a_bf16_step_reach_the_loss_and_the_saved_model(trained:
 @pytest.mark.slow
 def test_adapter_is_trained_in_fp32(trained: Path) -> None:
     weights = load_file(trained / "lora/run/iteration-0/adapter_model.safetensors")
+    dithered = [tensor for name, tensor in weights.items() if "lora_A" in name]
+    assert all((tensor != tensor.bfloat16()).double().mean() > 0.99 for tensor in dithered)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert all(tensor.abs().max() > 0 for tensor in weights.values())
 

@@ -1,11 +1,15 @@
 """Masters begin at random places within their bf16 step, so that the forward and the saved model see every movement."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from optimi import AdamW
 from torch import nn
 
 from spin_plugin.training.rounding import (
+    RoundMasters,
     dither_masters,
     dither_residuals,
     dithered,
@@ -118,6 +122,34 @@ def test_masters_end_as_the_forward_saw_them() -> None:
     assert torch.equal(table, table.bfloat16().float())
     assert not torch.equal(table, before["table.weight"].bfloat16().float()), "not dithered, so rounded stochastically"
     assert (table - before["table.weight"]).double().mean().abs() < 2e-4
+
+
+@pytest.mark.parametrize(("step", "adapter"), [(0, False), (0, True), (5, False)])
+def test_masters_are_dithered_once_and_adapters_stay_so(step: int, adapter: bool) -> None:
+    """At a later step training resumes from a checkpoint, whose masters are dithered."""
+    model = bf16_model()
+    before = weights_of(model)["layer.weight"]
+    callback = RoundMasters([], everywhere=False, iteration=0, adapter=adapter)
+    events: Any = (SimpleNamespace(seed=1), SimpleNamespace(global_step=step), None)
+    callback.on_train_begin(*events, model=model)
+    began = weights_of(model)["layer.weight"]
+    assert torch.equal(began, before) is (step > 0)
+    callback.on_train_begin(*events, model=model)
+    assert torch.equal(weights_of(model)["layer.weight"], began)
+    callback.on_train_end(*events, model=model)
+    assert torch.equal(weights_of(model)["layer.weight"], began if adapter else before)
+
+
+def test_every_iteration_has_its_own_noise() -> None:
+    noise = []
+    for iteration in (0, 1):
+        model = bf16_model()
+        callback = RoundMasters([], everywhere=False, iteration=iteration, adapter=False)
+        events: Any = (SimpleNamespace(seed=1), SimpleNamespace(global_step=0), None)
+        callback.on_train_begin(*events, model=model)
+        noise.append(weights_of(model)["layer.weight"] - weights_of(bf16_model())["layer.weight"])
+    correlation = torch.corrcoef(torch.stack([each.flatten() for each in noise]))[0, 1].abs().item()
+    assert correlation < 0.1
 
 
 def movement_seen_by_the_forward(*, dither: bool) -> tuple[torch.Tensor, torch.Tensor]:
