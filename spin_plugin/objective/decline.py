@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-REMEDIES = "try a lower learning_rate, `loss_type: space`, `real_penalty` or `sft_weight`"
+REMEDIES = "try `sft_weight: 5`, a lower learning_rate, `loss_type: space` or `real_penalty`"
 CONFIDENCE = 0.95
 FEWEST_PROMPTS = 8
 """The interval of fewer prompts is too wide to decide anything."""

@@ -272,7 +272,7 @@ def test_full_fine_tune_starts_from_the_sft_model(tmp_path: Path, sft: dict[str,
     assert config["learning_rate"] == pytest.approx(1e-6)
     assert config["warmup_ratio"] == 0.1
     assert not config.keys() & {"warmup_steps", "hub_model_id", "revision_of_model", "lora_model_dir"}
-    assert (config["rl"], config["spin"]) == ("spin", {"iterations": 3})
+    assert (config["rl"], config["spin"]) == ("spin", {"iterations": 3, "sft_weight": 5.0})
     assert ("plugins" in config) is not discovers_plugins()
     assert config["datasets"] == sft["datasets"]
     assert "outputs/sft: contains no model yet" in done.output
