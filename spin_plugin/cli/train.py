@@ -18,6 +18,7 @@ from spin_plugin.cli.screen import Screen
 from spin_plugin.console import INTERRUPTED, SpinError, exit_on_error, say
 from spin_plugin.run.directory import RunDir
 
+TERMINATED = 128 + signal.SIGTERM
 # Keeps `accelerate launch` from printing a stack trace after the one-line error of the command it started.
 QUIET = ("--", "--quiet")
 
@@ -48,7 +49,7 @@ def train(config: Path, iterations: int | None, verbose: bool, arguments: tuple[
         command = [_axolotl(), "train", str(config), *(arguments or QUIET)]
         with (None if verbose else _screen(run, finished)) or nullcontext() as screen:
             code = _run(command, screen)
-        if code and screen:
+        if screen and code not in (0, INTERRUPTED, TERMINATED):
             screen.explain()
         if code:
             raise SystemExit(code)

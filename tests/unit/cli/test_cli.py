@@ -231,13 +231,15 @@ def test_sigterm_stops_training(config: Path) -> None:
         "import sys; from spin_plugin.cli import spin; module = sys.modules['spin_plugin.cli.train'];"
         f"module._axolotl = lambda: {str(config.with_name('axolotl'))!r}; spin(['train', {str(config)!r}])"
     )
-    with subprocess.Popen([sys.executable, "-c", program]) as process:
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         pids = config.with_name("pids")
         while not (pids.exists() and pids.read_text()):
             assert process.poll() is None
             time.sleep(0.05)
         process.terminate()
-        assert process.wait(60) == 128 + signal.SIGTERM
+        shown, _ = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM
+        assert "the end of" not in shown, "the user knows why"
     assert not [pid for pid in json.loads(pids.read_text()) if psutil.pid_exists(pid)]
     assert len(calls(config)) == 1
 
