@@ -123,10 +123,10 @@ AGREED = "spin: iteration 1: vLLM and the policy are 0.002 nats per token apart 
     [
         (0, AGREED, [0.6931, 0.5], 0.1, None),
         (0, AGREED, [0.700, 0.5], 0.1, None),
-        (0, AGREED, [0.715, 0.5], 0.1, "the first loss is not ln 2"),
+        (0, AGREED, [0.73, 0.5], 0.1, "the first loss is not ln 2"),
         (0, AGREED, [float("nan")], 0.1, "the first loss is not ln 2"),
         (0, AGREED, [1.5, 0.5], 5.0, None),
-        (0, AGREED, [2.5, 0.5], 5.0, "the first loss is not ln 2"),
+        (0, AGREED, [5.5, 0.5], 5.0, "the first loss is not ln 2"),
         (0, AGREED, [], 0.1, "no loss was logged"),
         (0, "", [0.6931], 0.1, "vLLM and the policy were not compared"),
         (1, "…\nspin: error: no room\n", [], 0.1, "no room"),
