@@ -25,6 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 # Prefixes that activation checkpointing, torch.compile and FSDP add to parameter names.
 WRAPPERS = re.compile(r"_checkpoint_wrapped_module\.|_orig_mod\.|_fsdp_wrapped_module\.")
 SEEDS_PER_ITERATION = 1 << 24  # more than a model has tensors
+SEEDS_PER_SHARD = 1_000_003
 PART = 1 << 24  # weights changed at a time; an embedding table and its noise would take gigabytes
 
 
@@ -115,7 +116,7 @@ def dither_masters(model: nn.Module, *, kept: Iterable[str], seed: int, everywhe
             continue
         weights = _local(parameter)
         if weights.dtype == torch.float32:
-            _dither(weights, _generator(weights, seed + number + _shard_seed(parameter)))
+            _dither(weights, _generator(weights, parameter, seed + number))
 
 
 @torch.no_grad()
@@ -135,7 +136,7 @@ def dither_residuals(model: nn.Module, states: Mapping[nn.Parameter, Mapping[str
         if residual is None or parameter.dtype != torch.bfloat16 or parameter.dim() < 2:
             continue
         weights = _local(parameter)
-        generator = _generator(weights, seed + number + _shard_seed(parameter))
+        generator = _generator(weights, parameter, seed + number)
         for part, lost in zip(_parts(weights), _parts(_local(residual)), strict=True):
             lost.add_(dithered(part.float(), generator) - part.float())
 
@@ -158,7 +159,7 @@ def round_masters(model: nn.Module, *, kept: Iterable[str], seed: int, everywher
         weights = _local(parameter)
         if _is_deepspeeds(parameter) or weights.dtype != torch.float32:
             continue
-        generator = _generator(weights, seed + number + _shard_seed(parameter))
+        generator = _generator(weights, parameter, seed + number)
         for part in _parts(weights):
             part.copy_(part.bfloat16() if number in nearest else rounded_stochastically(part, generator))
 
@@ -192,11 +193,13 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _shard_seed(parameter: nn.Parameter) -> int:
     """Return a seed offset that differs between a parameter's shards; 0 if it is not sharded."""
+    if hasattr(parameter, "ds_id"):  # ZeRO-3
+        return SEEDS_PER_SHARD * torch.distributed.get_rank()
     if not isinstance(parameter, DTensor):
         return 0
     coordinate: Sequence[int] = parameter.device_mesh.get_coordinate() or []
     shard = [at for at, placement in zip(coordinate, parameter.placements, strict=True) if placement.is_shard()]
-    return 1_000_003 * sum(at * 1009**number for number, at in enumerate(shard))
+    return SEEDS_PER_SHARD * sum(at * 1009**number for number, at in enumerate(shard))
 
 
 def _parts(weights: Tensor) -> Sequence[Tensor]:
@@ -213,25 +216,22 @@ def _is_deepspeeds(parameter: nn.Parameter) -> bool:
 
 
 def _dither_deepspeed(parameter: nn.Parameter, seed: int) -> None:
-    """Dither DeepSpeed's master: under ZeRO-3 this rank's part, otherwise all of it, with each rank's noise equal."""
+    """Dither DeepSpeed's master: this rank's part under ZeRO-3, otherwise all, with equal noise on every rank."""
     from deepspeed import utils
 
     if parameter.dtype != torch.bfloat16:
         return
     if hasattr(parameter, "ds_id"):
         # a getter and setter of whole parameters exist, but the setter fails unless the ranks' parts are equal
-        get, put, seed = utils.safe_get_local_fp32_param, utils.safe_set_local_fp32_param, seed + _rank_seed()
+        get, put = utils.safe_get_local_fp32_param, utils.safe_set_local_fp32_param
     else:
         get, put = utils.safe_get_full_fp32_param, utils.safe_set_full_fp32_param
     master = get(parameter)
     if master is not None:
-        _dither(master, _generator(master, seed))
+        _dither(master, _generator(master, parameter, seed))
         put(parameter, master)
 
 
-def _rank_seed() -> int:
-    return 1_000_003 * torch.distributed.get_rank()
-
-
-def _generator(tensor: Tensor, seed: int) -> torch.Generator:
-    return torch.Generator(tensor.device).manual_seed(seed)
+def _generator(weights: Tensor, parameter: nn.Parameter, seed: int) -> torch.Generator:
+    """Return the generator for this rank's weights of a parameter, on their device: a master can be offloaded."""
+    return torch.Generator(weights.device).manual_seed(seed + _shard_seed(parameter))
