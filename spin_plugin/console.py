@@ -17,6 +17,9 @@ INTERRUPTED = 128 + 2  # the exit code of a command ended by SIGINT
 # No markup, because dataset names and paths may contain brackets. No wrapping, so that a message stays on one line in
 # a log file.
 console = Console(highlight=False, markup=False, soft_wrap=True)
+# How the lines of each kind begin. `spin: ` begins all of them, so it comes last.
+ERROR, WARNING, RESULT = "spin: error: ", "spin: warning: ", "spin: "
+STYLES = {ERROR: "bold red", WARNING: "bold yellow", RESULT: "bold cyan"}
 
 
 # Disk errors that can occur on writing, and the way out. None of them damages files that were complete before.
@@ -39,23 +42,23 @@ class SpinError(ValueError):
 
 def say(message: str) -> None:
     """Print a one-line result."""
-    _print("spin: ", "bold cyan", message)
+    _print(RESULT, message)
 
 
 def warn(message: str) -> None:
     """Print a one-line warning about something the user should act on."""
-    _print("spin: warning: ", "bold yellow", message)
+    _print(WARNING, message)
 
 
 def report_error(message: str) -> None:
     """Print one line on why this process exits."""
-    _print("spin: error: ", "bold red", message)
+    _print(ERROR, message)
 
 
-def _print(start: str, style: str, message: str) -> None:
+def _print(start: str, message: str) -> None:
     """Print one line, with control characters escaped: data, logs and model output may contain terminal sequences."""
     shown = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in " ".join(message.split()))
-    console.print(Text.assemble((start, style), shown))
+    console.print(Text.assemble((start, STYLES[start]), shown))
 
 
 def exit_on_error(hook: Callable[P, R]) -> Callable[P, R]:

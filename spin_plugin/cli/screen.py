@@ -8,13 +8,12 @@ from rich.markup import escape
 from rich.status import Status
 from rich.text import Text
 
-from spin_plugin.console import console
+from spin_plugin.console import ERROR, STYLES, console
 
 LAST = 30
 """Lines of the log that are shown if the command fails without saying why."""
 # Lines that only say how far a stage is. On a terminal they replace each other.
 PROGRESS = re.compile(r"spin: iteration \d+: .*, [\d,]+ s left$")
-STYLES = {"spin: error: ": "bold red", "spin: warning: ": "bold yellow", "spin: ": "bold cyan"}
 
 
 class Screen:
@@ -70,7 +69,7 @@ class Screen:
         self._last.append(line)
         start = next((start for start in STYLES if line.startswith(start)), None)
         if start and not (self._status and PROGRESS.match(line)):
-            self._error |= start == "spin: error: "
+            self._error |= start == ERROR
             console.print(Text.assemble((start, STYLES[start]), line.removeprefix(start)))
         elif self._status:
             self._status.update(escape(line[: console.width - 4]))
