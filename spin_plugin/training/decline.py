@@ -51,7 +51,7 @@ class HeldOutCheck(TrainerCallback):
                 "the trained model's log-probs of held-out responses are not finite: training diverged; remove the "
                 "iteration with `axolotl spin reset` and lower the learning_rate"
             )
-        trainer.task.record_held_out(compare(before / tokens, after / tokens, rows))
+        trainer.task.record("held_out", compare(before / tokens, after / tokens, rows).as_dict())
 
 
 class RealRewardWatch:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -19,7 +18,6 @@ from spin_plugin.console import SpinError, say, warn
 from spin_plugin.data.steps import steps_in_epoch
 from spin_plugin.generation.shards import Shards
 from spin_plugin.model.layout import PairCollator
-from spin_plugin.objective.decline import CHECKS, REMEDIES, Comparison
 from spin_plugin.opponent.agreement import comparable, distance, require_agreement
 from spin_plugin.opponent.hub import pin
 from spin_plugin.opponent.merge import merge
@@ -29,6 +27,7 @@ from spin_plugin.run.checkpoint import check_model_dir, incomplete_reason
 from spin_plugin.run.directory import IterationDir
 from spin_plugin.run.processes import Ranks, exit_with_launcher, rank, shared_start_id
 from spin_plugin.run.state import RunState
+from spin_plugin.training.finish import announce_finished, finish_iteration
 from spin_plugin.training.judged import require_loadable
 from spin_plugin.training.precision import (
     keep_4bit_weights_trainable,
@@ -53,8 +52,8 @@ class Iteration:
         self.lock = ExitStack()
         self.fp32_tensors: list[str] = []
         """Names of tensors that the architecture keeps in fp32 whatever the model's dtype."""
-        self.held_out: Comparison | None = None
-        """The trained model's comparison with the opponent; None if no prompts are held out."""
+        self.outcome: dict[str, Any] = {}
+        """What training and its checks add to the iteration's entry in run.json."""
 
     # --- before training ---------------------------------------------------------------------
 
@@ -198,7 +197,7 @@ class Iteration:
             self.pairs,
             self.directory.metrics,
             self._check_agreement,
-            self._record_held_out,
+            self.outcome.__setitem__,
             tuple(callbacks),
         )
         return trainer_for(task)
@@ -228,9 +227,6 @@ class Iteration:
                 quantized=opponent.quantized or opponent.fp8,
             )
 
-    def _record_held_out(self, result: Comparison) -> None:
-        self.held_out = result
-
     def _warn_of_warmup(self, warmup: int) -> None:
         """Warn if every step is warm-up: schedules start at 0, so the model would barely train."""
         if 0 < warmup >= self.steps:
@@ -258,35 +254,9 @@ class Iteration:
         flush(self.directory.path.iterdir())
         if self.training.adapter and self.spin.adapter_chain == "merge":
             merge(read_opponent(self.cfg), self.directory.path, self.directory.merged, tokenizer=self.directory.path)
-        state = run.read_state()
-        assert state is not None
-        assert len(state.finished) == number
-        metrics = self.directory.last_metrics()
-        stats = {split: value.as_dict() for split, value in self.pairs.stats.items() if value.responses}
-        finished_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        entry = {"iteration": number, "finished_at": finished_at, "pairs": stats, "metrics": metrics}
-        state.finished.append(entry | ({"held_out": self.held_out.as_dict()} if self.held_out else {}))
-        run.link_newest(number)
-        run.write_state(state)
+        finish_iteration(run, number, self.pairs.stats, self.outcome)
         self.lock.close()
-        left = self.lowered.spin.iterations - number - 1
-        shown = [
-            f"{key} {metrics[f'spin/{key}']:.4f}"
-            for key in ("loss", "reward_margin", "accuracy")
-            if f"spin/{key}" in metrics
-        ]
-        train = self.pairs.stats["train"]
-        if shown and train.equal and not train.equal_dropped and not train.judge:
-            shown[-1] += f" (at most {1 - train.equal / train.pairs:.4f}: identical responses count as misses)"
-        say(
-            f"iteration {number} finished, last epoch: {', '.join(shown)}; model in {self.directory.path}; "
-            f"{f'{left} to go: rerun the same command' if left else 'that was the last one'}"
-        )
-        if self.held_out:
-            check = CHECKS["held_out"]
-            say(f"{check.measured}: {self.held_out.summary(check.unit)}")
-        if worse := state.worse():
-            warn(f"{worse}; {REMEDIES}")
+        announce_finished(run, number, self.lowered.spin.iterations)
 
     def _require_no_watchdog(self) -> None:
         """Refuse training that Axolotl's loss watchdog stopped, which otherwise looks complete."""

@@ -10,7 +10,6 @@ from transformers import TrainerCallback
 
 from spin_plugin.args import SpinArgs
 from spin_plugin.config.specs import TrainingSpec
-from spin_plugin.objective.decline import Comparison
 from spin_plugin.training.prepare import PairsOnDisk
 
 
@@ -25,6 +24,6 @@ class TrainingTask:
     metrics_file: Path
     check_agreement: Callable[[Callable[[list[dict[str, Any]]], list[Tensor]]], None]
     """Compares token log-probs of the policy, computed by the given function, with vLLM's."""
-    record_held_out: Callable[[Comparison], None]
-    """Receives the trained model's comparison with the opponent, on every rank."""
+    record: Callable[[str, Any], None]
+    """Adds a result, by name, to the iteration's entry in run.json; called on every rank."""
     callbacks: tuple[TrainerCallback, ...] = ()
