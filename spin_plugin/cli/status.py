@@ -11,6 +11,7 @@ from rich.table import Table
 from spin_plugin.cli.config_file import CONFIG, read_config
 from spin_plugin.console import console, exit_on_error
 from spin_plugin.objective.decline import decline
+from spin_plugin.objective.diagnosis import as_dicts, diagnose
 from spin_plugin.objective.metrics import METRICS
 from spin_plugin.run.directory import RunDir
 
@@ -28,6 +29,9 @@ def status(config: Path, as_json: bool) -> None:
         click.echo(json.dumps(content))
     else:
         console.print(_table(content))
+        for entry in content["iterations"]:
+            for finding in entry.get("findings", []):
+                console.print(f"iteration {entry['iteration']}: {finding['message']}; {finding['advice']}")
 
 
 def run_status(config: Path) -> dict[str, Any]:
@@ -41,7 +45,8 @@ def run_status(config: Path) -> dict[str, Any]:
     finished = state.finished if state else []
     iterations = [entry | {"state": _finished_state(entry)} for entry in finished]
     for number in range(len(finished), args.iterations):
-        iterations.append(_unfinished(run, number, started=number == len(finished)))
+        before = finished[-1] if finished else None
+        iterations.append(_unfinished(run, number, before, started=number == len(finished)))
     return {"output_dir": str(run.root), "iterations": iterations}
 
 
@@ -50,8 +55,8 @@ def _finished_state(entry: dict[str, Any]) -> str:
     return "finished, worse" if decline(entry) else "finished"
 
 
-def _unfinished(run: RunDir, number: int, *, started: bool) -> dict[str, Any]:
-    """Return the progress of an unfinished iteration."""
+def _unfinished(run: RunDir, number: int, before: dict[str, Any] | None, *, started: bool) -> dict[str, Any]:
+    """Return the progress of an unfinished iteration; `before` is the entry of the last finished one."""
     directory = run.iteration(number)
     stats_file = directory.pairs / "stats.json"
     pairs = json.loads(stats_file.read_text(encoding="utf-8")) if started and stats_file.exists() else {}
@@ -65,7 +70,8 @@ def _unfinished(run: RunDir, number: int, *, started: bool) -> dict[str, Any]:
         state = f"generating responses, {shards} shards"
     else:
         state = "not started"
-    return {"iteration": number, "state": state, "pairs": pairs, "metrics": metrics}
+    found = as_dicts(diagnose(pairs, directory.read_log(), before)) if pairs else []
+    return {"iteration": number, "state": state, "pairs": pairs, "metrics": metrics, "findings": found}
 
 
 def _judge_score(entry: dict[str, Any]) -> str:
@@ -75,14 +81,18 @@ def _judge_score(entry: dict[str, Any]) -> str:
 
 
 def _table(content: dict[str, Any]) -> Table:
+    diverges = any("divergence" in entry for entry in content["iterations"])
+    explained = "real, synth.: mean response length in tokens; metrics: mean over last epoch"
+    explained += "; KL: nats per token from iteration 0's opponent" if diverges else ""
     table = Table(
-        title=f"{content['output_dir']} (real, synth.: mean response length in tokens; metrics: mean over last epoch)",
+        title=f"{content['output_dir']} ({explained})",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
     )
     judged = any(_judge_score(entry) for entry in content["iterations"])
-    columns = ("t", "state", "pairs", "real", "synth.", "equal", *(["judge"] if judged else []), *METRIC_COLUMNS)
+    columns = ["t", "state", "pairs", "real", "synth.", "equal", *(["judge"] if judged else []), *METRIC_COLUMNS]
+    columns += ["KL"] if diverges else []
     for heading in columns:
         # a pipe has 80 columns; wrap instead of truncating
         table.add_column(heading, justify="left" if heading == "state" else "right", overflow="fold")
@@ -95,5 +105,6 @@ def _table(content: dict[str, Any]) -> Table:
             described = [f"{stats['pairs']:,}", *(f"{mean:.1f}" for mean in lengths), f"{equal:.1%}"]
         described += [_judge_score(entry)] if judged else []
         values = [f"{metrics[name]:.4f}" if name in metrics else "" for name in METRIC_COLUMNS.values()]
+        values += [f"{entry['divergence']:.4f}" if "divergence" in entry else ""] if diverges else []
         table.add_row(str(entry["iteration"]), entry["state"], *described, *values)
     return table

@@ -8,8 +8,9 @@ many pairs there are.
 """
 
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +65,20 @@ class JudgeStats:
 
 
 @dataclass
+class NewestStats:
+    """The responses of the iteration's own opponent, whatever becomes of their pairs, without those of earlier ones."""
+
+    responses: int = 0
+    truncated: int = 0
+    equal: int = 0
+    real_mean: float = 0.0
+    """Mean length in tokens of the real responses to the same prompts."""
+    synthetic_mean: float = 0.0
+    distinct_real: int = 0
+    distinct_synthetic: int = 0
+
+
+@dataclass
 class PairStats:
     """Counts of synthetic responses by outcome, and lengths of both sides of the pairs in tokens."""
 
@@ -78,6 +93,7 @@ class PairStats:
     real_p95: float = 0.0
     synthetic_mean: float = 0.0
     synthetic_p95: float = 0.0
+    newest: NewestStats = field(default_factory=NewestStats)
     judge: JudgeStats | None = None
     """None without a judge."""
 
@@ -124,7 +140,7 @@ def build_pairs(
 
     Args:
         examples: `real/`, indexed by example id.
-        synthetic: responses of this and earlier iterations; pairs are numbered in this order.
+        synthetic: responses of this and earlier iterations, newest first; pairs are numbered in this order.
         path: the Arrow file to write.
         end_tokens: a response that is only one of these counts as empty.
         sequence_len: longest prompt plus response; longer pairs are dropped.
@@ -136,11 +152,11 @@ def build_pairs(
     """
     schema = PAIR_SCHEMA.append(INITIAL) if has_initial else PAIR_SCHEMA
     stats = PairStats(equal_dropped=not keep_equal, judge=None if drop_at is None else JudgeStats())
-    usable = _Usable(set(end_tokens), sequence_len, keep_equal, drop_at, keep_right)
+    usable, newest = _Usable(set(end_tokens), sequence_len, keep_equal, drop_at, keep_right), _Newest()
     lengths: dict[str, list[int]] = {"real": [], "synthetic": []}
     with table_writer(path, schema) as write:
         for block in _batched(synthetic, BLOCK):
-            columns = _join(examples, block, schema.names, stats, usable)
+            columns = _join(examples, block, schema.names, stats, usable, newest)
             for side, seen in lengths.items():
                 seen.extend(len(tokens) for tokens in columns[side])
             write(columns)
@@ -148,17 +164,24 @@ def build_pairs(
         if seen:
             setattr(stats, f"{side}_mean", float(np.mean(seen)))
             setattr(stats, f"{side}_p95", float(np.percentile(seen, 95)))
+    stats.newest = newest.result()
     return stats
 
 
 def _join(
-    examples: Dataset, block: Sequence[Synthetic], names: Sequence[str], stats: PairStats, usable: "_Usable"
+    examples: Dataset,
+    block: Sequence[Synthetic],
+    names: Sequence[str],
+    stats: PairStats,
+    usable: "_Usable",
+    newest: "_Newest",
 ) -> dict[str, list[Any]]:
     """Pair one block of responses; returns columns and updates `stats`."""
     columns: dict[str, list[Any]] = {name: [] for name in names}
     rows = examples.with_format("arrow")[[response.example for response in block]]
     prompts, reals = rows["prompt"].to_pylist(), rows["real"].to_pylist()
     for response, prompt, real in zip(block, prompts, reals, strict=True):
+        newest.count(response, real)
         if not usable.count(response, prompt, real, stats):
             continue
         initial = usable.initial(response, prompt)
@@ -204,6 +227,34 @@ class _Usable:
         return not tokens or (len(tokens) == 1 and tokens[0] in self.end_tokens)
 
 
+class _Newest:
+    """Counts the responses of the newest iteration, which come first. Takes 16 bytes per response."""
+
+    def __init__(self) -> None:
+        self.stats, self.iteration = NewestStats(), -1
+        self.tokens = {"real": 0, "synthetic": 0}
+        self.hashes = {"real": array("q"), "synthetic": array("q")}
+
+    def count(self, response: Synthetic, real: list[int]) -> None:
+        """Count a response, if it is of the newest iteration."""
+        if not self.stats.responses:
+            self.iteration = response.iteration
+        if response.iteration != self.iteration:
+            return
+        self.stats.responses += 1
+        self.stats.truncated += response.truncated
+        self.stats.equal += response.tokens == real
+        for side, tokens in (("real", real), ("synthetic", response.tokens)):
+            self.tokens[side] += len(tokens)
+            self.hashes[side].append(hash(tuple(tokens)))
+
+    def result(self) -> NewestStats:
+        for side, hashes in self.hashes.items():
+            setattr(self.stats, f"{side}_mean", self.tokens[side] / max(1, self.stats.responses))
+            setattr(self.stats, f"distinct_{side}", len(np.unique(hashes)))
+        return self.stats
+
+
 def _batched(items: Iterable[Synthetic], size: int) -> Iterator[list[Synthetic]]:
     block: list[Synthetic] = []
     for item in items:
@@ -223,7 +274,8 @@ def write_stats(path: Path, stats: dict[str, PairStats]) -> None:
 def read_stats(path: Path) -> dict[str, PairStats]:
     """Read what `write_stats` wrote."""
     content = json.loads(path.read_text(encoding="utf-8"))
+    parts = {"judge": JudgeStats, "newest": NewestStats}
     return {
-        name: PairStats(**value | ({"judge": JudgeStats(**value["judge"])} if "judge" in value else {}))
-        for name, value in content.items()
+        split: PairStats(**value | {name: part(**value[name]) for name, part in parts.items() if name in value})
+        for split, value in content.items()
     }

@@ -1,4 +1,4 @@
-"""Does the model become worse? Measured on held-out prompts after an iteration, and from the log while training.
+"""Does an iteration make the model worse? Measured on held-out prompts.
 
 Importing this module does not import torch, which keeps `axolotl spin status` fast.
 """
@@ -6,7 +6,7 @@ Importing this module does not import torch, which keeps `axolotl spin status` f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,12 +20,6 @@ FEWEST_PROMPTS = 8
 NEGLIGIBLE = 0.005
 """A smaller fall, in nats per token or of a score, does not count, however certain it is: SPIN's loss often lowers real
 responses slightly, and with thousands of prompts that would be significant."""
-WINDOW = 0.5
-"""Epochs over which the real reward must be negative."""
-FEWEST_ENTRIES = 6
-"""Log entries from which their noise can be estimated; a window with fewer is extended."""
-STANDARD_ERRORS = 4
-"""How far below 0 the mean must be. The rule is applied at every log entry, so 2 would often be exceeded by chance."""
 
 
 class Check(NamedTuple):
@@ -125,21 +119,17 @@ def compare(before: Tensor, after: Tensor, rows: Tensor | None = None) -> Compar
     return Comparison(prompts, float(before.mean()), float(after.mean()), mean, (mean - margin, mean + margin))
 
 
-def negative_real_reward(entries: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the mean of `spin/reward_real` over the last half epoch if it is below 0 beyond noise, else None.
+def divergence(first: Tensor, trained: Tensor, tokens: Tensor) -> float:
+    """Estimate KL(p_0 || p_theta) in nats per token from responses that p_0 has sampled.
+
+    KL = E[log p_0(y) - log p_theta(y)] over y ~ p_0, here the mean over N responses divided by their mean length. It is
+    without bias up to the noise of N responses, so a small one can be negative; longer responses count more. With
+    another `temperature` than 1, or `top_p` below 1, the responses are not p_0's own: its likeliest ones weigh more, so
+    the estimate is biased, in either direction.
 
     Args:
-        entries: the iteration's log of training, oldest first: `epoch`, `pairs`, and metrics as means over these pairs.
+        first: [N] log-probs of the responses under p_0.
+        trained: [N] under the trained model.
+        tokens: [N] their lengths.
     """
-    first, covered = len(entries), 0.0
-    while first and (covered < WINDOW or len(entries) - first < FEWEST_ENTRIES):
-        first -= 1
-        covered = entries[-1]["epoch"] - (entries[first - 1]["epoch"] if first else 0.0)
-    window = entries[first:]
-    if covered < WINDOW or len(window) < FEWEST_ENTRIES:
-        return None
-    pairs = sum(entry["pairs"] for entry in window)
-    mean = sum(entry["spin/reward_real"] * entry["pairs"] for entry in window) / pairs
-    squares = sum((entry["pairs"] * (entry["spin/reward_real"] - mean)) ** 2 for entry in window)
-    error = math.sqrt(squares * len(window) / (len(window) - 1)) / pairs
-    return mean if mean < -STANDARD_ERRORS * error else None
+    return float((first.double() - trained.double()).sum() / tokens.sum())

@@ -7,7 +7,8 @@ output_dir/
   iteration-0/          model or adapter, tokenizer, checkpoints, and
     config.yml          the configuration resolved for this iteration
     synthetic/          the opponent's responses: job.json and shards with checksums
-    pairs/              the pairs, their statistics and the opponent's log-probs
+    pairs/              the pairs, their statistics, the opponent's log-probs, the rewards reached, and measured.json:
+                        what was measured before the first step
     metrics.jsonl       the training log
     .replaced-*         responses and checkpoint set aside because one of their inputs changed
   iteration-1/ ...
@@ -47,6 +48,15 @@ class IterationDir:
     @property
     def pairs(self) -> Path:
         return self.path / "pairs"
+
+    def rewards(self, split: str) -> Path:
+        """Rewards of each pair (`opponent.store.RewardStore`): training pairs as last seen, held-out ones after it."""
+        return self.pairs / f"rewards-{split}.safetensors"
+
+    @property
+    def measured(self) -> Path:
+        """What was measured before the first step (training/measured.py)."""
+        return self.pairs / "measured.json"
 
     def opponent(self, weights: str) -> Path:
         """The opponent with this fingerprint, its adapter merged; exists only while vLLM generates from it, for
@@ -88,7 +98,8 @@ class IterationDir:
     def last_metrics(self) -> dict[str, float]:
         """Return the newest value of every logged metric; for `spin/…`, the mean over the last epoch.
 
-        Empty before the first log entry. Each entry contains means over `pairs` pairs.
+        Empty before the first log entry. Each entry contains means over `pairs` pairs; it took `seconds`, in which the
+        model computed `tokens`.
         """
         entries = self.read_log()
         merged = dict(ChainMap(*reversed(entries)))
@@ -98,7 +109,7 @@ class IterationDir:
             # entries of a version without this metric are left out
             having = [entry for entry in last_epoch if name in entry]
             merged[name] = sum(entry[name] * entry["pairs"] for entry in having) / sum(e["pairs"] for e in having)
-        return {name: value for name, value in merged.items() if name != "pairs"}
+        return {name: value for name, value in merged.items() if name not in ("pairs", "seconds", "tokens")}
 
     def checkpoints(self) -> list[Path]:
         """Return Axolotl's checkpoints, oldest first, including incomplete ones."""

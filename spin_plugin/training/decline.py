@@ -1,22 +1,25 @@
-"""Warn when real responses become less likely: at the end of training on held-out prompts, before that from the log."""
+"""After the last step: score the held-out pairs with the trained model, compare it with the opponent and with p_0."""
 
-import math
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast
+from datasets import Dataset
 from pyarrow.compute import list_value_length
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from spin_plugin.console import SpinError, exit_on_error, say, warn
+from spin_plugin.console import SpinError, exit_on_error, say
 from spin_plugin.model.layout import response_indices
-from spin_plugin.objective.decline import FEWEST_PROMPTS, REMEDIES, WINDOW, compare, negative_real_reward
+from spin_plugin.objective.decline import FEWEST_PROMPTS, compare, divergence
+from spin_plugin.opponent.store import OpponentStore, RewardStore
+from spin_plugin.training.prepare import open_pairs
 from spin_plugin.training.scorer import score_pairs
 
 
 class HeldOutCheck(TrainerCallback):
-    """Compares the trained model with the opponent on the real responses of held-out prompts.
+    """Compares the trained model with the opponent on held-out prompts, and with the run's first opponent.
 
     It must follow the callbacks that change the weights at the end of training. If the run is killed before the
     iteration is finished, training resumes without a step left and ends here again.
@@ -29,51 +32,71 @@ class HeldOutCheck(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        trainer, found = self.trainer, self.trainer.task.pairs
-        pairs, rows = found.eval, found.held_out_rows
+        pairs = self.trainer.task.pairs.eval
         if pairs is None:
             return
-        # A prompt's real response counts once, however many pairs it has.
-        examples, first = np.unique(pairs.data.column("example").to_numpy(), return_index=True)
-        rows = None if rows is None else rows[torch.from_numpy(examples)]
-        if len(first if rows is None else rows.unique()) < FEWEST_PROMPTS:
-            if trainer.is_world_process_zero():
-                say(f"{len(first)} held-out prompts are too few to check whether the model became worse")
-            return
         # All pairs in the same rounds as under the opponent, so that rounding does not differ either.
-        after = torch.full_like(trainer.opponent["eval"], torch.nan)
-        score_pairs(trainer, trainer.model_wrapped, pairs, after, title="held-out pairs")
-        real = response_indices(torch.from_numpy(first))[0]
-        tokens = torch.from_numpy(list_value_length(pairs.data.column("real")).to_numpy()[first])
-        before, after = trainer.opponent["eval"].cpu()[real], after.cpu()[real]
+        before, after = self.trainer.opponent["eval"].cpu(), self._score(pairs, "held-out pairs")
         if not after.isfinite().all():
             raise SpinError(
                 "the trained model's log-probs of held-out responses are not finite: training diverged; remove the "
                 "iteration with `axolotl spin reset` and lower the learning_rate"
             )
-        trainer.task.record("held_out", compare(before / tokens, after / tokens, rows).as_dict())
+        self._compare_real(pairs, before, after)
+        self._record_rewards(before, after)
+        self._record_divergence(pairs, before, after)
 
+    def _score(self, pairs: Dataset, title: str) -> Tensor:
+        """Return the trained model's [2N] log-probs of N pairs."""
+        values = torch.full((2 * len(pairs),), torch.nan, device=self.trainer.args.device)
+        score_pairs(self.trainer, self.trainer.model_wrapped, pairs, values, title=title)
+        return values.cpu()
 
-class RealRewardWatch:
-    """Warns once an iteration that `spin/reward_real` stays below 0."""
-
-    def __init__(self, logged: Iterable[Mapping[str, Any]]) -> None:
-        """`logged` is the log up to the checkpoint that training resumes from; what it shows was already reported."""
-        self.entries = [entry for entry in logged if _has_reward(entry)]
-        self.warned = negative_real_reward(self.entries) is not None
-
-    def add(self, entry: Mapping[str, Any]) -> None:
-        """Add an entry of the training log."""
-        if self.warned or not _has_reward(entry):
+    def _compare_real(self, pairs: Dataset, before: Tensor, after: Tensor) -> None:
+        """Record the change of the real responses' log-probs per token."""
+        rows = self.trainer.task.pairs.held_out_rows
+        # A prompt's real response counts once, however many pairs it has.
+        examples, first = np.unique(pairs.data.column("example").to_numpy(), return_index=True)
+        rows = None if rows is None else rows[torch.from_numpy(examples)]
+        if len(first if rows is None else rows.unique()) < FEWEST_PROMPTS:
+            if self.trainer.is_world_process_zero():
+                say(f"{len(first)} held-out prompts are too few to check whether the model became worse")
             return
-        self.entries.append(entry)
-        if (mean := negative_real_reward(self.entries)) is not None:
-            self.warned = True
-            warn(
-                f"the mean of spin/reward_real over the last {WINDOW:g} epochs is {mean:.4f}: real responses become "
-                f"less likely; {REMEDIES}"
-            )
+        real = response_indices(torch.from_numpy(first))[0]
+        tokens = torch.from_numpy(list_value_length(pairs.data.column("real")).to_numpy()[first])
+        self.trainer.task.record("held_out", compare(before[real] / tokens, after[real] / tokens, rows).as_dict())
 
+    def _record_rewards(self, before: Tensor, after: Tensor) -> None:
+        """Store each held-out pair's rewards, and record their means."""
+        trainer = self.trainer
+        rewards = trainer.task.spin.beta * (after - before).view(-1, 2)
+        if trainer.is_world_process_zero():
+            store = RewardStore(trainer.task.directory.rewards("eval"), len(rewards), trainer.pair_keys["eval"])
+            store.save(rewards)
+        real, synthetic = rewards.double().unbind(1)
+        means = {
+            "reward_real": real,
+            "reward_synthetic": synthetic,
+            "reward_margin": real - synthetic,
+            "accuracy": (real > synthetic).double(),
+        }
+        trainer.task.record("held_out_pairs", {name: float(values.mean()) for name, values in means.items()})
 
-def _has_reward(entry: Mapping[str, Any]) -> bool:
-    return math.isfinite(entry.get("spin/reward_real", math.nan))
+    def _record_divergence(self, pairs: Dataset, before: Tensor, after: Tensor) -> None:
+        """Record KL(p_0 || p_theta), the divergence of the trained model from the run's first opponent."""
+        task = self.trainer.task
+        if task.number:
+            directory = task.run.iteration(0)
+            if not (directory.pairs / "stats.json").exists():
+                return  # deleted, as the user may
+            first = open_pairs(directory)
+            if first.eval is None:
+                return
+            pairs = first.eval
+            store = OpponentStore(first.opponent_files["eval"], 2 * len(pairs), first.opponent_key("eval"))
+            before = broadcast(store.load().to(self.trainer.args.device)).cpu()  # all ranks must agree
+            if before.isnan().any():
+                return
+            after = self._score(pairs, "divergence")
+        tokens = torch.from_numpy(list_value_length(pairs.data.column("synthetic")).to_numpy())
+        task.record("divergence", divergence(before.view(-1, 2)[:, 1], after.view(-1, 2)[:, 1], tokens))

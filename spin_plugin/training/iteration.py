@@ -29,6 +29,7 @@ from spin_plugin.run.processes import Ranks, exit_with_launcher, rank, shared_st
 from spin_plugin.run.state import RunState
 from spin_plugin.training.finish import announce_finished, finish_iteration
 from spin_plugin.training.judged import require_loadable
+from spin_plugin.training.measured import add_measured, measured
 from spin_plugin.training.precision import (
     keep_4bit_weights_trainable,
     keep_masters,
@@ -195,7 +196,8 @@ class Iteration:
             self.spin,
             self.training,
             self.pairs,
-            self.directory.metrics,
+            self.lowered.run,
+            self.lowered.iteration,
             self._check_agreement,
             self.outcome.__setitem__,
             tuple(callbacks),
@@ -218,14 +220,17 @@ class Iteration:
         precision = {(shards.manifest() or {}).get("engine", {}).get("dtype"), self.training.dtype}
         opponent = read_opponent(self.cfg)
         if self.first:
+            found = distance(vllm_logps, logps)
             require_agreement(
-                distance(vllm_logps, logps),
+                found,
                 number,
                 # on a GPU fp32 can mean TF32, here or in vLLM
                 exact={name.removeprefix("torch.") for name in precision if name} == {"float32"}
                 and not any(values.is_cuda for values in logps),
                 quantized=opponent.quantized or opponent.fp8,
             )
+            if found:
+                add_measured(self.directory.measured, "agreement", found._asdict())
 
     def _warn_of_warmup(self, warmup: int) -> None:
         """Warn if every step is warm-up: schedules start at 0, so the model would barely train."""
@@ -254,9 +259,12 @@ class Iteration:
         flush(self.directory.path.iterdir())
         if self.training.adapter and self.spin.adapter_chain == "merge":
             merge(read_opponent(self.cfg), self.directory.path, self.directory.merged, tokenizer=self.directory.path)
-        finish_iteration(run, number, self.pairs.stats, self.outcome)
+        how = measured(self.directory, self.training, read_opponent(self.cfg))
+        findings = finish_iteration(run, number, self.pairs.stats, how | self.outcome)
         self.lock.close()
         announce_finished(run, number, self.lowered.spin.iterations)
+        for finding in findings:
+            warn(str(finding))
 
     def _require_no_watchdog(self) -> None:
         """Refuse training that Axolotl's loss watchdog stopped, which otherwise looks complete."""

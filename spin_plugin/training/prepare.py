@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from spin_plugin.data.real import Real, prepare_real
 from spin_plugin.data.table import open_table
 from spin_plugin.generation.job import Job
 from spin_plugin.generation.shards import Shards
+from spin_plugin.objective.diagnosis import diagnose_pairs
 from spin_plugin.objective.losses import LOSSES
 from spin_plugin.opponent.hub import commit_of, pin
 from spin_plugin.run.atomic import set_aside, write_atomically, write_dir_atomically
@@ -102,6 +103,8 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
         write_dir_atomically(directory.pairs, write)
     found = open_pairs(directory)
     say(f"iteration {number}: {found.stats['train'].summary()}")
+    if reason:  # those of pairs that are kept were reported when these were built
+        _warn_of_findings(run, number, found.stats)
     if not len(found.train):
         raise SpinError(
             "no pairs left to train on (see the statistics above); if all responses are identical to the real ones, "
@@ -109,6 +112,14 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
             "them right, there is nothing left to learn from these prompts"
         )
     return found
+
+
+def _warn_of_findings(run: RunDir, number: int, stats: Mapping[str, PairStats]) -> None:
+    """Warn of what the statistics of new pairs show."""
+    state = run.read_state()
+    before = state.finished[number - 1]["pairs"] if state and number else None
+    for finding in diagnose_pairs({split: value.as_dict() for split, value in stats.items()}, before):
+        warn(str(finding))
 
 
 def _base_revision(opponent: OpponentSpec, run: RunDir, number: int) -> str | None:

@@ -3,6 +3,7 @@
 `score_pairs` also scores the trained model (decline.py).
 """
 
+import time
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from spin_plugin.model.probe import probe
 from spin_plugin.model.select import choose_layout
 from spin_plugin.opponent.scoring import fill, scoring_rounds, scoring_tokens, unscored
 from spin_plugin.opponent.store import OpponentStore
+from spin_plugin.training.measured import add_measured
 from spin_plugin.training.precision import require_masters
 
 
@@ -41,6 +43,7 @@ class OpponentScorer(TrainerCallback):
         if not state.global_step:  # later the policy is no longer the opponent
             self._log_judge()
             trainer.task.check_agreement(partial(self._token_logps, model))
+        trainer.start_clock()
 
     def _log_judge(self) -> None:
         """Log the judge's mean score of the opponent's held-out responses."""
@@ -77,16 +80,24 @@ class OpponentScorer(TrainerCallback):
     def _load_opponent(self, model: nn.Module) -> None:
         """Load the stored opponent log-probs; compute and store missing ones with the model, still the opponent."""
         trainer, found = self.trainer, self.trainer.task.pairs
+        started, scored = time.monotonic(), False
+        trainer.take_tokens()  # not those of choosing the layout
         for split, pairs in {"train": trainer.train_dataset, "eval": found.eval}.items():
             if pairs is not None:
-                store = OpponentStore(found.opponent_files[split], 2 * len(pairs), found.opponent_key(split))
+                trainer.pair_keys[split] = found.opponent_key(split)
+                store = OpponentStore(found.opponent_files[split], 2 * len(pairs), trainer.pair_keys[split])
                 trainer.opponent[split] = self._load_stored(store)
                 if trainer.opponent[split].isnan().any():
+                    scored = True
                     title = f"opponent's log-probs ({split})"
                     score_pairs(trainer, model, pairs, trainer.opponent[split], title=title, store=store)
                     if trainer.is_world_process_zero():
                         say(f"opponent's log-probs of {len(pairs):,} {split} pairs stored")
                     trainer.accelerator.wait_for_everyone()
+        if scored:
+            stage = {"seconds": time.monotonic() - started, "tokens": trainer.take_tokens()}
+            if trainer.is_world_process_zero():
+                add_measured(trainer.task.directory.measured, "score", stage)
 
     @torch.no_grad()
     def _token_logps(self, model: nn.Module, pairs: list[dict[str, Any]]) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from transformers import TrainerCallback
 
 from spin_plugin.args import SpinArgs
 from spin_plugin.config.specs import TrainingSpec
+from spin_plugin.run.directory import IterationDir, RunDir
 from spin_plugin.training.prepare import PairsOnDisk
 
 
@@ -21,9 +21,16 @@ class TrainingTask:
     """The `spin:` block for this iteration."""
     training: TrainingSpec
     pairs: PairsOnDisk
-    metrics_file: Path
+    run: RunDir
+    number: int
+    """The iteration."""
     check_agreement: Callable[[Callable[[list[dict[str, Any]]], list[Tensor]]], None]
     """Compares token log-probs of the policy, computed by the given function, with vLLM's."""
     record: Callable[[str, Any], None]
     """Adds a result, by name, to the iteration's entry in run.json; called on every rank."""
     callbacks: tuple[TrainerCallback, ...] = ()
+
+    @property
+    def directory(self) -> IterationDir:
+        """The iteration's directory."""
+        return self.run.iteration(self.number)

@@ -1,6 +1,7 @@
 """SpinTrainer: forward, log-probs, loss and logging. Everything else is Axolotl's trainer."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,16 +17,18 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from spin_plugin.console import exit_on_error, say
+from spin_plugin.console import exit_on_error, say, warn
 from spin_plugin.data.order import Limits, PromptSampler, SeededSampler, Sizes, pair_sizes, pairs_counted
 from spin_plugin.data.steps import StepDataset, StepSampler, unchanged
 from spin_plugin.model.forward import disable_dropout, install, logps
 from spin_plugin.model.select import Layout
+from spin_plugin.objective.diagnosis import LogWatch
 from spin_plugin.objective.losses import spin_terms
 from spin_plugin.objective.metrics import METRICS, metric_sums
 from spin_plugin.run.directory import IterationDir
-from spin_plugin.training.decline import HeldOutCheck, RealRewardWatch
+from spin_plugin.training.decline import HeldOutCheck
 from spin_plugin.training.precision import keep_outputs_in_fp32
+from spin_plugin.training.rewards import TrainingRewards
 from spin_plugin.training.saving import disk_errors, fix_mtimes
 from spin_plugin.training.scorer import OpponentScorer
 from spin_plugin.training.task import TrainingTask
@@ -62,16 +65,25 @@ class SpinTrainer(AxolotlTrainer):
         self._sums: dict[str, Tensor | None] = dict.fromkeys(PREFIX)
         self._pairs = dict.fromkeys(PREFIX, 0)
         self._eval_batches = 0
-        self._watch = RealRewardWatch(IterationDir(self.task.metrics_file.parent).read_log())
+        self.pair_keys: dict[str, str] = {}
+        """What the stored numbers of each split's pairs depend on (`PairsOnDisk.opponent_key`)."""
+        self.rewards = TrainingRewards(self)
+        self._tokens: int | Tensor = 0
+        self._last_log = time.monotonic()
+        stats = {split: value.as_dict() for split, value in self.task.pairs.stats.items()}
+        # What the log up to the checkpoint shows was already reported.
+        self._watch = LogWatch(stats, self.task.directory.read_log())
         for shown in (ProgressCallback, PrinterCallback):  # progress.py replaces them
             self.remove_callback(shown)
-        for callback in (*self.task.callbacks, OpponentScorer(self), HeldOutCheck(self)):
+        for callback in (*self.task.callbacks, OpponentScorer(self), self.rewards, HeldOutCheck(self)):
             self.add_callback(callback)
 
     # --- data --------------------------------------------------------------------------------
 
     def logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """[R] log-probs of a batch's responses."""
+        mask = batch.get("attention_mask")
+        self._tokens = self._tokens + (batch["input_ids"].numel() if mask is None else mask.sum())
         return logps(model, batch, own_logits=self.layout.own_logits)
 
     @property
@@ -164,6 +176,9 @@ class SpinTrainer(AxolotlTrainer):
         kept = self._sums[split]
         self._sums[split] = sums if kept is None else kept + sums
         self._pairs[split] += len(terms.loss)
+        if split == "train":
+            rewards = torch.stack([terms.reward_real, terms.reward_synthetic], dim=1)
+            self.rewards.add(inputs["responses"][sides[1]] // 2, rewards)
         if split == "eval" or num_items_in_batch is None:
             loss = terms.loss.sum() / max(1, len(terms.loss))
         else:
@@ -193,6 +208,7 @@ class SpinTrainer(AxolotlTrainer):
         if self.args.should_save:
             fix_mtimes(IterationDir(Path(self.args.output_dir)).checkpoints())
         with disk_errors(self.args.output_dir):
+            self.rewards.save()
             super()._save_checkpoint(*args, **kwargs)
 
     @exit_on_error
@@ -207,29 +223,45 @@ class SpinTrainer(AxolotlTrainer):
         entry: dict[str, float | None] = {"step": self.state.global_step, "epoch": self.state.epoch}
         # A rank whose last micro-batches did not count takes part in the sum over all ranks, too.
         if "loss" in logs and self._sums["train"] is not None:
-            metrics, entry["pairs"] = self._drain("train")
+            metrics, entry["pairs"], entry["tokens"] = self._drain("train")
+            entry["seconds"] = time.monotonic() - self._last_log
+            self.start_clock()
             logs |= metrics
         if self.is_world_process_zero():
-            with open(self.task.metrics_file, "a", encoding="utf-8") as file:
+            with open(self.task.directory.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry | logs) + "\n")
-            self._watch.add(entry | logs)
+            for finding in self._watch.add(entry | logs):
+                warn(str(finding))
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Add the metrics of the held-out pairs; the loss is their mean whatever the batch sizes."""
         self._eval_batches = 0
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics, _ = self._drain("eval")
+        metrics, *_ = self._drain("eval")
         output.metrics.update(metrics, **{f"{metric_key_prefix}_loss": metrics[PREFIX["eval"] + "loss"]})
         return output
 
-    def _drain(self, split: str) -> tuple[dict[str, float], int]:
-        """Return each metric's mean since the last call and the number of pairs, over all ranks."""
+    def start_clock(self) -> None:
+        """Count seconds and tokens of training from now on."""
+        self._last_log, self._tokens = time.monotonic(), 0
+
+    def take_tokens(self) -> int:
+        """Return how many tokens, without padding, the model has computed since the last call, over all ranks."""
+        tokens = torch.as_tensor(self._tokens, device=self.args.device)
+        self._tokens = 0
+        return int(self.accelerator.reduce(tokens, "sum"))
+
+    def _drain(self, split: str) -> tuple[dict[str, float], int, int]:
+        """Return each metric's mean since the last call, the number of pairs, and that of tokens since `start_clock`,
+        over all ranks."""
         sums = self._sums[split]
         assert sums is not None
-        packed = torch.cat([sums, sums.new_tensor([self._pairs[split]])])
-        *totals, pairs = self.accelerator.reduce(
+        tokens = torch.as_tensor(self._tokens, dtype=sums.dtype, device=sums.device)
+        packed = torch.cat([sums, sums.new_tensor([self._pairs[split]]), tokens[None]])
+        *totals, pairs, tokens = self.accelerator.reduce(
             packed.double() if packed.device.type == "cpu" else packed, "sum"
         ).tolist()
         self._sums[split], self._pairs[split] = None, 0
-        return {PREFIX[split] + name: total / pairs for name, total in zip(METRICS, totals, strict=True)}, int(pairs)
+        means = {PREFIX[split] + name: total / pairs for name, total in zip(METRICS, totals, strict=True)}
+        return means, int(pairs), int(tokens)

@@ -12,10 +12,12 @@ import pytest
 import torch
 from conftest import Finished
 from references import naive_logp
+from safetensors.torch import load_file
 from tiny import chat_rows, spin_config, write_config, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from spin_plugin.data.table import open_table
+from spin_plugin.generation.shards import Shards
 from spin_plugin.objective.decline import compare, read_check
 from spin_plugin.run.directory import RunDir
 
@@ -37,6 +39,10 @@ def lines(done: Finished, start: str) -> list[str]:
     return [line for line in done.output.splitlines() if f"spin: {start}" in line]
 
 
+def names(entry: dict[str, Any]) -> list[str]:
+    return [finding["name"] for finding in entry["findings"]]
+
+
 def finished(run: RunDir) -> list[dict[str, Any]]:
     state = run.read_state()
     assert state is not None
@@ -51,6 +57,9 @@ def test_healthy_run_is_checked_and_goes_on(tmp_path: Path, llama: Path, command
     assert len(lines(done, "held-out split: 32 prompts from 32 rows, to check every iteration")) == 1
     assert len(lines(done, "held-out real responses: ")) == 2
     assert not lines(done, "warning: iteration")
+    # a random model does not know when to stop; nothing else is found, and this is said once an iteration
+    assert [names(entry) for entry in finished(run)] == [["truncated"], ["truncated"]]
+    assert len(lines(done, "warning: 100% of the synthetic responses reach the length limit")) == 2
     held_out, trained = (open_table(run.real / f"{split}.arrow") for split in ("eval", "train"))
     assert (len(held_out), len(trained)) == (HELD_OUT, ROWS - HELD_OUT)
     for number in (0, 1):
@@ -69,6 +78,7 @@ def test_healthy_run_is_checked_and_goes_on(tmp_path: Path, llama: Path, command
         assert found.prompts == HELD_OUT
         assert (found.before, found.after) == pytest.approx((expected.before, expected.after), abs=1e-4)
         assert (found.difference, *found.interval) == pytest.approx((expected.difference, *expected.interval), abs=1e-4)
+    check_records(run, models)
 
     # killed between the end of training and that of the iteration: no step is left, and the check is repeated
     state = run.read_state()
@@ -78,7 +88,60 @@ def test_healthy_run_is_checked_and_goes_on(tmp_path: Path, llama: Path, command
     done = command("axolotl", "train", config, directory=tmp_path)
     assert done.code == 0, done.output[-3000:]
     assert "resuming at step" in done.output
-    assert finished(run)[1]["held_out"] == stored["held_out"]
+    for name in ("held_out", "held_out_pairs", "divergence", "findings", "agreement"):
+        assert finished(run)[1][name] == stored[name], name
+    assert finished(run)[1]["stages"]["train"]["tokens"] == stored["stages"]["train"]["tokens"]
+    assert not lines(done, "warning: ")
+
+
+def check_records(run: RunDir, models: list[Path]) -> None:
+    """Rewards, divergence and stages are those of the saved models and stored pairs."""
+    first, *_, last = map(AutoModelForCausalLM.from_pretrained, models)
+    opponent = AutoModelForCausalLM.from_pretrained(models[1])
+    entries, pairs = finished(run), [open_table(run.iteration(number).pairs / "eval.arrow") for number in (0, 1)]
+    with torch.no_grad():
+        apart = sum(
+            naive_logp(first, row["prompt"], row["synthetic"]) - naive_logp(last, row["prompt"], row["synthetic"])
+            for row in pairs[0]
+        )
+        few = [
+            [
+                0.1 * (naive_logp(last, row["prompt"], row[side]) - naive_logp(opponent, row["prompt"], row[side]))
+                for side in ("real", "synthetic")
+            ]
+            for row in pairs[1].select(range(4))
+        ]
+    tokens = sum(len(row["synthetic"]) for row in pairs[0])
+    assert entries[1]["divergence"] == pytest.approx(float(apart) / tokens, abs=1e-4)
+    rewards = load_file(run.iteration(1).rewards("eval"))["rewards"]
+    torch.testing.assert_close(rewards[:4], torch.tensor(few), atol=1e-4, rtol=0)
+    real, synthetic = rewards.double().mean(0).tolist()
+    margins = rewards[:, 0] - rewards[:, 1]
+    assert entries[1]["held_out_pairs"] == pytest.approx(
+        {
+            "reward_real": real,
+            "reward_synthetic": synthetic,
+            "reward_margin": real - synthetic,
+            "accuracy": float((margins > 0).double().mean()),
+        },
+        abs=1e-6,
+    )
+    for number, entry in enumerate(entries):
+        # one epoch: the log has every pair once, at the same moment
+        seen = load_file(run.iteration(number).rewards("train"))["rewards"].double().mean(0).tolist()
+        metrics = entry["metrics"]
+        assert seen == pytest.approx([metrics["spin/reward_real"], metrics["spin/reward_synthetic"]], abs=1e-5)
+        assert entry["stages"].keys() == {"generate", "score", "train"}
+        assert all(stage["seconds"] > 0 for stage in entry["stages"].values())
+        responses = list(Shards(run.iteration(number).synthetic).responses())
+        assert entry["stages"]["generate"]["tokens"] == sum(len(response["tokens"]) for response in responses)
+        # a row of a prompt holds its pairs, the prompt and the real response once
+        train = open_table(run.iteration(number).pairs / "train.arrow")
+        prompts = {row["example"]: len(row["prompt"]) + len(row["real"]) for row in train}
+        assert entry["stages"]["train"]["tokens"] == sum(prompts.values()) + sum(len(row["synthetic"]) for row in train)
+        assert entry["agreement"]["mean"] < 1e-4
+        assert entry["precision"] == "float32; vLLM float32"
+        assert entry["versions"].keys() >= {"axolotl", "torch", "transformers", "vllm"}
 
 
 def test_run_stops_after_a_worse_iteration(tmp_path: Path, llama: Path, command: Command) -> None:
@@ -91,6 +154,8 @@ def test_run_stops_after_a_worse_iteration(tmp_path: Path, llama: Path, command:
     (error,) = done.errors
     assert "so iteration 1 is not trained" in error
     assert finished(run)[0]["held_out"]["worse"] is True
+    assert names(finished(run)[0]) == ["truncated", "real_falls", "divergence"]
+    assert len(lines(done, "warning: the model is ")) == 1
     assert not run.iteration(1).path.exists()
 
     for start in (["spin", "train"], ["train"]):

@@ -22,7 +22,7 @@ from spin_plugin.data.examples import (
     write_examples,
 )
 from spin_plugin.data.initial import with_initial
-from spin_plugin.data.pairs import JudgeStats, PairStats, Synthetic, build_pairs, read_stats, write_stats
+from spin_plugin.data.pairs import JudgeStats, NewestStats, PairStats, Synthetic, build_pairs, read_stats, write_stats
 from spin_plugin.data.table import BLOCK, open_table
 
 END = 2  # the end token of these rows
@@ -382,6 +382,15 @@ def test_initial_responses_are_read_side_by_side() -> None:
         assert read <= number + 2
 
 
+def test_statistics_of_the_newest_responses_leave_out_earlier_ones(examples: Dataset, tmp_path: Path) -> None:
+    """Of three newest ones, two are the same and one is equal; the older two change nothing."""
+    newest = [generated(0, [30]), generated(0, [30], truncated=True), generated(1, [22, END])]
+    older = [generated(1, [40, 41], iteration=2, truncated=True), generated(2, [50], iteration=2)]
+    stats, _ = paired(examples, [response._replace(iteration=3) for response in newest] + older, tmp_path)
+    assert stats.responses == 5
+    assert stats.newest == NewestStats(3, 1, 1, (3 + 3 + 2) / 3, 4 / 3, distinct_real=2, distinct_synthetic=2)
+
+
 def test_statistics_by_hand(examples: Dataset, tmp_path: Path) -> None:
     """Of eight responses, the empty, the identical and the overlong one yield no pair.
 
@@ -412,6 +421,7 @@ def test_statistics_by_hand(examples: Dataset, tmp_path: Path) -> None:
         real_p95=pytest.approx(4),
         synthetic_mean=pytest.approx(4),
         synthetic_p95=pytest.approx(8.8),
+        newest=NewestStats(8, 3, 1, 24 / 8, 43 / 8, distinct_real=3, distinct_synthetic=8),
     )
     assert len(pairs) == 5
     assert stats.summary() == (

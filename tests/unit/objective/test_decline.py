@@ -1,15 +1,14 @@
-"""Whether real responses become less likely: the paired interval, and the rule over half an epoch of the log."""
+"""What an iteration changed, measured on held-out prompts."""
 
 import json
 import random
 import statistics
-from collections.abc import Callable
 
 import pytest
 import torch
 from scipy.stats import bootstrap, ttest_1samp
 
-from spin_plugin.objective.decline import Comparison, compare, negative_real_reward, read_check
+from spin_plugin.objective.decline import Comparison, compare, divergence, read_check
 
 # --- held-out prompts --------------------------------------------------------------------------
 
@@ -105,65 +104,6 @@ def test_summary_shows_signs_and_interval() -> None:
     assert found.summary("nats per token") == expected
 
 
-# --- the log -----------------------------------------------------------------------------------
-
-
-def log(
-    reward: Callable[[float], float], steps: int = 40, epochs: float = 2.0, seed: int = 0
-) -> list[dict[str, float]]:
-    """Return a log of `steps` entries with a reward as a function of the epoch, and noise of 0.05."""
-    draw = random.Random(seed)
-    places = [epochs * (step + 1) / steps for step in range(steps)]
-    return [{"epoch": at, "pairs": 64, "spin/reward_real": reward(at) + draw.gauss(0, 0.05)} for at in places]
-
-
-def first_alarm(entries: list[dict[str, float]]) -> float | None:
-    """Return the epoch at which the rule first applies, like a trainer that logs one entry after another."""
-    for count in range(len(entries) + 1):
-        if negative_real_reward(entries[:count]) is not None:
-            return entries[count - 1]["epoch"]
-    return None
-
-
-def test_mean_is_weighted_by_pairs() -> None:
-    """The window is the last half epoch, six entries of 1/12; the first, of 1000 pairs, is before it."""
-    rewards = [(5.0, 1000), (-1.0, 10), (-1.1, 10), (-1.2, 10), (-1.0, 10), (-1.0, 10), (-0.8, 30)]
-    entries = [
-        {"epoch": (place + 1) / 12, "pairs": pairs, "spin/reward_real": reward}
-        for place, (reward, pairs) in enumerate(rewards)
-    ]
-    assert negative_real_reward(entries) == pytest.approx(-(10 + 11 + 12 + 10 + 10 + 24) / 80)
-    assert negative_real_reward(entries[:-1]) is None
-
-
-def test_falling_reward_is_found_once_half_an_epoch_is_over() -> None:
-    assert first_alarm(log(lambda at: -0.5)) == pytest.approx(0.5)
-    assert first_alarm(log(lambda at: -at)) == pytest.approx(0.5)
-
-
-def test_fall_late_in_training_is_found() -> None:
-    found = first_alarm(log(lambda at: 0.2 if at <= 1 else -0.5))
-    assert found is not None
-    assert 1.1 < found <= 1.5
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_rising_reward_and_a_short_dip_are_not_found(seed: int) -> None:
-    assert first_alarm(log(lambda at: at, seed=seed)) is None
-    assert first_alarm(log(lambda at: -0.2 if at < 0.15 else 0.3, seed=seed)) is None
-
-
-def test_noise_around_0_is_rarely_found() -> None:
-    """Over two epochs of 20 entries; the mean of half of these runs is below 0."""
-    assert sum(first_alarm(log(lambda at: 0.0, seed=seed)) is not None for seed in range(200)) <= 10
-
-
-def test_few_entries_decide_nothing() -> None:
-    """Logged every two epochs: six entries are needed to estimate the noise."""
-    entries = [{"epoch": 2.0 * (place + 1), "pairs": 64, "spin/reward_real": -1.0 - place / 10} for place in range(6)]
-    assert [negative_real_reward(entries[:count]) is None for count in range(7)] == [True] * 6 + [False]
-
-
 def test_turns_of_a_row_count_once() -> None:
     """By hand: rows with means 1, 2 and 6 of their turns' differences."""
     before, after = torch.zeros(5), torch.tensor([1.0, 1.0, 1.0, 2.0, 6.0])
@@ -179,3 +119,21 @@ def test_a_negligible_fall_is_not_worse() -> None:
         found = compare(torch.zeros(2000), noise - fall)
         assert found.interval[1] < 0
         assert found.worse is worse
+
+
+def test_divergence_by_hand() -> None:
+    """Two responses of 2 and 6 tokens, less likely by 1 and 3 nats: 4 nats in 8 tokens."""
+    assert divergence(torch.tensor([-2.0, -6.0]), torch.tensor([-3.0, -9.0]), torch.tensor([2, 6])) == 0.5
+
+
+def test_divergence_is_the_kl_of_two_known_distributions() -> None:
+    """Responses of independent tokens sampled from p_0: their number is the only source of error."""
+    draw = torch.Generator().manual_seed(0)
+    first, trained = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.4, 0.4, 0.2])
+    tokens = torch.multinomial(first, 20_000 * 5, replacement=True, generator=draw).view(-1, 5)
+    logps = [model.log()[tokens].sum(1) for model in (first, trained)]
+    exact = float((first * (first / trained).log()).sum())
+    assert divergence(*logps, torch.full((20_000,), 5)) == pytest.approx(exact, abs=0.01)
+    sharper = torch.multinomial(first**4, 20_000 * 5, replacement=True, generator=draw).view(-1, 5)
+    logps = [model.log()[sharper].sum(1) for model in (first, trained)]
+    assert divergence(*logps, torch.full((20_000,), 5)) > exact + 0.1, "temperature 1/4: not p_0's responses"
