@@ -11,7 +11,8 @@ from rich.table import Table
 from spin_plugin.cli.config_file import CONFIG, read_config
 from spin_plugin.console import console, exit_on_error
 from spin_plugin.objective.decline import decline
-from spin_plugin.objective.diagnosis import as_dicts, diagnose
+from spin_plugin.objective.diagnosis import diagnose
+from spin_plugin.objective.finding import as_dicts
 from spin_plugin.objective.metrics import METRICS
 from spin_plugin.run.directory import RunDir
 

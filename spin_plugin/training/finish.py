@@ -7,7 +7,9 @@ from typing import Any
 from spin_plugin.console import say, warn
 from spin_plugin.data.pairs import PairStats
 from spin_plugin.objective.decline import CHECKS, REMEDIES, read_check
-from spin_plugin.objective.diagnosis import Finding, accuracy_limit, as_dicts, diagnose, diagnose_result
+from spin_plugin.objective.diagnosis import diagnose, diagnose_result
+from spin_plugin.objective.finding import Finding, as_dicts
+from spin_plugin.objective.watch import accuracy_limit
 from spin_plugin.run.directory import RunDir
 
 SHOWN = ("loss", "reward_margin", "accuracy")

@@ -22,9 +22,9 @@ from spin_plugin.data.order import Limits, PromptSampler, SeededSampler, Sizes, 
 from spin_plugin.data.steps import StepDataset, StepSampler, unchanged
 from spin_plugin.model.forward import disable_dropout, install, logps
 from spin_plugin.model.select import Layout
-from spin_plugin.objective.diagnosis import LogWatch
 from spin_plugin.objective.losses import spin_terms
 from spin_plugin.objective.metrics import METRICS, metric_sums
+from spin_plugin.objective.watch import LogWatch
 from spin_plugin.run.directory import IterationDir
 from spin_plugin.training.decline import HeldOutCheck
 from spin_plugin.training.precision import keep_outputs_in_fp32

@@ -6,17 +6,10 @@ from typing import Any
 
 import pytest
 
-from spin_plugin.objective.diagnosis import (
-    CHECKS_PER_EPOCH,
-    Finding,
-    LogWatch,
-    accuracy_limit,
-    as_dicts,
-    diagnose,
-    diagnose_pairs,
-    diagnose_result,
-    negative_real_reward,
-)
+from spin_plugin.objective import watch as watch_module
+from spin_plugin.objective.diagnosis import diagnose, diagnose_pairs, diagnose_result
+from spin_plugin.objective.finding import Finding, as_dicts
+from spin_plugin.objective.watch import CHECKS_PER_EPOCH, LogWatch, accuracy_limit, negative_real_reward
 
 Entry = dict[str, Any]
 # The pairs of the healthy tiny run: 2,000 responses of iteration 0, 58% of them equal.
@@ -277,10 +270,8 @@ def test_resumed_watch_finds_only_what_the_log_before_it_did_not_show(resumed_at
 
 
 def test_long_logs_are_checked_a_few_times_per_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from spin_plugin.objective import diagnosis
-
     seen: list[float] = []
-    monkeypatch.setattr(diagnosis, "_real_falls", lambda entries: seen.append(entries[-1]["epoch"]))
+    monkeypatch.setattr(watch_module, "_real_falls", lambda entries: seen.append(entries[-1]["epoch"]))
     LogWatch(pairs(), (trained((n + 1) / 1000) for n in range(2000)))
     assert len(seen) == 2 * CHECKS_PER_EPOCH
 
