@@ -98,5 +98,5 @@ class HeldOutCheck(TrainerCallback):
             if before.isnan().any():
                 return
             after = self._score(pairs, "divergence")
-        tokens = torch.from_numpy(list_value_length(pairs.data.column("synthetic")).to_numpy())
+        tokens = torch.tensor(list_value_length(pairs.data.column("synthetic")).to_numpy())
         task.record("divergence", divergence(before.view(-1, 2)[:, 1], after.view(-1, 2)[:, 1], tokens))
