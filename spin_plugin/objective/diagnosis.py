@@ -28,7 +28,8 @@ LENGTH_DRIFT = 1.5
 MARGIN_GAP = 0.5
 """Held-out margin as a fraction of the training margin, below which the training pairs are learned by heart."""
 DIVERGENCE = 0.5
-"""Nats per token, averaged over responses that iteration 0's opponent itself has sampled."""
+"""Nats per token. Tiny run, after iterations 0 to 3: 0.006, 0.020, 0.029, 0.041. With beta 0.1, a reward_synthetic of
+-10 over 200 tokens, from which models can still be good, is 0.5."""
 
 
 # --- the pairs ---------------------------------------------------------------------------------
