@@ -86,10 +86,10 @@ class HeldOutCheck(TrainerCallback):
         """Record KL(p_0 || p_theta), the divergence of the trained model from the run's first opponent."""
         task = self.trainer.task
         if task.number:
-            directory = task.run.iteration(0)
-            if not (directory.pairs / "stats.json").exists():
-                return  # deleted, as the user may
-            first = open_pairs(directory)
+            try:
+                first = open_pairs(task.run.iteration(0))
+            except (OSError, ValueError):  # deleted, as the user may, or damaged: training must not be lost
+                return
             if first.eval is None:
                 return
             pairs = first.eval
