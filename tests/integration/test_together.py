@@ -130,4 +130,11 @@ def test_run_after_two_such_kills_is_bit_identical_to_an_undisturbed_one(togethe
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     losses = [[e["spin/loss"] for e in run.iteration(0).read_log() if "spin/loss" in e] for run in (unchanged, killed)]
     assert losses[0] == losses[1]
+    rewards = [load_file(run.iteration(0).rewards("train"))["rewards"] for run in (unchanged, killed)]
+    assert torch.equal(*rewards)
+    assert rewards[0].isfinite().all()
+    entries = [state.finished[0] for run in (unchanged, killed) if (state := run.read_state())]
+    for name in ("agreement", "held_out_pairs", "divergence", "findings"):
+        assert entries[0][name] == entries[1][name], name
+    assert entries[0]["stages"]["train"]["tokens"] == entries[1]["stages"]["train"]["tokens"]
     assert len(losses[0]) == 15
