@@ -127,6 +127,6 @@ def test_few_rows_and_many_epochs(
     answers = letters(1, 100 * len(examples), 8)
     other = [(examples[n % len(examples)][0], encode(answer) + end) for n, answer in enumerate(answers)]
     model = fine_tuned(llama, other, directory / "letters")
-    changes = {"num_epochs": 12, "learning_rate": 2e-3, "val_set_size": 32, "eval_strategy": "epoch"}
+    changes = {"num_epochs": 24, "micro_batch_size": 16, "val_set_size": 32, "eval_strategy": "epoch"}
     found = run_with(directory / "few", model, rows_answering(letters(0, ROWS, 8)), run_jobs, **changes)
     assert "overfitting" in names(found)
