@@ -10,8 +10,6 @@ Entry = Mapping[str, Any]
 
 FEWEST_RESPONSES = 32
 """Shares of fewer responses or pairs decide nothing."""
-MARGIN_FALL = 0.1
-"""Fall of the held-out margin, as a fraction of its best; the pairs are the same each time, so noise is small."""
 
 
 class Finding(NamedTuple):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from spin_plugin.objective.decline import REMEDIES
-from spin_plugin.objective.finding import FEWEST_RESPONSES, MARGIN_FALL, Entry, Finding, Stats
+from spin_plugin.objective.finding import FEWEST_RESPONSES, Entry, Finding, Stats
 
 SATURATED = 0.5
 """Share of saturated pairs in the second half of the first epoch, of the pairs that can be. Accuracy alone is no sign:
@@ -18,6 +18,8 @@ FEWEST_ENTRIES = 6
 """Log entries from which their noise can be estimated; a window with fewer is extended."""
 STANDARD_ERRORS = 4
 """How far below 0 the mean must be. The rule is applied many times, so 2 would often be exceeded by chance."""
+MARGIN_FALL = 0.2
+"""Fall of the held-out margin, as a fraction of its best. The pairs are the same each time, so their noise is small."""
 CHECKS_PER_EPOCH = 20
 """How often the rules look at the log; each time they read half an epoch of it."""
 FEWEST_DIFFERENT = 0.1

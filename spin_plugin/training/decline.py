@@ -1,5 +1,6 @@
 """After the last step: score the held-out pairs with the trained model, compare it with the opponent and with p_0."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ class HeldOutCheck(TrainerCallback):
         self.trainer.task.record("held_out", compare(before[real] / tokens, after[real] / tokens, rows).as_dict())
 
     def _record_rewards(self, before: Tensor, after: Tensor) -> None:
-        """Store each held-out pair's rewards, and record their means."""
+        """Store each held-out pair's rewards, and record their means and the standard error of the mean margin."""
         trainer = self.trainer
         rewards = trainer.task.spin.beta * (after - before).view(-1, 2)
         if trainer.is_world_process_zero():
@@ -80,7 +81,10 @@ class HeldOutCheck(TrainerCallback):
             "reward_margin": real - synthetic,
             "accuracy": (real > synthetic).double(),
         }
-        trainer.task.record("held_out_pairs", {name: float(values.mean()) for name, values in means.items()})
+        found = {name: float(values.mean()) for name, values in means.items()}
+        if len(rewards) > 1:
+            found["margin_error"] = float((real - synthetic).std()) / math.sqrt(len(rewards))
+        trainer.task.record("held_out_pairs", found)
 
     def _record_divergence(self, pairs: Dataset, before: Tensor, after: Tensor) -> None:
         """Record KL(p_0 || p_theta), the divergence of the trained model from the run's first opponent."""

@@ -34,6 +34,8 @@ def test_quickstart_improves_the_model_and_a_rerun_changes_nothing(
     run = checkout / "outputs/spin-tiny"
     summary = json.loads((run / "summary.json").read_text())
     assert [entry["iteration"] for entry in summary["iterations"]] == [0, 1, 2, 3]
+    finished = json.loads((run / "run.json").read_text())["finished"]
+    assert [entry["findings"] for entry in finished] == [[], [], [], []], "the run is healthy"
     means = [(entry["in_domain"] + entry["out_of_domain"]) / 2 for entry in (summary["sft"], *summary["iterations"])]
     assert means[-1] - means[0] >= 10
     for number in range(4):

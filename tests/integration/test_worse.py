@@ -120,13 +120,14 @@ def check_records(run: RunDir, models: list[Path]) -> None:
     rewards = load_file(run.iteration(1).rewards("eval"))["rewards"]
     torch.testing.assert_close(rewards[:4], torch.tensor(few), atol=1e-4, rtol=0)
     real, synthetic = rewards.double().mean(0).tolist()
-    margins = rewards[:, 0] - rewards[:, 1]
+    margins = (rewards[:, 0] - rewards[:, 1]).double()
     assert entries[1]["held_out_pairs"] == pytest.approx(
         {
             "reward_real": real,
             "reward_synthetic": synthetic,
             "reward_margin": real - synthetic,
             "accuracy": float((margins > 0).double().mean()),
+            "margin_error": float(margins.std()) / len(margins) ** 0.5,
         },
         abs=1e-6,
     )

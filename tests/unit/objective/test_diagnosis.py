@@ -150,9 +150,9 @@ def with_evaluations(*margins: tuple[float, float]) -> list[Entry]:
     ("margins", "found"),
     [
         ([(0.1, 0.1), (0.5, 0.4), (0.9, 0.5), (1.2, 0.5)], []),
-        ([(0.5, 1.0), (1.0, 0.89), (1.5, 0.88)], ["overfitting"]),
-        ([(0.5, 1.0), (1.0, 0.91), (1.5, 0.80)], []),  # one evaluation only
-        ([(0.5, 1.0), (0.4, 0.80), (0.3, 0.70)], []),  # training falls, too
+        ([(0.5, 1.0), (1.0, 0.79), (1.5, 0.78)], ["overfitting"]),
+        ([(0.5, 1.0), (1.0, 0.81), (1.5, 0.70)], []),  # one evaluation only
+        ([(0.5, 1.0), (0.4, 0.70), (0.3, 0.60)], []),  # training falls, too
         ([(0.5, -1.0), (1.0, -2.0), (1.5, -3.0)], []),  # it never rose
         ([(0.5, 1.0), (1.0, 0.5)], []),
     ],
@@ -161,18 +161,20 @@ def test_overfitting_in_an_iteration(margins: list[tuple[float, float]], found: 
     assert names(LogWatch(pairs(), with_evaluations(*margins)).findings.values()) == found
 
 
-def result(trained: float, held_out: float | None, **more: float) -> Entry:
-    held = {} if held_out is None else {"held_out_pairs": {"reward_margin": held_out}}
+def result(trained: float, held_out: float | None, error: float = 0.03, **more: float) -> Entry:
+    held = {} if held_out is None else {"held_out_pairs": {"reward_margin": held_out, "margin_error": error}}
     return {"metrics": {"spin/reward_margin": trained}} | held | more
 
 
 @pytest.mark.parametrize(
     ("before", "now", "found"),
     [
-        (result(1.0, 0.9), result(2.0, 0.8), ["overfitting"]),
-        (result(1.0, 0.9), result(2.0, 0.82), []),  # fell by less than a tenth
-        (result(1.0, 0.9), result(1.5, 0.76), []),  # still half of the training margin
+        (result(1.0, 0.9), result(2.0, 0.8), ["overfitting"]),  # twice the error of a difference is 0.085
+        (result(1.0, 0.9), result(2.0, 0.82), []),
+        (result(1.0, 0.9), result(2.0, 0.8, error=0.1), []),
+        (result(1.0, 0.9), result(1.7, 0.8), []),  # 0.86, two errors above, is half of the training margin
         (result(2.0, 0.9), result(1.9, 0.2), []),  # training did not rise
+        (result(0.150, 0.180, 0.033), result(0.303, 0.175, 0.150), []),  # the healthy tiny run
         (result(1.0, None), result(2.0, 0.1), []),
         (result(1.0, 0.9), result(2.0, None), []),
         (None, result(2.0, 0.1), []),
