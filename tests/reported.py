@@ -3,14 +3,13 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 from datasets import Dataset
 from safetensors.numpy import save_file
-from tiny import byte_tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from spin_plugin import __version__
 from spin_plugin.data.pairs import Synthetic, build_pairs, write_stats
@@ -21,26 +20,37 @@ from spin_plugin.objective.metrics import METRICS
 from spin_plugin.run.directory import IterationDir, RunDir
 from spin_plugin.run.state import RunState
 
-Example = tuple[str, str]
-"""A prompt and its real response."""
-Answer = Callable[[int, int], Sequence[str]]
-"""Iteration, position of a prompt among those of its split → synthetic responses. Each real and synthetic response ends
-with `</s>`; a synthetic one without it was truncated."""
+END = 258  # `</s>` of tiny.byte_tokenizer; a response without it was truncated
+Tokens = list[int]
+Answer = Callable[[str, int, int], Sequence[Tokens]]
+"""Split, position of a prompt in it, iteration → the synthetic responses."""
+
+
+class Examples(NamedTuple):
+    """Prompts and real responses of both splits."""
+
+    train: Sequence[tuple[Tokens, Tokens]]
+    eval: Sequence[tuple[Tokens, Tokens]]
 
 
 def make_run(
-    directory: Path, train: Sequence[Example], held_out: Sequence[Example], answer: Answer, iterations: int, **more: Any
-) -> Path:
-    """Write a run with `iterations` finished iterations; returns its configuration. `more` is added to each entry."""
-    directory.mkdir(parents=True)
-    run, tokenizer = RunDir(directory / "run"), byte_tokenizer()
+    root: Path, tokenizer: PreTrainedTokenizerBase, examples: Examples, answer: Answer, *, iterations: int
+) -> RunDir:
+    """Write a run with finished iterations, with rewards that are a function of the pair (`reward_of`).
+
+    Its configuration is `config.yml` beside `root`.
+    """
+    run = RunDir(root)
     run.real.mkdir(parents=True)
-    encoded = {"train": _encode(train, tokenizer), "eval": _encode(held_out, tokenizer)}
-    examples = {split: _write_examples(run.real / f"{split}.arrow", rows) for split, rows in encoded.items()}
-    (run.real / "meta.json").write_text(json.dumps({"stop_tokens": [258], "eval": bool(held_out)}))
+    for split, rows in examples._asdict().items():
+        with table_writer(run.real / f"{split}.arrow", EXAMPLE_SCHEMA) as write:
+            for start in range(0, len(rows), 1024):
+                prompts, reals = zip(*rows[start : start + 1024], strict=True)
+                write({"prompt": prompts, "real": reals, "row": list(range(start, start + len(prompts)))})
+    (run.real / "meta.json").write_text(json.dumps({"stop_tokens": [END], "eval": bool(examples.eval)}))
     config = {
         "base_model": "model",
-        "output_dir": str(run.root),
+        "output_dir": str(root),
         "plugins": ["spin_plugin.SpinPlugin"],
         "rl": "spin",
         "spin": {"iterations": iterations},
@@ -48,53 +58,43 @@ def make_run(
     entries = []
     for number in range(iterations):
         here = run.iteration(number)
-        _write_iteration(here, number, examples, answer, tokenizer)
-        here.config.write_text(yaml.safe_dump(config | {"learning_rate": 5e-7 / (number + 1)}))
+        _write_iteration(run, number, tokenizer, answer)
+        here.config.write_text(yaml.safe_dump(config))
         stats = json.loads((here.pairs / "stats.json").read_text())
-        entry = {"iteration": number, "finished_at": "", "pairs": stats, "metrics": here.last_metrics()}
-        entries.append(entry | more)
+        entries.append({"iteration": number, "pairs": stats, "metrics": here.last_metrics()})
     run.write_state(RunState(config, entries, __version__))
-    (directory / "config.yml").write_text(yaml.safe_dump(config))
-    return directory / "config.yml"
+    (root.parent / "config.yml").write_text(yaml.safe_dump(config))
+    return run
+
+
+def add_to_entries(run: RunDir, **more: Any) -> None:
+    """Add to each finished iteration's entry in run.json."""
+    state = run.read_state()
+    assert state is not None
+    state.finished = [entry | more for entry in state.finished]
+    run.write_state(state)
 
 
 def write_rewards(here: IterationDir, split: str, rewards: np.ndarray) -> None:
-    """Write the per-pair rewards [N, 2] of a split."""
+    """Write the rewards [N, 2] of a split's pairs."""
     save_file({"rewards": rewards.astype(np.float32)}, here.pairs / f"rewards-{split}.safetensors")
 
 
-def _encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], list[int]]]:
-    return [(encode(prompt, tokenizer), encode(real, tokenizer)) for prompt, real in examples]
+def reward_of(index: int, iteration: int) -> tuple[float, float]:
+    """Return the rewards of a pair's real and synthetic response."""
+    return (index * 37 % 101 - 50) / 50 + iteration, (index * 53 % 103 - 70) / 50
 
 
-def encode(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return a text's tokens; lone surrogates become bytes that are no UTF-8."""
-    if text.isascii() or text.encode("utf-8", "replace").decode() == text:
-        return tokenizer.encode(text, add_special_tokens=False)
-    return [tokenizer.convert_tokens_to_ids("ÿ")] + tokenizer.encode(text.encode("ascii", "ignore").decode())
-
-
-def _write_examples(path: Path, rows: list[tuple[list[int], list[int]]]) -> Dataset:
-    with table_writer(path, EXAMPLE_SCHEMA) as write:
-        for start in range(0, len(rows), 1024):
-            block = rows[start : start + 1024]
-            numbers = list(range(start, start + len(block)))
-            write({"prompt": [p for p, _ in block], "real": [r for _, r in block], "row": numbers})
-    return open_table(path)
-
-
-def _write_iteration(
-    here: IterationDir, number: int, examples: dict[str, Dataset], answer: Answer, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    for directory in (here.path, here.synthetic, here.pairs):
-        directory.mkdir()
+def _write_iteration(run: RunDir, number: int, tokenizer: PreTrainedTokenizerBase, answer: Answer) -> None:
+    here, stats = run.iteration(number), {}
+    for directory in (here.synthetic, here.pairs):
+        directory.mkdir(parents=True)
     tokenizer.save_pretrained(here.path)
-    shards, stats = Shards(here.synthetic), {}
-    responses = list(_responses(number, examples, answer, tokenizer))
+    examples = {split: open_table(run.real / f"{split}.arrow") for split in Examples._fields}
+    responses = list(_responses(number, examples, answer))
     here.synthetic.joinpath("job.json").write_text(json.dumps({"requests": len(responses)}))
     for shard in range(0, len(responses), SHARD):
-        shards.write(shard // SHARD, responses[shard : shard + SHARD])
-    random = np.random.default_rng(number)
+        Shards(here.synthetic).write(shard // SHARD, responses[shard : shard + SHARD])
     for split, rows in examples.items():
         synthetic = (
             Synthetic(one["example"], number, one["tokens"], one["finish"] == "length")
@@ -102,30 +102,31 @@ def _write_iteration(
             if one["split"] == split
         )
         stats[split] = build_pairs(
-            rows, synthetic, here.pairs / f"{split}.arrow", end_tokens=[258], sequence_len=1 << 20, keep_equal=True
+            rows, synthetic, here.pairs / f"{split}.arrow", end_tokens=[END], sequence_len=1 << 20, keep_equal=True
         )
-        write_rewards(here, split, random.normal([0.3 - 0.2 * number, -0.8], 0.6, (stats[split].pairs, 2)))
+        rewards = [reward_of(index, number) for index in range(stats[split].pairs)]
+        write_rewards(here, split, np.array(rewards).reshape(-1, 2))
     write_stats(here.pairs / "stats.json", stats)
-    here.metrics.write_text("".join(json.dumps(entry) + "\n" for entry in _log(random)))
+    here.metrics.write_text("".join(json.dumps(entry) + "\n" for entry in _log(number)))
 
 
-def _responses(
-    number: int, examples: dict[str, Dataset], answer: Answer, tokenizer: PreTrainedTokenizerFast
-) -> Iterator[dict[str, Any]]:
+def _responses(number: int, examples: dict[str, Dataset], answer: Answer) -> Iterator[dict[str, Any]]:
     for split, rows in examples.items():
         for example in range(len(rows)):
-            for text in answer(number, example):
-                finish = "stop" if text.endswith("</s>") else "length"
-                yield {
-                    "split": split, "example": example, "tokens": encode(text, tokenizer), "finish": finish, "stop": None
-                }  # fmt: skip
+            for tokens in answer(split, example, number):
+                finish = "stop" if tokens[-1:] == [END] else "length"
+                yield {"split": split, "example": example, "tokens": tokens, "finish": finish, "stop": None}
 
 
-def _log(random: np.random.Generator, steps: int = 100) -> Iterator[dict[str, float]]:
+def _log(seed: int, steps: int = 100) -> Iterator[dict[str, float]]:
+    random = np.random.default_rng(seed)
     for step in range(1, steps + 1):
         margin = 2 * step / steps + random.normal(0, 0.2)
         values = dict.fromkeys(METRICS, -0.5) | {
-            "loss": float(np.log1p(np.exp(-margin))), "accuracy": float(np.clip(0.5 + margin / 4, 0, 1)),
-            "reward_margin": margin, "reward_real": margin / 4, "reward_synthetic": -margin * 0.75, "saturated": 0.1,
-        }  # fmt: skip
+            "loss": float(np.log1p(np.exp(-margin))),
+            "reward_margin": margin,
+            "reward_real": margin / 4,
+            "reward_synthetic": -margin * 0.75,
+            "accuracy": float(np.clip(0.5 + margin / 4, 0, 1)),
+        }
         yield {"step": step, "epoch": step / steps, "pairs": 64} | {f"spin/{name}": v for name, v in values.items()}

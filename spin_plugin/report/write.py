@@ -55,7 +55,7 @@ def write_report(run: RunDir, iterations: int, prompts: int = PROMPTS) -> Path:
         "notes": grid.notes,
         "config": state.config,
     }
-    page = run.root / "report.html"
+    page = run.report
     write_atomically(page.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
     write_atomically(page.with_suffix(".json"), json.dumps(content, indent=1, default=str) + "\n")
     # a lone surrogate in the configuration has no UTF-8
