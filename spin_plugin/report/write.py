@@ -1,6 +1,7 @@
 """Write `report.html`, `report.json` (all but the grid) and `report.jsonl` (the grid, a prompt per line)."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def write_report(run: RunDir, iterations: int, prompts: int = PROMPTS) -> Path:
         "version": __version__,
         "total": iterations,
         "iterations": [
-            entry | {"config": _read_config(run.iteration(entry["iteration"]))}
+            _finite(entry | {"config": _read_config(run.iteration(entry["iteration"]))})
             for entry in list_iterations(run, iterations)
         ],
         "curves": [{"iteration": curve.iteration, "points": curve.points} for curve in curves],
@@ -70,6 +71,15 @@ def try_report(run: RunDir, iterations: int) -> None:
     except Exception as error:  # noqa: BLE001 - whatever it is, what was trained must not be lost for it
         reason = str(error) or type(error).__name__
         warn(f"the report was not written ({reason}); `axolotl spin report CONFIG` writes it")
+
+
+def _finite(value: Any) -> Any:
+    """Return plain data with None for numbers that are not finite, which JSON does not have: training may diverge."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read_config(directory: IterationDir) -> dict[str, Any]:

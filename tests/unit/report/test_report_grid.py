@@ -1,6 +1,7 @@
 """The grid of prompts and iterations, and the three files, from the files of a run."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,23 @@ def test_run_that_is_half_finished(run: RunDir) -> None:
     assert [entry["state"] for entry in content["iterations"]] == ["finished", "training, step 100"]
     assert [curve["iteration"] for curve in content["curves"]] == [0, 1]
     assert content["curves"][1]["points"][0]["step"] > 100
+
+
+def test_run_that_diverged(run: RunDir) -> None:
+    nothing = {"step": 101, "epoch": 1.01, "pairs": 64, "spin/loss": float("nan"), "spin/reward_real": float("-inf")}
+    for number in (0, 1):
+        with open(run.iteration(number).metrics, "a") as log:
+            log.write(json.dumps(nothing) + "\n")
+    state = run.read_state()
+    assert state is not None
+    state.finished = [entry | {"metrics": run.iteration(0).last_metrics()} for entry in state.finished[:1]]
+    run.write_state(state)
+    write_report(run, 2)
+    text = run.report.with_suffix(".json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert [entry["metrics"]["spin/loss"] for entry in json.loads(text)["iterations"]] == [None, None]
+    assert not {"nan", "inf"} & set(re.findall(r"\w+", run.report.read_text().partition("<script")[0]))
 
 
 def test_reading_takes_no_lock_and_changes_nothing_else(run: RunDir) -> None:
