@@ -41,12 +41,26 @@ def _train(*path: str) -> Callable[[Entry], Value]:
     return at("pairs", "train", *path)
 
 
+def _newest(entry: Entry) -> Mapping[str, Any]:
+    """Return the statistics of the iteration's own responses to training prompts.
+
+    The first versions recorded them only together with those of earlier iterations that are trained on, too.
+    """
+    trained = look_up(entry, "pairs", "train") or {}
+    return trained | (trained.get("newest") or {})
+
+
+def _own(name: str) -> Callable[[Entry], Value]:
+    """Return a function that looks up a statistic of the iteration's own responses."""
+    return lambda entry: _newest(entry).get(name)
+
+
 def _share(name: str) -> Callable[[Entry], Value]:
-    """Return a function that divides a count of training responses by their number."""
+    """Return a function that divides a count of the iteration's own responses by their number."""
 
     def share(entry: Entry) -> Value:
-        count, responses = look_up(entry, "pairs", "train", name), look_up(entry, "pairs", "train", "responses")
-        return count / responses if responses and count is not None else None
+        newest = _newest(entry)
+        return newest[name] / newest["responses"] if name in newest and newest["responses"] else None
 
     return share
 
@@ -111,11 +125,11 @@ GROUPS: dict[str, list[Measure]] = {
     ],
     "Responses": [
         Measure("pairs", "pairs that were trained on, with those of earlier iterations", _train("pairs")),
-        Measure("real tokens", "mean length of the real responses", _train("real_mean")),
+        Measure("real tokens", "mean length of the real responses", _own("real_mean")),
         Measure(
             "synthetic tokens",
             "mean length of the opponent's responses; it should stay near that of the real ones",
-            _train("synthetic_mean"),
+            _own("synthetic_mean"),
         ),
         Measure(
             "truncated",
@@ -124,8 +138,14 @@ GROUPS: dict[str, list[Measure]] = {
             _percent,
         ),
         Measure("equal", "equal to the real response; near 100%, nothing is left to learn", _share("equal"), _percent),
-        Measure("empty", "responses without a word; their pairs are left out", _share("empty"), _percent),
-        Measure("over length", "longer than sequence_len; their pairs are left out", _share("over_length"), _percent),
+        Measure(
+            "distinct",
+            "different from each other; few of them: the model collapses",
+            _share("distinct_synthetic"),
+            _percent,
+        ),
+        Measure("empty", "responses without a word; their pairs are left out", _train("empty")),
+        Measure("over length", "responses longer than sequence_len; their pairs are left out", _train("over_length")),
         Measure("judge, training", "mean score of the responses to training prompts", _train("judge", "mean")),
         Measure(
             "judge, held-out", "mean score of the opponent's held-out responses", at("pairs", "eval", "judge", "mean")

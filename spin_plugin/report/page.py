@@ -105,7 +105,7 @@ def render(content: Mapping[str, Any], curves: Sequence[Curve], rows: Sequence[M
     shown = [entry for entry in iterations if entry["state"] != "not started"]
     grid_rows = _fitting(rows)
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template.filters["code"] = _code
+    template.filters |= {"code": _code, "sentence": _sentence}
     return template.from_string(html).render(
         **content,
         finished=finished,
@@ -228,6 +228,11 @@ def _yaml(config: Any) -> str:
 def _code(text: str) -> Markup:
     """Escape a text and set what stands between backticks as code."""
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _sentence(text: str) -> str:
+    """Write a message, which elsewhere is a part of a line, as a sentence."""
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
 
 
 def _digest(content: str) -> str:

@@ -78,7 +78,7 @@ def test_whatever_is_recorded_is_tabled_and_what_is_not_is_left_out(run: RunDir)
     text = shown(run).text
     for part in (
         "−0.12 … −0.08", "0.125", "0.75", "0.0625", "0.0031", "1.0e−05", "1 min 15 s", "20", "bf16 with fp32 masters",
-        "torch 9.9.9", "gsm8k/exact_match", "0.421", "most are equal", "stop <here>", "made the model worse",
+        "torch 9.9.9", "gsm8k/exact_match", "0.421", "Most are equal .", "Stop <here>.", "made the model worse",
     ):  # fmt: skip
         assert part in text, part
 
