@@ -44,10 +44,11 @@ def _train(*path: str) -> Callable[[Entry], Value]:
 def _newest(entry: Entry) -> Mapping[str, Any]:
     """Return the statistics of the iteration's own responses to training prompts.
 
-    The first versions recorded them only together with those of earlier iterations that are trained on, too.
+    Early runs have them only together with those of earlier iterations, which are trained on, too.
     """
     trained = look_up(entry, "pairs", "train") or {}
-    return trained | (trained.get("newest") or {})
+    newest = trained.get("newest") or {}
+    return trained | newest if newest.get("responses") else trained
 
 
 def _own(name: str) -> Callable[[Entry], Value]:
