@@ -18,9 +18,10 @@ def decoder(run: RunDir, config: dict[str, Any]) -> Decode:
         run: the run directory; the newest iteration that holds a tokenizer has the one to use.
         config: the run's configuration, which names the tokenizer until an iteration has saved it.
     """
-    saved = [run.iteration(number).path for number in reversed(run.started())]
-    named = config.get("tokenizer_config") or config.get("base_model")
-    for directory in (*saved, Path(str(named))):
+    directories = [run.iteration(number).path for number in reversed(run.started())]
+    if named := config.get("tokenizer_config") or config.get("base_model"):
+        directories.append(Path(named))
+    for directory in directories:
         if (file := directory / "tokenizer.json").exists():
             from tokenizers import Tokenizer  # transformers, which loads torch, takes ten seconds to import
 

@@ -135,11 +135,13 @@ function rowOf(row) {
   made.setAttribute("role", "row");
   made.tabIndex = -1;
   prompt.setAttribute("role", "cell");
+  prompt.setAttribute("aria-colspan", data.numbers.length + 1);
   inner.append(element("span", "tag", `${row.split === "eval" ? "held out" : "train"} ${row.example}`), ...promptOf(row.prompt));
   prompt.append(inner);
   const truth = cell("truth", "real");
   truth.append(textOf(row.real), element("p", "facts", `${row.real_tokens.toLocaleString("en")} tokens`));
   const answers = element("div", "answers");
+  answers.setAttribute("role", "presentation");
   for (const number of data.numbers) {
     const responses = row.iterations[number], made = cell("", `t = ${number}`);
     if (!responses) made.append(element("span", "more", "not asked"));
