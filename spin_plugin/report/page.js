@@ -27,41 +27,44 @@ function append(parent, text) {
   }
 }
 
-// Words, or characters where a text has no spaces.
+// Words with the spaces that follow them; characters where a text has no spaces.
 function units(text, spaced) {
-  return spaced ? text.match(/\s+|[\p{L}\p{N}_]+|[^\s\p{L}\p{N}_]/gu) || [] : Array.from(text);
+  if (!spaced) return Array.from(text, (letter) => [letter, ""]);
+  return Array.from(text.matchAll(/([\p{L}\p{N}_]+|[^\s\p{L}\p{N}_]|^)(\s*)/gu), ([, word, space]) => [word, space]);
 }
 
-// Compare two texts by their longest common subsequence: [kind, text] with kind "same", "added" or "missing".
+// Compare two texts by their longest common subsequence of words: [kind, text], kind "same", "added" or "missing".
 function compare(real, synthetic) {
   const spaced = /\S\s+\S/.test(real) || /\S\s+\S/.test(synthetic);
-  const a = units(real, spaced), b = units(synthetic, spaced);
-  let start = 0, end = 0;
-  while (start < a.length && start < b.length && a[start] === b[start]) start++;
-  while (end < a.length - start && end < b.length - start && a[a.length - 1 - end] === b[b.length - 1 - end]) end++;
-  const n = a.length - start - end, m = b.length - start - end, parts = [];
+  const a = units(real, spaced), b = units(synthetic, spaced), parts = [];
+  const equal = (i, j) => a[i][0] === b[j][0];
   const add = (kind, text) => {
     const last = parts[parts.length - 1];
     if (last && last[0] === kind) last[1] += text; else if (text) parts.push([kind, text]);
   };
-  add("same", a.slice(0, start).join(""));
-  if (n * m > MOST_CELLS) {
-    add("missing", a.slice(start, start + n).join(""));
-    add("added", b.slice(start, start + m).join(""));
-  } else {
-    const width = m + 1, best = new Uint16Array((n + 1) * width);
-    for (let i = n - 1; i >= 0; i--)
-      for (let j = m - 1; j >= 0; j--)
-        best[i * width + j] = a[start + i] === b[start + j] ? best[(i + 1) * width + j + 1] + 1
-          : Math.max(best[(i + 1) * width + j], best[i * width + j + 1]);
-    let i = 0, j = 0;
-    while (i < n || j < m) {
-      if (i < n && j < m && a[start + i] === b[start + j]) { add("same", a[start + i]); i++; j++; }
-      else if (j >= m || (i < n && best[(i + 1) * width + j] >= best[i * width + j + 1])) add("missing", a[start + i++]);
-      else add("added", b[start + j++]);
-    }
+  const missing = (i) => add("missing", a[i].join(""));
+  const added = (j) => add("added", b[j].join(""));
+  const same = (i, j) => {
+    add("same", a[i][0]);
+    if (a[i][1] === b[j][1]) return add("same", a[i][1]);
+    add("missing", a[i][1]);
+    add("added", b[j][1]);
+  };
+  let i = 0, j = 0, n = a.length, m = b.length;
+  for (; i < n && i < m && equal(i, i); i++, j++) same(i, j);
+  while (n > i && m > j && equal(n - 1, m - 1)) n--, m--;
+  const first = i, width = m - first + 1, tabled = (n - first) * (m - first) <= MOST_CELLS;
+  const best = new Uint16Array(tabled ? (n - first + 1) * width : 0), at = (k, l) => (k - first) * width + l - first;
+  if (tabled)
+    for (let k = n - 1; k >= first; k--)
+      for (let l = m - 1; l >= first; l--)
+        best[at(k, l)] = equal(k, l) ? best[at(k + 1, l + 1)] + 1 : Math.max(best[at(k + 1, l)], best[at(k, l + 1)]);
+  while (i < n || j < m) {
+    if (tabled && i < n && j < m && equal(i, j)) same(i++, j++);
+    else if (j >= m || (i < n && (!tabled || best[at(i + 1, j)] >= best[at(i, j + 1)]))) missing(i++);
+    else added(j++);
   }
-  add("same", a.slice(a.length - end).join(""));
+  for (; i < a.length; i++, j++) same(i, j);
   return parts;
 }
 

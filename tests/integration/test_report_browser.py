@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -144,6 +145,13 @@ CONTRAST = """() => {
 }"""
 
 
+# By its outline, or for a row, which its cells would cover, by a frame before it.
+VISIBLE_FOCUS = """() => {
+  const focused = document.activeElement, frame = getComputedStyle(focused, "::after");
+  return parseFloat(getComputedStyle(focused).outlineWidth) >= 3 || parseFloat(frame.borderTopWidth) >= 3;
+}"""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
 @pytest.mark.parametrize("kind", ["run", "hostile"])
@@ -208,12 +216,40 @@ def test_orders_by_rewards_are_off_without_rewards(run: RunDir, tmp_path: Path, 
 def test_differing_words_are_marked(run: RunDir, open_page: Any) -> None:
     page = open_page(run)
     cell = page.locator(".row").nth(2).locator(".answers .cell").nth(3)
-    assert cell.locator("mark").all_inner_texts() == ["little 3"]
+    assert cell.locator("mark").all_inner_texts() == ["little 3 "]
     assert cell.locator("del").count() == 0
     page.check("#missing")
     cell = page.locator(".row").nth(2).locator(".answers .cell").nth(3)
-    assert cell.locator("del").all_inner_texts() == ["nothing"]
+    assert cell.locator("del").all_inner_texts() == ["nothing "]
     assert page.locator(".row").nth(1).locator("mark").count() == 0  # equal to the real response
+
+
+@pytest.mark.parametrize(
+    ("real", "synthetic", "parts"),
+    [
+        ("a b c", "a x c", [["same", "a "], ["missing", "b "], ["added", "x "], ["same", "c"]]),
+        ("a b", "a  b", [["same", "a"], ["missing", " "], ["added", "  "], ["same", "b"]]),
+        ("", "new words", [["added", "new words"]]),
+        ("all gone", "", [["missing", "all gone"]]),
+        ("f(x) = 1", "f(y) = 1", [["same", "f("], ["missing", "x"], ["added", "y"], ["same", ") = 1"]]),
+        ("abcd", "abxd", [["same", "ab"], ["missing", "c"], ["added", "x"], ["same", "d"]]),
+        ("日本語です", "日本人です", [["same", "日本"], ["missing", "語"], ["added", "人"], ["same", "です"]]),
+    ],
+)
+def test_compared_texts(real: str, synthetic: str, parts: list[list[str]], run: RunDir, open_page: Any) -> None:
+    assert open_page(run).evaluate("([real, synthetic]) => compare(real, synthetic)", [real, synthetic]) == parts
+
+
+def test_compared_texts_are_complete_whatever_they_are(run: RunDir, open_page: Any) -> None:
+    """Without the added parts it is the real text, without the missing ones the synthetic one."""
+    page, random = open_page(run), Random(0)
+    for letters in ("ab ", "xy\n  .", "ab") * 40:
+        real, synthetic = ("".join(random.choices(letters, k=random.randrange(30))) for _ in range(2))
+        parts = page.evaluate("([real, synthetic]) => compare(real, synthetic)", [real, synthetic])
+        assert "".join(text for kind, text in parts if kind != "added") == real
+        assert "".join(text for kind, text in parts if kind != "missing") == synthetic
+    parts = page.evaluate("compare('same ' + 'a '.repeat(3000) + 'end', 'same ' + 'b '.repeat(3000) + 'end')")
+    assert [kind for kind, _ in parts] == ["same", "missing", "added", "same"]
 
 
 def test_rewards_stand_beside_each_response(run: RunDir, open_page: Any) -> None:
@@ -234,7 +270,7 @@ def test_keyboard_walks_over_rows_and_reaches_every_control(run: RunDir, open_pa
     for _ in range(14):
         page.keyboard.press("Tab")
         seen.append(focused())
-        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid", seen
+        assert page.evaluate(VISIBLE_FOCUS), seen
     assert [name for name in seen if name] == ["search", "sort", "split", "kind", "missing", "train 0", "more"]
     page.keyboard.press("/")
     assert focused() == "search"
