@@ -140,6 +140,11 @@ def test_package_and_its_commands_load_no_torch(module: str) -> None:
     assert not loaded_by(f"import {module}") & HEAVY
 
 
+def test_report_loads_no_torch() -> None:
+    """Nor does it need a tokenizer's package before it decodes."""
+    assert loaded_by("import spin_plugin.report.write") & (HEAVY | {"tokenizers"}) == {"datasets"}
+
+
 def test_numerical_modules_load_no_axolotl() -> None:
     """Benchmarks run without it. One process for all modules because torch takes seconds to load."""
     loaded = loaded_by("import spin_plugin.objective.metrics, spin_plugin.model.layout, spin_plugin.model.logprobs")
