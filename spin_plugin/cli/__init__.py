@@ -3,6 +3,7 @@
 import click
 
 from spin_plugin.cli.init import init
+from spin_plugin.cli.report import report
 from spin_plugin.cli.reset import reset
 from spin_plugin.cli.schema import config_schema
 from spin_plugin.cli.setup import setup
@@ -15,5 +16,5 @@ def spin() -> None:
     """Self-Play Fine-Tuning (SPIN): set up, train all iterations, inspect runs, remove iterations."""
 
 
-for command in (init, setup, train, status, reset, config_schema):
+for command in (init, setup, train, status, report, reset, config_schema):
     spin.add_command(command)

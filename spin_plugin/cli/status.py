@@ -10,11 +10,8 @@ from rich.table import Table
 
 from spin_plugin.cli.config_file import CONFIG, read_config
 from spin_plugin.console import console, exit_on_error
-from spin_plugin.objective.decline import decline
-from spin_plugin.objective.diagnosis import diagnose
-from spin_plugin.objective.finding import as_dicts
 from spin_plugin.objective.metrics import METRICS
-from spin_plugin.run.directory import RunDir
+from spin_plugin.run.overview import list_iterations
 
 METRIC_COLUMNS = {metric.column: f"spin/{name}" for name, metric in METRICS.items() if metric.column}
 
@@ -42,37 +39,7 @@ def run_status(config: Path) -> dict[str, Any]:
         SpinError: `config` is not a SPIN configuration, or the run directory is damaged.
     """
     args, run = read_config(config)
-    state = run.read_state()
-    finished = state.finished if state else []
-    iterations = [entry | {"state": _finished_state(entry)} for entry in finished]
-    for number in range(len(finished), args.iterations):
-        before = finished[-1] if finished else None
-        iterations.append(_unfinished(run, number, before, started=number == len(finished)))
-    return {"output_dir": str(run.root), "iterations": iterations}
-
-
-def _finished_state(entry: dict[str, Any]) -> str:
-    """Say whether a finished iteration made the model worse."""
-    return "finished, worse" if decline(entry) else "finished"
-
-
-def _unfinished(run: RunDir, number: int, before: dict[str, Any] | None, *, started: bool) -> dict[str, Any]:
-    """Return the progress of an unfinished iteration; `before` is the entry of the last finished one."""
-    directory = run.iteration(number)
-    stats_file = directory.pairs / "stats.json"
-    pairs = json.loads(stats_file.read_text(encoding="utf-8")) if started and stats_file.exists() else {}
-    metrics = directory.last_metrics() if started else {}
-    if metrics:
-        state = f"training, step {int(metrics['step'])}"
-    elif pairs:
-        state = "pairs built"
-    elif started and directory.synthetic.exists():
-        shards = len(list(directory.synthetic.glob("shard-*.jsonl")))
-        state = f"generating responses, {shards} shards"
-    else:
-        state = "not started"
-    found = as_dicts(diagnose(pairs, directory.read_log(), before)) if pairs else []
-    return {"iteration": number, "state": state, "pairs": pairs, "metrics": metrics, "findings": found}
+    return {"output_dir": str(run.root), "iterations": list_iterations(run, args.iterations)}
 
 
 def _judge_score(entry: dict[str, Any]) -> str:

@@ -52,10 +52,17 @@ def train(config: Path, iterations: int | None, verbose: bool, arguments: tuple[
         if screen and code not in (0, INTERRUPTED, TERMINATED):
             screen.explain()
         if code:
+            _name_report(run)
             raise SystemExit(code)
         before, (finished, total) = finished, progress(config)
         if finished == before:  # Axolotl exits with 0 when interrupted
             raise SpinError(f"iteration {before} was not finished; rerun the same command to continue it")
+    _name_report(run)
+
+
+def _name_report(run: RunDir) -> None:
+    if run.report.exists():
+        say(f"what self-play did: {run.report}")
 
 
 def progress(config: Path) -> tuple[int, int]:

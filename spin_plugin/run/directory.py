@@ -12,6 +12,7 @@ output_dir/
     metrics.jsonl       the training log
     .replaced-*         responses and checkpoint set aside because one of their inputs changed
   iteration-1/ ...
+  report.html           what self-play did; report.json and report.jsonl hold its data
   logs/                 everything that `axolotl spin train` leaves out on the screen
   config.json, model.safetensors, tokenizer.json, ...   links to the newest finished iteration
 """
@@ -128,6 +129,11 @@ class RunDir:
         return self.root / "run.json"
 
     @property
+    def report(self) -> Path:
+        """The page of `axolotl spin report`; its data is beside it as .json and .jsonl."""
+        return self.root / "report.html"
+
+    @property
     def real(self) -> Path:
         return self.root / "real"
 
@@ -202,6 +208,8 @@ class RunDir:
         for started in reversed(self.started()):
             if started >= number:
                 remove_atomically(self.iteration(started).path)
+        for shown in ("html", "json", "jsonl"):  # what is removed
+            self.report.with_suffix(f".{shown}").unlink(missing_ok=True)
         self._unlink_newest()
         if number:
             self.link_newest(number - 1)

@@ -22,6 +22,7 @@ from spin_plugin.opponent.agreement import comparable, distance, require_agreeme
 from spin_plugin.opponent.hub import pin
 from spin_plugin.opponent.merge import merge
 from spin_plugin.opponent.weights import require_finite
+from spin_plugin.report.write import try_report
 from spin_plugin.run.atomic import flush, remove_atomically, write_atomically
 from spin_plugin.run.checkpoint import check_model_dir, incomplete_reason
 from spin_plugin.run.directory import IterationDir
@@ -200,6 +201,7 @@ class Iteration:
             self.lowered.iteration,
             self._check_agreement,
             self.outcome.__setitem__,
+            self.report,
             tuple(callbacks),
         )
         return trainer_for(task)
@@ -265,6 +267,12 @@ class Iteration:
         announce_finished(run, number, self.lowered.spin.iterations)
         for finding in findings:
             warn(str(finding))
+        self.report()
+
+    def report(self) -> None:
+        """Write the report of the run as it is, also where training fails."""
+        if self.first:
+            try_report(self.lowered.run, self.lowered.spin.iterations)
 
     def _require_no_watchdog(self) -> None:
         """Refuse training that Axolotl's loss watchdog stopped, which otherwise looks complete."""

@@ -15,10 +15,10 @@ PACKAGE = ROOT / "spin_plugin"
 # The layers (directories and single files), lowest first: each may import those before it.
 LAYERS = [
     "console", "versions", "objective", "args", "run", "config", "data", "model", "generation", "judge", "opponent",
-    "training", "plugin",
+    "report", "training", "plugin",
 ]  # fmt: skip
 # Commands must start fast, so they import nothing that loads torch or Axolotl.
-IMPORTABLE_BY_COMMANDS = {"console", "versions", "objective", "args", "run", "config"}
+IMPORTABLE_BY_COMMANDS = {"console", "versions", "objective", "args", "run", "config", "report"}
 
 
 def module_name(path: Path) -> str:
@@ -138,6 +138,11 @@ def test_lowest_layers_load_no_torch() -> None:
 def test_package_and_its_commands_load_no_torch(module: str) -> None:
     """`axolotl spin status` runs often and must be fast."""
     assert not loaded_by(f"import {module}") & HEAVY
+
+
+def test_report_loads_no_torch() -> None:
+    """Nor does it need a tokenizer's package before it decodes."""
+    assert loaded_by("import spin_plugin.report.write") & (HEAVY | {"tokenizers"}) == {"datasets"}
 
 
 def test_numerical_modules_load_no_axolotl() -> None:
