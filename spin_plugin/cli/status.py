@@ -1,6 +1,7 @@
 """`axolotl spin status`: show the iterations of a run from its files."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ from rich import box
 from rich.table import Table
 
 from spin_plugin.cli.config_file import CONFIG, read_config
-from spin_plugin.console import console, exit_on_error
+from spin_plugin.console import console, exit_on_error, say
 from spin_plugin.objective.decline import decline
 from spin_plugin.objective.metrics import METRICS
 from spin_plugin.run.directory import RunDir
+from spin_plugin.run.state import has_model
+from spin_plugin.run.stop import Best, find_best, find_stop
 
 METRIC_COLUMNS = {metric.column: f"spin/{name}" for name, metric in METRICS.items() if metric.column}
 
@@ -28,10 +31,14 @@ def status(config: Path, as_json: bool) -> None:
         click.echo(json.dumps(content))
     else:
         console.print(_table(content))
+        if best := content["best"]:
+            say(f"best: {Best(**best)}")
+        if content["stopped"]:
+            say(content["stopped"])
 
 
 def run_status(config: Path) -> dict[str, Any]:
-    """Return state, pair statistics and latest metrics of every iteration.
+    """Return state, pair statistics and latest metrics of every iteration, the best one, and why the run has stopped.
 
     Raises:
         SpinError: `config` is not a SPIN configuration, or the run directory is damaged.
@@ -42,12 +49,19 @@ def run_status(config: Path) -> dict[str, Any]:
     iterations = [entry | {"state": _finished_state(entry)} for entry in finished]
     for number in range(len(finished), args.iterations):
         iterations.append(_unfinished(run, number, started=number == len(finished)))
-    return {"output_dir": str(run.root), "iterations": iterations}
+    stopped = find_stop(finished, args.stop) if len(finished) < args.iterations else None
+    return {
+        "output_dir": str(run.root),
+        "iterations": iterations,
+        "best": asdict(best) if (best := find_best(finished, args.stop)) else None,
+        "stopped": stopped.message if stopped else None,
+    }
 
 
 def _finished_state(entry: dict[str, Any]) -> str:
-    """Say whether a finished iteration made the model worse."""
-    return "finished, worse" if decline(entry) else "finished"
+    """Say whether a finished iteration made the model worse, and whether its model is there."""
+    remarks = {"worse": decline(entry), "model removed": not has_model(entry)}
+    return ", ".join(["finished", *(remark for remark, holds in remarks.items() if holds)])
 
 
 def _unfinished(run: RunDir, number: int, *, started: bool) -> dict[str, Any]:

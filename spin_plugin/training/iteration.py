@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from spin_plugin.run.checkpoint import check_model_dir, incomplete_reason
 from spin_plugin.run.directory import IterationDir
 from spin_plugin.run.processes import Ranks, exit_with_launcher, rank, shared_start_id
 from spin_plugin.run.state import RunState
+from spin_plugin.run.stop import end_if_stopped
 from spin_plugin.training.finish import announce_finished, finish_iteration
 from spin_plugin.training.judged import require_loadable
 from spin_plugin.training.precision import (
@@ -74,12 +75,15 @@ class Iteration:
             self.ranks.remove_earlier_starts()
             if not run.holds_responses():
                 require_loadable(self.lowered.spin.judges)
-            self.pairs = prepare_iteration(self.cfg, run, self.spin, number)
+            with self._released_at_the_end_of_the_run():
+                self.pairs = prepare_iteration(self.cfg, run, self.spin, number)
             if for_training:
                 self._remove_incomplete_checkpoints()  # before the other ranks look for a checkpoint
             self.ranks.signal_prepared()
         else:
             self.ranks.wait_for_prepared()
+            with self._released_at_the_end_of_the_run():
+                end_if_stopped(run, self.spin.stop)
             self.pairs = open_pairs(self.directory)
             pin(self.cfg, self.pairs.revision)
         self.cfg.output_dir = str(self.directory.path)
@@ -90,6 +94,16 @@ class Iteration:
         else:
             self.ranks.leave()
             self.lock.close()
+
+    @contextmanager
+    def _released_at_the_end_of_the_run(self) -> Iterator[None]:
+        """Let every rank exit by itself where the judge's scores have ended the run."""
+        try:
+            yield
+        except SystemExit:
+            self.ranks.signal_prepared()
+            self.ranks.leave()
+            raise
 
     def _claim(self) -> None:
         """Write run.json on the first start; refuse another configuration on later ones."""
@@ -254,9 +268,9 @@ class Iteration:
         flush(self.directory.path.iterdir())
         if self.training.adapter and self.spin.adapter_chain == "merge":
             merge(read_opponent(self.cfg), self.directory.path, self.directory.merged, tokenizer=self.directory.path)
-        finish_iteration(run, number, self.pairs.stats, self.outcome)
+        finish_iteration(run, number, self.lowered.spin, self.pairs.stats, self.outcome)
         self.lock.close()
-        announce_finished(run, number, self.lowered.spin.iterations)
+        announce_finished(run, number, self.lowered.spin)
 
     def _require_no_watchdog(self) -> None:
         """Refuse training that Axolotl's loss watchdog stopped, which otherwise looks complete."""
