@@ -91,10 +91,6 @@ class IterationDir:
         for weights in (*self.path.glob("*.safetensors"), *self.path.glob("*.safetensors.index.json")):
             weights.unlink()
 
-    def model_files(self) -> list[Path]:
-        """Return the files of the model or adapter and of its tokenizer."""
-        return [file for file in sorted(self.path.iterdir()) if file.is_file() and _is_model_file(file.name)]
-
     def last_metrics(self) -> dict[str, float]:
         """Return the newest value of every logged metric; for `spin/…`, the mean over the last epoch.
 
@@ -244,14 +240,14 @@ class RunDir:
         """
         source = self.iteration(number).path
         self._unlink_newest()
-        for file in self.iteration(number).model_files():
+        for file in model_files(source):
             link = self.root / file.name
             if not (link.exists() or link.is_symlink()):
                 link.symlink_to(Path(source.name) / file.name)
 
 
-def _is_model_file(name: str) -> bool:
-    """Whether a file of an iteration belongs to the model or tokenizer, not to its training."""
-    if name in ("config.yml", "metrics.jsonl", "training_args.bin", "README.md", "trainer_state.json"):
-        return False
-    return name.endswith((".json", ".safetensors", ".model", ".txt", ".jinja"))
+def model_files(directory: Path) -> list[Path]:
+    """Return the files of a model or adapter and of its tokenizer, without those of its training."""
+    endings = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")  # .py: a model's own code
+    found = (file for file in sorted(directory.iterdir()) if file.is_file() and file.name.endswith(endings))
+    return [file for file in found if file.name != "trainer_state.json"]

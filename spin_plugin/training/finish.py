@@ -7,7 +7,9 @@ from typing import Any
 from spin_plugin.args import SpinArgs
 from spin_plugin.console import say, warn
 from spin_plugin.data.pairs import PairStats
+from spin_plugin.export.card import model_card
 from spin_plugin.objective.decline import CHECKS, REMEDIES, read_check
+from spin_plugin.run.atomic import write_atomically
 from spin_plugin.run.directory import RunDir
 from spin_plugin.run.keep import mark_removed
 from spin_plugin.run.state import RunState
@@ -47,6 +49,15 @@ def entry_of(run: RunDir, number: int, stats: Mapping[str, PairStats], outcome: 
         "metrics": run.iteration(number).last_metrics(),
     }
     return {**entry, **outcome}
+
+
+def write_card(run: RunDir, number: int, stats: Mapping[str, PairStats], outcome: Mapping[str, Any]) -> None:
+    """Write the model card of an iteration that is trained but not finished; for the arguments see there."""
+    state, path = run.read_state(), run.iteration(number).path
+    assert state is not None
+    entries = [*state.finished, entry_of(run, number, stats, outcome)]
+    adapter = (path / "adapter_config.json").is_file()
+    write_atomically(path / "README.md", model_card(state.config, entries, number, adapter=adapter))
 
 
 def announce_finished(run: RunDir, number: int, spin: SpinArgs) -> None:

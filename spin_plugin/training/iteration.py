@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from spin_plugin.run.directory import IterationDir
 from spin_plugin.run.processes import Ranks, exit_with_launcher, rank, shared_start_id
 from spin_plugin.run.state import RunState
 from spin_plugin.run.stop import end_if_stopped
-from spin_plugin.training.finish import announce_finished, finish_iteration
+from spin_plugin.training.finish import announce_finished, finish_iteration, write_card
 from spin_plugin.training.judged import require_loadable
 from spin_plugin.training.precision import (
     keep_4bit_weights_trainable,
@@ -212,6 +213,7 @@ class Iteration:
             self.directory.metrics,
             self._check_agreement,
             self.outcome.__setitem__,
+            partial(write_card, self.lowered.run, self.lowered.iteration, self.pairs.stats, self.outcome),
             tuple(callbacks),
         )
         return trainer_for(task)

@@ -26,4 +26,6 @@ class TrainingTask:
     """Compares token log-probs of the policy, computed by the given function, with vLLM's."""
     record: Callable[[str, Any], None]
     """Adds a result, by name, to the iteration's entry in run.json; called on every rank."""
+    write_card: Callable[[], None]
+    """Writes the model card, once the model is trained."""
     callbacks: tuple[TrainerCallback, ...] = ()

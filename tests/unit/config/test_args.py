@@ -69,7 +69,7 @@ def value_at(args: SpinArgs, path: str) -> Any:
         ("turns", "second"), ("turns", 1),
         ("held_out", -0.1), ("held_out", 1), ("held_out", 4), ("held_out", float("nan")), ("held_out", None),
         ("stop", "warn"), ("stop", True), ("stop", 0), ("stop.metric", "loss"), ("stop.metric", "gsm8k/"),
-        ("stop.metric", True), ("stop.patience", 0), ("stop.patience", 2), ("keep", "newest"),
+        ("stop.metric", True), ("stop.patience", 0), ("keep", "newest"),
         ("equal_pairs", True), ("equal_pairs", "remove"),
         ("schedule", {"beta": 1}), ("schedule", 3), ("schedule", [1]), ("schedule", [["beta", 1]]),
         ("generation", 3), ("generation", "fast"), ("generation", []),
