@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from spin_plugin.args.block import Block, Mark
 from spin_plugin.args.generation import GenerationArgs
 from spin_plugin.args.judge import JudgeArgs, full_name
-from spin_plugin.args.stop import OFF, StopArgs
+from spin_plugin.args.stop import OFF, StopArgs, or_off
 from spin_plugin.objective.losses import LOSSES, Objective
 
 # Keys of Axolotl that `schedule` cannot override, because they define the run as a whole.
@@ -91,7 +91,7 @@ class SpinArgs(Block):
     `val_set_size` nor `test_datasets` is set. After each iteration their real responses show whether the model became
     worse. With fewer than 64 rows none is held out; 0 disables this."""
 
-    stop: Annotated[StopArgs, Mark.FREE, Mark.RUN_WIDE] = Field(default_factory=StopArgs)
+    stop: Annotated[StopArgs, Mark.FREE, Mark.RUN_WIDE] = Field(default_factory=StopArgs, json_schema_extra=or_off)
     """When to stop before the last iteration. Default: after one that made the model worse; `off` only warns."""
 
     keep: Annotated[Literal["all", "best", "last"], Mark.FREE, Mark.RUN_WIDE] = "all"

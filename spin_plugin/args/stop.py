@@ -1,12 +1,17 @@
 """The `spin.stop` block."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
 from spin_plugin.args.block import Block, Mark
 
 AUTO, OFF = "auto", "off"
+
+
+def or_off(schema: dict[str, Any]) -> None:
+    """Make the JSON schema of a block accept `off`, which YAML 1.1 parses as false."""
+    schema["anyOf"] = [{"$ref": schema.pop("$ref")}, {"enum": [OFF, False]}]
 
 
 class StopArgs(Block):

@@ -56,10 +56,11 @@ def shown(name: str) -> str:
 def _card_data(model: str, revision: str | None, *, on_hub: bool) -> dict[str, Any]:
     """Return the front matter of a model's card; empty if there is none, or the hub cannot be reached."""
     import yaml
+    from httpx import HTTPError
     from huggingface_hub import ModelCard, hf_hub_download
 
     try:
         file = Path(hf_hub_download(model, "README.md", revision=revision) if on_hub else Path(model) / "README.md")
         return ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, RuntimeError, yaml.YAMLError):
+    except (OSError, ValueError, RuntimeError, HTTPError, yaml.YAMLError):
         return {}

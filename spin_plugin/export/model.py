@@ -9,6 +9,7 @@ import yaml
 from spin_plugin.config.specs import read_opponent
 from spin_plugin.console import SpinError
 from spin_plugin.export.card import model_card
+from spin_plugin.opponent.hub import commit_of
 from spin_plugin.opponent.merge import merge
 from spin_plugin.opponent.weights import facts_of, require_finite
 from spin_plugin.run.atomic import write_dir_atomically
@@ -57,8 +58,10 @@ def export(run: RunDir, state: RunState, number: int, target: Path, *, merged: b
 def _merge(iteration: IterationDir, target: Path) -> None:
     from axolotl.utils.dict import DictDefault
 
-    resolved = DictDefault(yaml.safe_load(iteration.config.read_text(encoding="utf-8")))
-    merge(read_opponent(resolved), iteration.path, target, tokenizer=iteration.path)
+    opponent = read_opponent(DictDefault(yaml.safe_load(iteration.config.read_text(encoding="utf-8"))))
+    if opponent.directory is None:
+        commit_of(opponent.base_model, opponent.revision)  # says so if it is neither on the hub nor in the cache
+    merge(opponent, iteration.path, target, tokenizer=iteration.path)
 
 
 def _copy(source: Path, weights: list[Path], target: Path, cache: Path) -> None:

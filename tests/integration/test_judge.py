@@ -86,7 +86,7 @@ def test_score_that_does_not_improve_ends_the_run_on_every_rank(
     config = spin_config(tmp_path, llama, chat_data, val_set_size=10, micro_batch_size=2)
     config["spin"] |= {"judge": {"function": "mine:constant"}, "stop": {"metric": "judge"}}
     path, run = write_config(tmp_path, config), RunDir(tmp_path / "run")
-    run_jobs((path, 2), (path, 2), (path, 2), environment={"PYTHONPATH": str(tmp_path)})
+    run_jobs((path, 2), (path, 2), (path, 2))
     assert run.finished() == 1
     assert run.iteration(1).synthetic.exists()
     assert not run.iteration(1).pairs.exists()

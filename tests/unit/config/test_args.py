@@ -113,6 +113,11 @@ def test_stop_is_switched_off(written: object) -> None:
     assert parse_spin_block(args.model_dump(exclude_none=True)) == args
 
 
+def test_schema_accepts_that_stop_is_switched_off() -> None:
+    schema = SpinArgs.model_json_schema()
+    assert schema["properties"]["stop"]["anyOf"] == [{"$ref": "#/$defs/StopArgs"}, {"enum": ["off", False]}]
+
+
 def test_judge_as_metric_requires_a_judge() -> None:
     block = {"stop": {"metric": "judge", "patience": 2}}
     assert error_of(block) == "spin: stop.metric: judge requires `judge`; set it or use another metric"

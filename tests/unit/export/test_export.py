@@ -103,6 +103,15 @@ def test_adapter_is_written_as_adapter_or_merged(tmp_path: Path, llama: Path, me
     assert f"library_name: {'transformers' if merge else 'peft'}" in (target / "README.md").read_text()
 
 
+def test_merge_without_the_base_model_is_one_line(tmp_path: Path, llama: Path) -> None:
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    run = make_run(tmp_path, base, -0.9, adapter="lora", lora_r=4)
+    shutil.rmtree(base)
+    code, output = export(run, tmp_path / "served", "--merge")
+    assert (code, output.count("\n")) == (1, 1), output
+    assert output.startswith(f"spin: error: base_model: {base} is neither a directory nor a model on the hub")
+
+
 def test_merged_chain_is_written_merged(tmp_path: Path, llama: Path) -> None:
     run = make_run(tmp_path, llama, -0.9, adapter="lora", spin={"iterations": 1, "adapter_chain": "merge"})
     make_model(run.iteration(0).merged, seed=5)
