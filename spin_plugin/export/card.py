@@ -134,4 +134,5 @@ def _row(entry: Mapping[str, Any]) -> dict[str, str]:
     for column, name in (("held-out", "held_out"), ("judge", "judge")):
         if check := read_check(entry, name):
             row[column] = f"{check.after:.4f}"
-    return row | {name: f"{value:.4f}" for name, value in (entry.get("lm_eval") or {}).items()}
+    scores = (entry.get("lm_eval") or {}).items()
+    return row | {name: f"{value:.4f}" for name, value in scores if "_stderr" not in name}

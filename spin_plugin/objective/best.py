@@ -31,7 +31,7 @@ class Measured:
     def gain(self, earlier: int, later: int) -> float:
         """Return by how much the later of two iterations is better."""
         difference = self.values[later] - self.values[earlier]
-        return -difference if self.metric.rpartition("/")[2] in LOWER_IS_BETTER else difference
+        return difference if LOWER_IS_BETTER.isdisjoint(self.metric.split("/")) else -difference
 
     def noise_between(self, earlier: int, later: int) -> float:
         """Return how large a difference between two iterations can be by chance; 0 if unknown."""

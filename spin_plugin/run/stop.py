@@ -97,10 +97,15 @@ def _require_measured(finished: Entries, stop: StopArgs) -> None:
     Raises:
         SpinError: no finished iteration was measured by it.
     """
-    settled = finished[:-1] if stop.metric == "judge" else finished  # the last one is judged by the next
-    if stop.metric in (AUTO, OFF) or not settled or measured(settled, stop.metric).values:
+    if stop.metric in (AUTO, OFF) or not finished:
+        return
+    # the last one is judged by the next, and an evaluation that was interrupted is repeated
+    key = stop.metric if stop.metric in CHECKS else "lm_eval"
+    settled = finished[:-1] if key != "held_out" and key not in finished[-1] else finished
+    if not settled or measured(settled, stop.metric).values:
         return
     known = {*(settled[-1].keys() & CHECKS.keys()), *(settled[-1].get("lm_eval") or {})}
+    known = {name for name in known if "_stderr" not in name}
     raise SpinError(
         f"spin.stop.metric: {stop.metric} was not measured in iteration {len(settled) - 1}; use "
         f"{' or '.join(sorted(known)) or 'another metric'}, or `spin.stop: off`"

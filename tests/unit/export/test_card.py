@@ -83,7 +83,7 @@ def test_card_of_a_base_without_a_card_leaves_unknown_fields_out(config: dict[st
 
 
 def test_table_is_the_run(config: dict[str, Any]) -> None:
-    entries = [ENTRIES[0], ENTRIES[1] | {"lm_eval": {"gsm8k/acc": 0.35}}]
+    entries = [ENTRIES[0], ENTRIES[1] | {"lm_eval": {"gsm8k/acc": 0.35, "gsm8k/acc_stderr": 0.01}}]
     lines = [line for line in model_card(config, entries, 1, adapter=False).splitlines() if line.startswith("|")]
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines] == [
         ["iteration", "pairs", "real", "synthetic", "margin", "accuracy", "held-out", "gsm8k/acc"],

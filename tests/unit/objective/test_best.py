@@ -53,9 +53,10 @@ def test_scores_without_intervals_are_compared_as_they_are() -> None:
     assert not found.worse_than_start(3), "the start was not measured"
 
 
-def test_less_perplexity_is_better() -> None:
-    entries = scored(9.0, 7.0, 8.0, metric="wikitext/word_perplexity")
-    assert measured(entries, "wikitext/word_perplexity").best() == 1
+@pytest.mark.parametrize("metric", ["wikitext/word_perplexity", "mine/perplexity/first-line"])
+def test_less_perplexity_is_better(metric: str) -> None:
+    entries = scored(9.0, 7.0, 8.0, metric=metric)
+    assert measured(entries, metric).best() == 1
     assert measured(entries, "wikitext/acc").best() is None
 
 
