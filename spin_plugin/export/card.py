@@ -6,10 +6,10 @@ from typing import Any
 
 import yaml
 
-from spin_plugin import __version__
 from spin_plugin.args import SpinArgs
 from spin_plugin.export.base import hub_name_of, read_base, shown
 from spin_plugin.objective.decline import read_check
+from spin_plugin.run.state import RunState
 
 # The keys that determine a result; `spin:` is shown beside them.
 SETTINGS = (
@@ -28,17 +28,17 @@ CITATION = """@inproceedings{chen2024spin,
 }"""
 
 
-def model_card(config: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], number: int, *, adapter: bool) -> str:
+def model_card(state: RunState, number: int, *, adapter: bool) -> str:
     """Return the card of an iteration's model, with its front matter.
 
     Args:
-        config: the user's configuration in run.json.
-        entries: the finished iterations in run.json.
+        state: the run, with this iteration among its finished ones.
         number: the iteration.
         adapter: whether the model is an adapter, to be loaded with its base.
     """
     from huggingface_hub import ModelCardData
 
+    config = state.config
     base = read_base(config)
     datasets = [str(entry["path"]) for entry in config.get("datasets") or [] if entry.get("path")]
     data = ModelCardData(
@@ -67,11 +67,11 @@ iteration the model learns to prefer the real responses of its SFT data to those
 
 ## The run
 
-{_table(entries, number)}
+{_table(state.finished, number)}
 
 Real, synthetic: mean tokens per response. Margin, accuracy: of the pairs in the last epoch. Held-out: mean log-prob of
-real responses to held-out prompts, in nats per token. They say how the model relates to its training data, not how good
-its answers are.
+real responses to held-out prompts, in nats per token. These numbers relate the model to its training data; they do
+not say how good its answers are.
 
 ## Settings
 
@@ -81,7 +81,7 @@ its answers are.
 
 ## Citation
 
-Trained with spin-plugin {__version__} for [Axolotl](https://github.com/axolotl-ai-cloud/axolotl).
+Trained with spin-plugin {state.version} for [Axolotl](https://github.com/axolotl-ai-cloud/axolotl).
 
 ```bibtex
 {CITATION}

@@ -49,7 +49,7 @@ def export(run: RunDir, state: RunState, number: int, target: Path, *, merged: b
             _merge(iteration, directory)
         else:
             _copy(source, weights, directory, run.weights)
-        card = model_card(state.config, state.finished, number, adapter=adapter and not merged)
+        card = model_card(state, number, adapter=adapter and not merged)
         (directory / "README.md").write_text(card, encoding="utf-8")
 
     write_dir_atomically(target.resolve(), fill)

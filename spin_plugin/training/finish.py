@@ -55,9 +55,9 @@ def write_card(run: RunDir, number: int, stats: Mapping[str, PairStats], outcome
     """Write the model card of an iteration that is trained but not finished; for the arguments see there."""
     state, path = run.read_state(), run.iteration(number).path
     assert state is not None
-    entries = [*state.finished, entry_of(run, number, stats, outcome)]
+    state.finished.append(entry_of(run, number, stats, outcome))
     adapter = (path / "adapter_config.json").is_file()
-    write_atomically(path / "README.md", model_card(state.config, entries, number, adapter=adapter))
+    write_atomically(path / "README.md", model_card(state, number, adapter=adapter))
 
 
 def announce_finished(run: RunDir, number: int, spin: SpinArgs) -> None:

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from spin_plugin.export.base import hub_name_of, read_base
 from spin_plugin.export.card import model_card
+from spin_plugin.run.state import RunState
 
 ENTRIES: list[dict[str, Any]] = [
     {
@@ -54,7 +55,7 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def test_front_matter_names_base_and_licence(config: dict[str, Any]) -> None:
-    found = front_matter(model_card(config, ENTRIES, 1, adapter=False))
+    found = front_matter(model_card(RunState(config, ENTRIES, "0.2.0"), 1, adapter=False))
     assert found == {
         "base_model": "org/llama", "base_model_relation": "finetune", "license": "llama3", "license_name": "x",
         "datasets": ["org/data"], "library_name": "transformers", "pipeline_tag": "text-generation",
@@ -64,7 +65,7 @@ def test_front_matter_names_base_and_licence(config: dict[str, Any]) -> None:
 
 def test_adapter_is_one(config: dict[str, Any], tmp_path: Path) -> None:
     config |= {"base_model": "org/llama", "lora_model_dir": str(tmp_path / "sft-lora"), "adapter": "lora"}
-    card = model_card(config, ENTRIES, 0, adapter=True)
+    card = model_card(RunState(config, ENTRIES, "0.2.0"), 0, adapter=True)
     found = front_matter(card)
     assert (found["base_model_relation"], found["library_name"]) == ("adapter", "peft")
     assert "license" not in found, "the hub cannot be reached"
@@ -77,14 +78,18 @@ def test_card_of_a_base_without_a_card_leaves_unknown_fields_out(config: dict[st
         card.unlink(missing_ok=True)
         if content is not None:
             card.write_text(content)
-        found = front_matter(model_card(config, ENTRIES, 1, adapter=False))
+        found = front_matter(model_card(RunState(config, ENTRIES, "0.2.0"), 1, adapter=False))
         assert found.keys() & {"base_model", "base_model_relation", "license"} == set()
         assert read_base(config).name == "my-sft"
 
 
 def test_table_is_the_run(config: dict[str, Any]) -> None:
     entries = [ENTRIES[0], ENTRIES[1] | {"lm_eval": {"gsm8k/acc": 0.35, "gsm8k/acc_stderr": 0.01}}]
-    lines = [line for line in model_card(config, entries, 1, adapter=False).splitlines() if line.startswith("|")]
+    lines = [
+        line
+        for line in model_card(RunState(config, entries, "0.2.0"), 1, adapter=False).splitlines()
+        if line.startswith("|")
+    ]
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines] == [
         ["iteration", "pairs", "real", "synthetic", "margin", "accuracy", "held-out", "gsm8k/acc"],
         ["---"] * 8,
@@ -95,7 +100,7 @@ def test_table_is_the_run(config: dict[str, Any]) -> None:
 
 
 def test_settings_are_what_was_done(config: dict[str, Any], tmp_path: Path) -> None:
-    card = model_card(config, ENTRIES, 1, adapter=False)
+    card = model_card(RunState(config, ENTRIES, "0.2.0"), 1, adapter=False)
     block = card.split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(block) == {
         "spin": {
@@ -106,6 +111,7 @@ def test_settings_are_what_was_done(config: dict[str, Any], tmp_path: Path) -> N
     }  # fmt: skip
     assert str(tmp_path) not in card
     assert "chat.jsonl" in card
+    assert "spin-plugin 0.2.0" in card
     assert "arxiv.org/abs/2401.01335" in card
 
 
