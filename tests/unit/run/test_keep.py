@@ -79,7 +79,8 @@ def checkpoints(run: RunDir) -> list[int]:
     ("spin", "kept", "with_checkpoints"),
     [
         ({}, [0, 1, 2, 3], [0, 1, 2, 3]),
-        ({"keep": "last"}, [3], [3]),
+        ({"keep": "last", "stop": "off"}, [3], [3]),
+        ({"keep": "last", "judge": {"function": "exact"}}, [2, 3], [3]),
         ({"keep": "best"}, [1, 3], [3]),
         ({"keep": "last", "adapter_chain": "merge"}, [2, 3], [3]),
         ({"keep": "best", "adapter_chain": "merge"}, [1, 2, 3], [3]),
@@ -95,6 +96,12 @@ def test_models_that_are_kept(tmp_path: Path, spin: Any, kept: list[int], with_c
     assert os.readlink(run.root / "model.safetensors.index.json") == "iteration-3/model.safetensors.index.json"
     for link in run.root.iterdir():
         assert link.exists(), "no dangling link"
+
+
+def test_opponent_of_an_iteration_that_stops_the_run_stays(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    finish(run, SpinArgs(keep="last"), -0.9, -0.7, -0.8)
+    assert models(run) == [1, 2]
 
 
 def test_best_before_the_last_stays_until_the_last_is_judged(tmp_path: Path) -> None:
