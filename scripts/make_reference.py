@@ -21,6 +21,7 @@ from spin_plugin.args import (
     JudgeArgs,
     Mark,
     SpinArgs,
+    StopArgs,
     VllmArgs,
 )
 from spin_plugin.config.identity import FIXED_VLLM_KEYS
@@ -129,6 +130,12 @@ def reference() -> str:
             table(JudgeArgs),
             "",
             "[The guide](guide.md#a-judge) shows how to use it.",
+            "",
+            "## `spin.stop`",
+            "",
+            table(StopArgs),
+            "",
+            "[The guide](guide.md#when-to-stop-and-which-iteration-to-use) says how iterations are compared.",
             "",
             "## `vllm`",
             "",

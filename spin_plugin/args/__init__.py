@@ -7,6 +7,7 @@ from spin_plugin.args.block import Block, Mark
 from spin_plugin.args.generation import IN_VLLM_BLOCK, PLUGIN_VLLM_KEYS, VLLM_SERVER_KEYS, GenerationArgs, VllmArgs
 from spin_plugin.args.judge import JudgeArgs
 from spin_plugin.args.spin import RUN_WIDE_KEYS, SpinArgs, SpinPluginArgs
+from spin_plugin.args.stop import StopArgs
 
 __all__ = [
     "IN_VLLM_BLOCK",
@@ -19,5 +20,6 @@ __all__ = [
     "Mark",
     "SpinArgs",
     "SpinPluginArgs",
+    "StopArgs",
     "VllmArgs",
 ]

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from spin_plugin.args.block import Block, Mark
 from spin_plugin.args.generation import GenerationArgs
 from spin_plugin.args.judge import JudgeArgs, full_name
+from spin_plugin.args.stop import OFF, StopArgs, or_off
 from spin_plugin.objective.losses import LOSSES, Objective
 
 # Keys of Axolotl that `schedule` cannot override, because they define the run as a whole.
@@ -90,9 +91,13 @@ class SpinArgs(Block):
     `val_set_size` nor `test_datasets` is set. After each iteration their real responses show whether the model became
     worse. With fewer than 64 rows none is held out; 0 disables this."""
 
-    on_worse: Annotated[Literal["stop", "warn"], Mark.FREE, Mark.RUN_WIDE] = "stop"
-    """What to do after an iteration that made held-out real responses less likely or, with `judge`, lowered the
-    held-out responses' score: `stop` before the next one is trained, or only `warn`."""
+    stop: Annotated[StopArgs, Mark.FREE, Mark.RUN_WIDE] = Field(default_factory=StopArgs, json_schema_extra=or_off)
+    """When to stop before the last iteration. Default: after one that made the model worse; `off` only warns."""
+
+    keep: Annotated[Literal["all", "best", "last"], Mark.FREE, Mark.RUN_WIDE] = "all"
+    """Which finished iterations keep their model. `best` removes the weights of all but the last one and the best by
+    `stop.metric`, `last` of all but the last one, each with the checkpoints of past iterations. Responses and pairs
+    stay, and a model that is still needed does, too."""
 
     resample_prompts: bool = False
     """Sample a new set of `num_prompts` prompts in each iteration instead of reusing the first one."""
@@ -150,6 +155,19 @@ class SpinArgs(Block):
         for name, loss in LOSS_OPTIONS.items():
             if loss not in used and getattr(self, name) != SpinArgs.model_fields[name].default:
                 raise ValueError(f"{name} requires `loss_type: {loss}`; set it or remove {name}")
+        return self
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def accept_off(cls, value: object) -> object:
+        """Map `off`, which YAML parses as false when unquoted, to the metric that never stops a run."""
+        return {"metric": OFF} if value is False or value == OFF else value
+
+    @model_validator(mode="after")
+    def judge_that_stops_exists(self) -> "SpinArgs":
+        """Reject `stop.metric: judge` without a judge."""
+        if self.stop.metric == "judge" and not self.judge:
+            raise ValueError("stop.metric: judge requires `judge`; set it or use another metric")
         return self
 
     @field_validator("shared_prefix", "group_prompts", mode="before")

@@ -20,6 +20,7 @@ def reset(config: Path, iteration: int, yes: bool) -> None:
     if not directories and run.finished() <= iteration:
         raise SpinError(f"--iteration {iteration}: not in {run.root}; see `axolotl spin status {config}`")
     with run.locked():
+        run.require_opponent_of(iteration)
         if not yes:
             click.confirm(f"remove {', '.join(directories)} and all their contents?", abort=True)
         run.reset(iteration)

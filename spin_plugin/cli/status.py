@@ -1,6 +1,7 @@
 """`axolotl spin status`: show the iterations of a run from its files."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ from rich import box
 from rich.table import Table
 
 from spin_plugin.cli.config_file import CONFIG, read_config
-from spin_plugin.console import console, exit_on_error
+from spin_plugin.console import console, exit_on_error, say
 from spin_plugin.objective.metrics import METRICS
 from spin_plugin.run.overview import list_iterations
+from spin_plugin.run.stop import Best, find_best, find_stop
 
 METRIC_COLUMNS = {metric.column: f"spin/{name}" for name, metric in METRICS.items() if metric.column}
 
@@ -30,16 +32,28 @@ def status(config: Path, as_json: bool) -> None:
         for entry in content["iterations"]:
             for finding in entry.get("findings", []):
                 console.print(f"iteration {entry['iteration']}: {finding['message']}; {finding['advice']}")
+        if best := content["best"]:
+            say(f"best: {Best(**best)}")
+        if content["stopped"]:
+            say(content["stopped"])
 
 
 def run_status(config: Path) -> dict[str, Any]:
-    """Return state, pair statistics and latest metrics of every iteration.
+    """Return state, pair statistics and latest metrics of every iteration, the best one, and why the run has stopped.
 
     Raises:
         SpinError: `config` is not a SPIN configuration, or the run directory is damaged.
     """
     args, run = read_config(config)
-    return {"output_dir": str(run.root), "iterations": list_iterations(run, args.iterations)}
+    iterations = list_iterations(run, args.iterations)
+    finished = [entry for entry in iterations if "finished_at" in entry]
+    stopped = find_stop(finished, args.stop) if len(finished) < args.iterations else None
+    return {
+        "output_dir": str(run.root),
+        "iterations": iterations,
+        "best": asdict(best) if (best := find_best(finished, args.stop)) else None,
+        "stopped": stopped.message if stopped else None,
+    }
 
 
 def _judge_score(entry: dict[str, Any]) -> str:

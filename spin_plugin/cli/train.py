@@ -17,6 +17,7 @@ from spin_plugin.cli.config_file import CONFIG, read_config
 from spin_plugin.cli.screen import Screen
 from spin_plugin.console import INTERRUPTED, SpinError, exit_on_error, say
 from spin_plugin.run.directory import RunDir
+from spin_plugin.run.stop import end_if_stopped, find_stop
 
 TERMINATED = 128 + signal.SIGTERM
 # Keeps `accelerate launch` from printing a stack trace after the one-line error of the command it started.
@@ -45,7 +46,7 @@ def train(config: Path, iterations: int | None, verbose: bool, arguments: tuple[
     if finished >= total:
         say(f"{config}: all {total} iterations are finished")
     while finished < goal:
-        _require_no_decline(config)
+        end_if_stopped(run, read_config(config)[0].stop)
         command = [_axolotl(), "train", str(config), *(arguments or QUIET)]
         with (None if verbose else _screen(run, finished)) or nullcontext() as screen:
             code = _run(command, screen)
@@ -54,6 +55,8 @@ def train(config: Path, iterations: int | None, verbose: bool, arguments: tuple[
         if code:
             _name_report(run)
             raise SystemExit(code)
+        if _has_stopped(config):
+            return
         before, (finished, total) = finished, progress(config)
         if finished == before:  # Axolotl exits with 0 when interrupted
             raise SpinError(f"iteration {before} was not finished; rerun the same command to continue it")
@@ -71,11 +74,12 @@ def progress(config: Path) -> tuple[int, int]:
     return run.finished(), args.iterations
 
 
-def _require_no_decline(config: Path) -> None:
-    """Refuse at once, without starting Axolotl, what `axolotl train` would refuse."""
+def _has_stopped(config: Path) -> bool:
+    """Whether the run has ended well before its last iteration; `axolotl train` has said why."""
     args, run = read_config(config)
-    if state := run.read_state():
-        state.require_no_decline(args.on_worse)
+    state = run.read_state()
+    stopped = find_stop(state.finished, args.stop) if state and len(state.finished) < args.iterations else None
+    return bool(stopped and not stopped.failed)
 
 
 def _axolotl() -> str:

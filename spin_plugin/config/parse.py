@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from spin_plugin.args import VLLM_SERVER_KEYS, Block, GenerationArgs, JudgeArgs, SpinArgs, VllmArgs
+from spin_plugin.args import VLLM_SERVER_KEYS, Block, GenerationArgs, JudgeArgs, SpinArgs, StopArgs, VllmArgs
 from spin_plugin.console import SpinError
 
 
@@ -73,7 +73,7 @@ def _describe(detail: ErrorDetails, parent: str) -> str:
     path = [str(part) for part in detail["loc"]]
     name = ".".join([parent, *path])
     if detail["type"] == "extra_forbidden":
-        blocks: dict[str, type[Block]] = {"generation": GenerationArgs, "judge": JudgeArgs}
+        blocks: dict[str, type[Block]] = {"generation": GenerationArgs, "judge": JudgeArgs, "stop": StopArgs}
         fields = blocks.get(path[0], SpinArgs).model_fields
         return _unknown_key(".".join([parent, *path[:-1]]), path[-1], fields)
     message = detail["msg"].removeprefix("Value error, ")
@@ -89,6 +89,7 @@ def _unknown_key(parent: str, key: str, known: Iterable[str]) -> str:
         (SpinArgs.model_fields, "directly in `spin:`, beside `generation`"),
         (GenerationArgs.model_fields, f"in `spin.generation`: write `generation: {{{key}: …}}`"),
         (JudgeArgs.model_fields, f"in `spin.judge`: write `judge: {{{key}: …}}`"),
+        (StopArgs.model_fields, f"in `spin.stop`: write `stop: {{{key}: …}}`"),
         (VllmArgs.model_fields, f"in Axolotl's `vllm:` block: write `vllm: {{{key}: …}}` beside `spin`"),
     ):
         if key in fields and key not in known:

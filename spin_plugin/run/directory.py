@@ -29,7 +29,7 @@ from pathlib import Path
 from spin_plugin.console import SpinError
 from spin_plugin.run.atomic import REPLACED, TRASH, remove_atomically, set_aside
 from spin_plugin.run.lock import locked
-from spin_plugin.run.state import RunState, read_state, write_state
+from spin_plugin.run.state import CHECKPOINTS, RunState, has_model, read_state, write_state
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,12 @@ class IterationDir:
         for replaced in (*checkpoints[:-1], *self.path.glob(f"{REPLACED}checkpoint-*")):
             remove_atomically(replaced)
         return set_aside(checkpoints[-1])
+
+    def remove_model(self) -> None:
+        """Delete the weights, merged ones included; what describes them stays."""
+        remove_atomically(self.merged)
+        for weights in (*self.path.glob("*.safetensors"), *self.path.glob("*.safetensors.index.json")):
+            weights.unlink()
 
     def last_metrics(self) -> dict[str, float]:
         """Return the newest value of every logged metric; for `spin/…`, the mean over the last epoch.
@@ -181,6 +187,16 @@ class RunDir:
         state = self.read_state()
         return len(state.finished) if state else 0
 
+    def remove_marked(self) -> None:
+        """Delete what run.json marks as removed (keep.py); a kill midway leaves the rest to the next call."""
+        state = self.read_state()
+        for number, entry in enumerate(state.finished if state else ()):
+            iteration = self.iteration(number)
+            for checkpoint in iteration.checkpoints() if CHECKPOINTS in entry.get("removed", ()) else ():
+                remove_atomically(checkpoint)
+            if not has_model(entry):
+                iteration.remove_model()
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the directory against other runs (`lock.locked`) and remove leftovers of a kill."""
@@ -189,12 +205,28 @@ class RunDir:
             for left in (".prepared-*", ".*.tmp", f"{TRASH}*", f"iteration-*/{TRASH}*", "iteration-*/.*.tmp"):
                 for trash in self.root.glob(left):
                     trash.unlink() if trash.is_file() else shutil.rmtree(trash, ignore_errors=True)
+            self.remove_marked()
             yield
 
     def started(self) -> list[int]:
         """Return the numbers of the iterations that have a directory, ascending."""
         names = (path.name.partition("-")[2] for path in self.root.glob("iteration-*") if path.is_dir())
         return sorted(int(name) for name in names if name.isdigit())
+
+    def require_opponent_of(self, number: int) -> None:
+        """Check before a reset that the model from which iteration `number` starts is still there.
+
+        Raises:
+            SpinError: `spin.keep` has removed it.
+        """
+        state = self.read_state()
+        finished = state.finished[:number] if state else []
+        if finished and not has_model(finished[-1]):
+            left = [str(one) for one in range(number) if one == 0 or has_model(finished[one - 1])]
+            raise SpinError(
+                f"--iteration {number}: starts from the model of iteration {len(finished) - 1}, which `spin.keep` has "
+                f"removed; use --iteration {' or '.join(left)}"
+            )
 
     def reset(self, number: int) -> None:
         """Delete iteration `number` and all later ones; run.json first, so that the run can resume after a kill midway.
@@ -227,14 +259,14 @@ class RunDir:
         """
         source = self.iteration(number).path
         self._unlink_newest()
-        for file in sorted(source.iterdir()):
+        for file in model_files(source):
             link = self.root / file.name
-            if file.is_file() and _is_model_file(file.name) and not (link.exists() or link.is_symlink()):
+            if not (link.exists() or link.is_symlink()):
                 link.symlink_to(Path(source.name) / file.name)
 
 
-def _is_model_file(name: str) -> bool:
-    """Whether a file of an iteration belongs to the model or tokenizer, not to its training."""
-    if name in ("config.yml", "metrics.jsonl", "training_args.bin", "README.md", "trainer_state.json"):
-        return False
-    return name.endswith((".json", ".safetensors", ".model", ".txt", ".jinja"))
+def model_files(directory: Path) -> list[Path]:
+    """Return the files of a model or adapter and of its tokenizer, without those of its training."""
+    endings = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")  # .py: a model's own code
+    found = (file for file in sorted(directory.iterdir()) if file.is_file() and file.name.endswith(endings))
+    return [file for file in found if file.name != "trainer_state.json"]

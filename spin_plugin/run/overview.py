@@ -7,6 +7,7 @@ from spin_plugin.objective.decline import decline
 from spin_plugin.objective.diagnosis import diagnose
 from spin_plugin.objective.finding import as_dicts
 from spin_plugin.run.directory import RunDir
+from spin_plugin.run.state import has_model
 
 
 def list_iterations(run: RunDir, total: int) -> list[dict[str, Any]]:
@@ -29,8 +30,9 @@ def list_iterations(run: RunDir, total: int) -> list[dict[str, Any]]:
 
 
 def _finished_state(entry: dict[str, Any]) -> str:
-    """Say whether a finished iteration made the model worse."""
-    return "finished, worse" if decline(entry) else "finished"
+    """Say whether a finished iteration made the model worse, and whether its model is there."""
+    remarks = {"worse": decline(entry), "model removed": not has_model(entry)}
+    return ", ".join(["finished", *(remark for remark, holds in remarks.items() if holds)])
 
 
 def _unfinished(run: RunDir, number: int, before: dict[str, Any] | None, *, started: bool) -> dict[str, Any]:

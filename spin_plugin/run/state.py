@@ -1,15 +1,18 @@
 """run.json: a run's configuration and finished iterations; written last, read first."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spin_plugin.console import SpinError
-from spin_plugin.objective.decline import REMEDIES, decline
+from spin_plugin.objective.decline import decline
 from spin_plugin.run.atomic import write_atomically
 
 FORMAT = 3
+# What `spin.keep` removes from past iterations: names in the list `removed` of their entries.
+MODEL, CHECKPOINTS = "model", "checkpoints"
 
 
 @dataclass
@@ -25,19 +28,10 @@ class RunState:
         found = decline(self.finished[-1]) if self.finished else None
         return f"iteration {len(self.finished) - 1} {found}" if found else None
 
-    def require_no_decline(self, on_worse: str) -> None:
-        """Refuse to go on from a model that the last iteration made worse, unless `spin.on_worse` is `warn`.
 
-        Raises:
-            SpinError: it did.
-        """
-        if on_worse == "stop" and (worse := self.worse()):
-            last = len(self.finished) - 1
-            raise SpinError(
-                f"{worse}, so iteration {last + 1} is not trained; to go on all the same, set `spin.on_worse: warn`; "
-                f"to train it again, run `axolotl spin reset CONFIG --iteration {last}`, then {REMEDIES} in "
-                "spin.schedule"
-            )
+def has_model(entry: Mapping[str, Any]) -> bool:
+    """Whether a finished iteration in run.json still has its model."""
+    return MODEL not in entry.get("removed", ())
 
 
 def read_state(file: Path) -> RunState | None:

@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ from spin_plugin.run.checkpoint import check_model_dir, incomplete_reason
 from spin_plugin.run.directory import IterationDir
 from spin_plugin.run.processes import Ranks, exit_with_launcher, rank, shared_start_id
 from spin_plugin.run.state import RunState
-from spin_plugin.training.finish import announce_finished, finish_iteration
+from spin_plugin.run.stop import end_if_stopped
+from spin_plugin.training.finish import announce_finished, finish_iteration, write_card
 from spin_plugin.training.judged import require_loadable
 from spin_plugin.training.measured import add_measured, measured
 from spin_plugin.training.precision import (
@@ -76,12 +78,15 @@ class Iteration:
             self.ranks.remove_earlier_starts()
             if not run.holds_responses():
                 require_loadable(self.lowered.spin.judges)
-            self.pairs = prepare_iteration(self.cfg, run, self.spin, number)
+            with self._released_at_the_end_of_the_run():
+                self.pairs = prepare_iteration(self.cfg, run, self.spin, number)
             if for_training:
                 self._remove_incomplete_checkpoints()  # before the other ranks look for a checkpoint
             self.ranks.signal_prepared()
         else:
             self.ranks.wait_for_prepared()
+            with self._released_at_the_end_of_the_run():
+                end_if_stopped(run, self.spin.stop)
             self.pairs = open_pairs(self.directory)
             pin(self.cfg, self.pairs.revision)
         self.cfg.output_dir = str(self.directory.path)
@@ -92,6 +97,16 @@ class Iteration:
         else:
             self.ranks.leave()
             self.lock.close()
+
+    @contextmanager
+    def _released_at_the_end_of_the_run(self) -> Iterator[None]:
+        """Let every rank exit by itself where the judge's scores have ended the run."""
+        try:
+            yield
+        except SystemExit:
+            self.ranks.signal_prepared()
+            self.ranks.leave()
+            raise
 
     def _claim(self) -> None:
         """Write run.json on the first start; refuse another configuration on later ones."""
@@ -202,6 +217,7 @@ class Iteration:
             self._check_agreement,
             self.outcome.__setitem__,
             self.report,
+            partial(write_card, self.lowered.run, self.lowered.iteration, self.pairs.stats, self.outcome),
             tuple(callbacks),
         )
         return trainer_for(task)
@@ -262,9 +278,9 @@ class Iteration:
         if self.training.adapter and self.spin.adapter_chain == "merge":
             merge(read_opponent(self.cfg), self.directory.path, self.directory.merged, tokenizer=self.directory.path)
         how = measured(self.directory, self.training, read_opponent(self.cfg))
-        findings = finish_iteration(run, number, self.pairs.stats, how | self.outcome)
+        findings = finish_iteration(run, number, self.lowered.spin, self.pairs.stats, how | self.outcome)
         self.lock.close()
-        announce_finished(run, number, self.lowered.spin.iterations)
+        announce_finished(run, number, self.lowered.spin)
         for finding in findings:
             warn(str(finding))
         self.report()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from spin_plugin.args import JudgeArgs
+from spin_plugin.args import JudgeArgs, StopArgs
 from spin_plugin.console import say, warn
 from spin_plugin.generation.job import Job
 from spin_plugin.generation.shards import Shards
@@ -22,6 +22,7 @@ from spin_plugin.judge.texts import Texts
 from spin_plugin.judge.verdicts import Scores
 from spin_plugin.objective.decline import CHECKS, FEWEST_PROMPTS, compare
 from spin_plugin.run.directory import RunDir
+from spin_plugin.run.stop import end_if_stopped
 from spin_plugin.training.generate import Generation, generate_responses
 
 
@@ -77,7 +78,7 @@ def generate_and_judge(generation: Generation, tokenizer: Any, sources: Sequence
     return job, Judged(scores, judge.drop_at, before)
 
 
-def compare_with_previous(run: RunDir, number: int, judged: Judged, on_worse: str, *, again: bool) -> None:
+def compare_with_previous(run: RunDir, number: int, judged: Judged, stop: StopArgs, *, again: bool) -> None:
     """Compare the opponent's score on held-out prompts with its predecessor's, and store the result in run.json.
 
     The opponent of iteration t is what iteration t−1 has trained, so the result belongs to that iteration.
@@ -86,11 +87,11 @@ def compare_with_previous(run: RunDir, number: int, judged: Judged, on_worse: st
         run: the run directory.
         number: the iteration, from 1 on.
         judged: its scores.
-        on_worse: whether to `stop` or `warn` if the opponent's score is lower.
+        stop: the run may end here.
         again: compare also if a result is stored.
 
     Raises:
-        SpinError: it is lower, and `on_worse` is `stop`.
+        SpinError, SystemExit: see `end_if_stopped`.
     """
     state = run.read_state()
     assert state is not None
@@ -111,8 +112,8 @@ def compare_with_previous(run: RunDir, number: int, judged: Judged, on_worse: st
     run.write_state(state)
     check = CHECKS["judge"]
     say(f"iteration {number - 1}, {check.measured}: {found.summary(check.unit)}")
+    end_if_stopped(run, stop)
     if found.worse:
-        state.require_no_decline(on_worse)
         warn(f"{state.worse()}; iteration {number} starts from it all the same")
 
 

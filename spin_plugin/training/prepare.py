@@ -71,6 +71,7 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
 
     Raises:
         SpinError: the data is unusable, or vLLM is missing or exited.
+        SystemExit: the judge's scores have ended the run.
     """
     directory = run.iteration(number)
     directory.path.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
     key = _pairs_key(run, sources, job, spin, data.sequence_len, judged)
     reason = _why_rebuild(directory, key)
     if judged and number:
-        compare_with_previous(run, number, judged, spin.on_worse, again=reason is not None)
+        compare_with_previous(run, number, judged, spin.stop, again=reason is not None)
     if reason:
         _set_training_aside(directory, number, reason)
         write = partial(_write_pairs, run, spin, data.sequence_len, real, sources, key, judged)

@@ -9,6 +9,7 @@ from spin_plugin.config.refuse import refuse_other_trainers
 from spin_plugin.config.specs import read_opponent, read_training
 from spin_plugin.console import say, warn
 from spin_plugin.run.processes import rank
+from spin_plugin.run.stop import end_if_stopped
 from spin_plugin.training.iteration import Iteration
 from spin_plugin.training.threads import use_all_cores
 
@@ -23,8 +24,8 @@ def start_iteration(cfg: Any, lowered: Lowered, other_plugins: Iterable[Any], *,
         for_training: False for `axolotl preprocess`, which stops before training.
 
     Raises:
-        SpinError: the opponent is worse than its predecessor, or see `Iteration.prepare`.
-        SystemExit: all iterations are finished.
+        SpinError: see `end_if_stopped` and `Iteration.prepare`.
+        SystemExit: all iterations are finished, or the run has stopped.
     """
     first = rank() == 0
     if lowered.all_finished:
@@ -35,12 +36,12 @@ def start_iteration(cfg: Any, lowered: Lowered, other_plugins: Iterable[Any], *,
             )
         raise SystemExit(0)
     refuse_other_trainers(cfg, other_plugins)
+    end_if_stopped(lowered.run, lowered.spin.stop)
     if first:
         announce(lowered, read_opponent(cfg), read_training(cfg))
-        if state := lowered.run.read_state():
-            state.require_no_decline(lowered.spin.on_worse)
-            if worse := state.worse():
-                warn(f"{worse}; iteration {lowered.iteration} starts from it all the same")
+        state = lowered.run.read_state()
+        if state and (worse := state.worse()):
+            warn(f"{worse}; iteration {lowered.iteration} starts from it all the same")
     use_all_cores()
     iteration = Iteration(cfg, lowered)
     iteration.prepare(for_training=for_training)

@@ -78,6 +78,11 @@ class SpinTrainer(AxolotlTrainer):
         for callback in (*self.task.callbacks, OpponentScorer(self), self.rewards, HeldOutCheck(self)):
             self.add_callback(callback)
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write SPIN's card; transformers' says "trained from scratch". Axolotl calls this, and any push to the hub."""
+        if self.is_world_process_zero():
+            self.task.write_card()
+
     # --- data --------------------------------------------------------------------------------
 
     def logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:

@@ -76,3 +76,21 @@ def test_killed_while_judging(tmp_path: Path, llama: Path, chat_data: Path, comm
     status = command("axolotl", "spin", "status", "config.yml", directory=killed)
     assert "judge" in status.output
     assert f"{held_out['mean']:.4f}" in status.output
+
+
+def test_score_that_does_not_improve_ends_the_run_on_every_rank(
+    tmp_path: Path, llama: Path, chat_data: Path, run_jobs: Callable[..., None]
+) -> None:
+    """Once iteration 1's responses are judged, and at once in a rerun; both ranks exit with 0, one says why."""
+    (tmp_path / "mine.py").write_text("def constant(prompt, real, synthetic):\n    return [0.5] * len(synthetic)\n")
+    config = spin_config(tmp_path, llama, chat_data, val_set_size=10, micro_batch_size=2)
+    config["spin"] |= {"judge": {"function": "mine:constant"}, "stop": {"metric": "judge"}}
+    path, run = write_config(tmp_path, config), RunDir(tmp_path / "run")
+    run_jobs((path, 2), (path, 2), (path, 2))
+    assert run.finished() == 1
+    assert run.iteration(1).synthetic.exists()
+    assert not run.iteration(1).pairs.exists()
+    logs = [(tmp_path / f"rank-{rank}.log").read_text() for rank in (0, 1)]
+    reason = "spin: judge has not improved since the start (spin.stop.patience: 1), so iteration 1 is not trained"
+    assert [log.count(reason) for log in logs] == [2, 0]
+    assert not any("spin: error" in log for log in logs)

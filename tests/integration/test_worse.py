@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import Finished
 from references import naive_logp
 from safetensors.torch import load_file
@@ -17,6 +18,8 @@ from tiny import chat_rows, spin_config, write_config, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from spin_plugin.data.table import open_table
+from spin_plugin.generation.dispatcher import generate
+from spin_plugin.generation.job import Job, Request
 from spin_plugin.generation.shards import Shards
 from spin_plugin.objective.decline import compare, read_check
 from spin_plugin.run.directory import RunDir
@@ -151,14 +154,14 @@ def check_records(run: RunDir, models: list[Path]) -> None:
 
 
 def test_run_stops_after_a_worse_iteration(tmp_path: Path, llama: Path, command: Command) -> None:
-    """A learning rate that is far too high: the run stops, stops again at once, and goes on when told to."""
+    """A learning rate that is far too high: the run fails, fails again at once, and goes on when told to."""
     config, run = configured(tmp_path, llama, learning_rate=0.1, num_epochs=2)
     done = command("axolotl", "spin", "train", config, directory=tmp_path)
     assert done.code == 1, done.output[-3000:]
     assert len(lines(done, "warning: iteration 0 made held-out real responses less likely")) == 1
     assert len(lines(done, "warning: the mean of spin/reward_real over")) == 1
     (error,) = done.errors
-    assert "so iteration 1 is not trained" in error
+    assert "so iteration 1 is not trained; no iteration is better than the model that the run started from" in error
     assert finished(run)[0]["held_out"]["worse"] is True
     assert names(finished(run)[0]) == ["truncated", "real_falls", "divergence"]
     assert len(lines(done, "warning: the model is ")) == 1
@@ -172,8 +175,60 @@ def test_run_stops_after_a_worse_iteration(tmp_path: Path, llama: Path, command:
     assert json.loads(status.output.splitlines()[-1])["iterations"][0]["state"] == "finished, worse"
 
     text = config.read_text()
-    config.write_text(text.replace("iterations: 2", "iterations: 2\n  on_worse: warn"))
+    config.write_text(text.replace("iterations: 2", "iterations: 2\n  stop: off"))
     done = command("axolotl", "spin", "train", config, directory=tmp_path)
     assert done.code == 0, done.output[-3000:]
     assert len(lines(done, "warning: iteration 0 made held-out real responses less likely")) == 1
     assert len(finished(run)) == 2
+
+
+def test_run_ends_at_its_best_iteration(tmp_path: Path, llama: Path, command: Command, vllm_python: Path) -> None:
+    """Iteration 1 makes worse what 0 has improved: a good end. The best iteration stays, and can be served."""
+    config, run = configured(tmp_path, llama, num_epochs=2)
+    content = yaml.safe_load(config.read_text())
+    content["spin"] |= {"iterations": 3, "sft_weight": 5, "stop": {"metric": "held_out"}, "keep": "best"}
+    content["spin"]["schedule"] = [{}, {"learning_rate": 0.1}, {}]
+    write_config(tmp_path, content)
+    done = command("axolotl", "spin", "train", config, directory=tmp_path)
+    assert done.code == 0, done.output[-3000:]
+    reason = (
+        "held_out has not improved since iteration 0 (spin.stop.patience: 1), so iteration 2 is not trained; best: "
+    )
+    (line,) = lines(done, reason)
+    assert "best: iteration 0 (held_out " in line
+    assert not done.errors
+    for start in (["spin", "train"], ["train"]):
+        again = command("axolotl", *start, config, directory=tmp_path)
+        assert (again.code, lines(again, reason)) == (0, [line])
+    assert len(finished(run)) == 2
+    assert not run.iteration(2).path.exists()
+    assert [bool(run.iteration(number).checkpoints()) for number in (0, 1)] == [False, True]
+    status = json.loads(
+        command("axolotl", "spin", "status", config, "--json", directory=tmp_path).output.splitlines()[-1]
+    )
+    assert status["best"]["iteration"] == 0
+    assert status["stopped"] in line
+
+    best = finished(run)[0]["held_out"]
+    for card in (run.iteration(0).path / "README.md", tmp_path / "served" / "README.md"):
+        if card.parent.name == "served":
+            exported = command("axolotl", "spin", "export", config, card.parent, directory=tmp_path)
+            assert exported.code == 0, exported.output
+        assert f"**{best['after']:.4f}**" in card.read_text()
+        assert "from scratch" not in card.read_text()
+    assert_served(tmp_path, tmp_path / "served", run.iteration(0).path, vllm_python)
+
+
+def assert_served(directory: Path, exported: Path, trained: Path, vllm_python: Path) -> None:
+    """vLLM generates from the exported model what transformers generates from the trained one."""
+    prompts = [[257, *(10 + number, 20)] for number in range(8)]
+    requests = [Request(number, "train", number, prompt, 12, number) for number, prompt in enumerate(prompts)]
+    engine = {"model": str(exported), "dtype": "float32", "max_model_len": 64, "kv_cache_memory_bytes": 64 << 20}
+    sampling = {"temperature": 0.0, "top_p": 1.0, "stop_token_ids": [258]}
+    job = Job(0, engine | {"generation_config": "vllm"}, None, "weights", sampling, len(requests), "requests")
+    shards = Shards(directory / "generated")
+    generate(job, shards, lambda: requests, lambda: vllm_python)
+    model = AutoModelForCausalLM.from_pretrained(trained)
+    for prompt, response in zip(prompts, shards.responses(), strict=True):
+        expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=258)
+        assert response["tokens"] == expected[0, len(prompt) :].tolist()

@@ -110,27 +110,76 @@ def test_launcher_arguments_are_passed_on(config: Path, arguments: list[str]) ->
 
 
 def test_iteration_after_a_worse_one_is_not_started(config: Path) -> None:
-    """Iteration 0 is within noise, 1 is worse; a rerun ends at once with the same line."""
+    """Iteration 0 is within noise, 1 is worse: a good end. A rerun says why, and a looser option goes on."""
     for number, result in enumerate((UNCLEAR, WORSE)):
         config.with_name(f"held-out-{number}").write_text(json.dumps(result.as_dict()))
+    assert invoke("train", config).exit_code == 0  # the replaced `axolotl train` does not say why
+    done = invoke("train", config)
+    assert done.exit_code == 0
+    *_, line = done.output.splitlines()
+    assert line.startswith(
+        "spin: iteration 1 made held-out real responses less likely, −0.4000 → −0.6000 nats per token (−0.2000, 95% "
+        "interval −0.3000…−0.1000, 64 prompts), so iteration 2 is not trained; best: iteration 0 (held_out −0.4100), "
+        "which `axolotl spin export CONFIG DIR` writes; "
+    )
+    assert "set `spin.stop: off`" in line
+    assert "`axolotl spin reset CONFIG --iteration 1`" in line
+    assert all(name in line for name in ("learning_rate", "loss_type: space", "real_penalty", "sft_weight"))
+    assert len(calls(config)) == 2
+
+    settings = yaml.safe_load(config.read_text())
+    settings["spin"]["stop"] = "off"
+    write_config(config.parent, settings)
+    assert invoke("train", config).exit_code == 0
+    assert len(calls(config)) == 3
+
+
+def test_run_that_its_first_iteration_made_worse_is_an_error(config: Path) -> None:
+    config.with_name("held-out-0").write_text(json.dumps(WORSE.as_dict()))
     for _ in range(2):
         done = invoke("train", config)
         assert done.exit_code == 1
         *_, line = done.output.splitlines()
-        assert line.startswith(
-            "spin: error: iteration 1 made held-out real responses less likely, −0.4000 → −0.6000 nats per token "
-            "(−0.2000, 95% interval −0.3000…−0.1000, 64 prompts), so iteration 2 is not trained; "
-        )
-        assert "set `spin.on_worse: warn`" in line
-        assert "`axolotl spin reset CONFIG --iteration 1`" in line
-        assert all(name in line for name in ("learning_rate", "loss_type: space", "real_penalty", "sft_weight"))
-        assert len(calls(config)) == 2
+        assert line.startswith("spin: error: iteration 0 made held-out real responses less likely")
+        assert "no iteration is better than the model that the run started from" in line
+        assert len(calls(config)) == 1
 
+
+def test_run_without_improvement_for_patience_iterations_ends(config: Path) -> None:
+    for number, after in enumerate((-0.3, -0.305)):
+        before = -0.4 if not number else -0.3
+        result = Comparison(64, before, after, after - before, (after - before - 0.05, after - before + 0.05))
+        config.with_name(f"held-out-{number}").write_text(json.dumps(result.as_dict()))
     settings = yaml.safe_load(config.read_text())
-    settings["spin"]["on_worse"] = "warn"
+    settings["spin"]["stop"] = {"metric": "held_out"}
     write_config(config.parent, settings)
-    assert invoke("train", config).exit_code == 0
-    assert len(calls(config)) == 3
+    for _ in range(2):
+        done = invoke("train", config)
+        assert done.exit_code == 0
+        assert len(calls(config)) == 2
+    assert "held_out has not improved since iteration 0 (spin.stop.patience: 1), so iteration 2" in done.output
+    assert "best: iteration 0 (held_out −0.3000)" in done.output
+    assert "a larger `spin.stop.patience`" in done.output
+
+
+@pytest.mark.parametrize(("scores", "trained"), [({"gsm8k/f1": 0.5}, 1), (None, 2)])
+def test_metric_that_was_not_measured_is_an_error(config: Path, scores: dict[str, float] | None, trained: int) -> None:
+    """An evaluation that is missing as a whole may have been interrupted, so that only the one before counts."""
+    config.with_name("held-out-0").write_text(json.dumps(UNCLEAR.as_dict()))
+    settings = yaml.safe_load(config.read_text())
+    settings["spin"]["stop"] = {"metric": "gsm8k/acc"}
+    write_config(config.parent, settings)
+    assert invoke("train", config, "--iterations", "1").exit_code == 0
+    _, run = read_config(config)
+    state = run.read_state()
+    assert state is not None
+    state.finished[0] |= {"lm_eval": scores} if scores else {}
+    run.write_state(state)
+    done = invoke("train", config)
+    assert done.exit_code == 1
+    known = "gsm8k/f1 or held_out" if scores else "held_out"
+    assert f"spin.stop.metric: gsm8k/acc was not measured in iteration 0; use {known}, or `spin.s" in done.output
+    assert len(calls(config)) == trained
 
 
 def test_iteration_with_a_lower_score_of_the_judge_is_handled_alike(config: Path) -> None:
@@ -142,11 +191,13 @@ def test_iteration_with_a_lower_score_of_the_judge_is_handled_alike(config: Path
     state.finished[1]["judge"] = Comparison(40, 0.6, 0.4, -0.2, (-0.3, -0.1)).as_dict()
     run.write_state(state)
     done = invoke("train", config)
-    assert done.exit_code == 1
+    assert done.exit_code == 0
     assert "iteration 1 lowered the judge's score of held-out responses, +0.6000 → +0.4000 mean score (" in done.output
-    assert "so iteration 2 is not trained" in done.output
+    assert "so iteration 2 is not trained; best: iteration 0 (judge 0.6000)" in done.output
     content = json.loads(invoke("status", config, "--json").output)
     assert [entry["state"] for entry in content["iterations"]] == ["finished", "finished, worse", "not started"]
+    assert content["best"] == {"iteration": 0, "metric": "judge", "value": 0.6}
+    assert content["stopped"] in done.output
     run.iteration(0).path.mkdir(parents=True, exist_ok=True)  # the replaced `axolotl train` makes none
     assert invoke("reset", config, "--iteration", "1", "--yes").exit_code == 0
     assert invoke("train", config).exit_code == 0
@@ -174,7 +225,7 @@ def test_status_marks_worse_iterations(config: Path) -> None:
     for number, result in enumerate((WORSE, UNCLEAR)):
         config.with_name(f"held-out-{number}").write_text(json.dumps(result.as_dict()))
     settings = yaml.safe_load(config.read_text())
-    settings["spin"]["on_worse"] = "warn"
+    settings["spin"]["stop"] = "off"
     write_config(config.parent, settings)
     assert invoke("train", config).exit_code == 0
     content = json.loads(invoke("status", config, "--json").output)

@@ -68,7 +68,8 @@ def value_at(args: SpinArgs, path: str) -> Any:
         ("resample_prompts", "sometimes"), ("resample_prompts", 2),
         ("turns", "second"), ("turns", 1),
         ("held_out", -0.1), ("held_out", 1), ("held_out", 4), ("held_out", float("nan")), ("held_out", None),
-        ("on_worse", "go on"), ("on_worse", None),
+        ("stop", "warn"), ("stop", True), ("stop", 0), ("stop.metric", "loss"), ("stop.metric", "gsm8k/"),
+        ("stop.metric", True), ("stop.patience", 0), ("keep", "newest"),
         ("equal_pairs", True), ("equal_pairs", "remove"),
         ("schedule", {"beta": 1}), ("schedule", 3), ("schedule", [1]), ("schedule", [["beta", 1]]),
         ("generation", 3), ("generation", "fast"), ("generation", []),
@@ -92,7 +93,8 @@ def test_invalid_value_is_reported_with_its_key(path: str, value: object) -> Non
         ("loss_type", "hinge"), ("loss_type", "exponential"), ("loss_type", "correlation"), ("loss_type", "logistic"),
         ("loss_type", "space"), ("loss_type", "t_spin"), ("real_penalty", 0), ("real_penalty", 50), ("sft_weight", 0),
         ("sft_weight", 2), ("space_mu", 1), ("t_spin_weight", 0.1),
-        ("history_iterations", 0), ("held_out", 0), ("held_out", 0.999), ("on_worse", "stop"), ("on_worse", "warn"),
+        ("history_iterations", 0), ("held_out", 0), ("held_out", 0.999), ("stop.metric", "auto"), ("keep", "last"),
+        ("stop.metric", "gsm8k/exact_match,strict-match"), ("stop.metric", "off"), ("keep", "best"), ("keep", "all"),
         ("turns", "first"), ("turns", "last"), ("turns", "all"), ("equal_pairs", "keep"), ("resample_prompts", True),
         ("generation.temperature", 0.01), ("generation.temperature", 2), ("generation.top_p", 0.01),
         ("generation.top_p", 1), ("generation.max_tokens", 1), ("generation.num_generations", 64),
@@ -102,6 +104,29 @@ def test_invalid_value_is_reported_with_its_key(path: str, value: object) -> Non
 )  # fmt: skip
 def test_value_at_its_bound_is_accepted(path: str, value: object) -> None:
     assert value_at(parse_spin_block(nested(path, value)), path) == value
+
+
+@pytest.mark.parametrize("written", [False, "off", {"metric": False}, {"metric": "off"}])
+def test_stop_is_switched_off(written: object) -> None:
+    args = parse_spin_block({"stop": written})
+    assert args.stop.metric == "off"
+    assert parse_spin_block(args.model_dump(exclude_none=True)) == args
+
+
+def test_schema_accepts_that_stop_is_switched_off() -> None:
+    schema = SpinArgs.model_json_schema()
+    assert schema["properties"]["stop"]["anyOf"] == [{"$ref": "#/$defs/StopArgs"}, {"enum": ["off", False]}]
+
+
+def test_judge_as_metric_requires_a_judge() -> None:
+    block = {"stop": {"metric": "judge", "patience": 2}}
+    assert error_of(block) == "spin: stop.metric: judge requires `judge`; set it or use another metric"
+    assert parse_spin_block(block | {"judge": {"function": "exact"}}).stop.patience == 2
+
+
+def test_patience_requires_a_metric() -> None:
+    for metric in ("auto", "off"):
+        assert error_of({"stop": {"metric": metric, "patience": 3}}).startswith("spin.stop: patience requires a metric")
 
 
 def test_several_invalid_values_are_reported_on_one_line() -> None:

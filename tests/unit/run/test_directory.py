@@ -317,7 +317,8 @@ def test_same_configuration_has_no_differing_keys() -> None:
         "hub_model_id", "output_dir", "deepspeed", "fsdp_config", "gradient_checkpointing",
         "dataset_prepared_path", "dataloader_num_workers", "ddp_timeout",
         "resume_from_checkpoint", "debug_num_examples", "shard", "download", "iterable",
-        "spin.iterations", "spin.on_worse", "spin.generation.vllm_python", "vllm.gpu_memory_utilization", "vllm.host",
+        "spin.stop", "spin.keep",
+        "spin.iterations", "spin.generation.vllm_python", "vllm.gpu_memory_utilization", "vllm.host",
         "vllm.tensor_parallel_size", "vllm.data_parallel_size", "spin.generation.vllm_kwargs.max_num_seqs",
     ],
 )  # fmt: skip

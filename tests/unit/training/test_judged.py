@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from spin_plugin.args import JudgeArgs, SpinArgs
+from spin_plugin.args import JudgeArgs, SpinArgs, StopArgs
 from spin_plugin.console import SpinError
 from spin_plugin.data.pairs import JudgeStats, read_stats
 from spin_plugin.data.real import Real
@@ -18,6 +18,7 @@ from spin_plugin.judge.verdicts import Scores
 from spin_plugin.objective.decline import read_check
 from spin_plugin.run.directory import RunDir
 from spin_plugin.run.state import RunState
+from spin_plugin.run.stop import end_if_stopped
 from spin_plugin.training.judged import Judged, compare_with_previous, require_loadable
 from spin_plugin.training.prepare import _write_pairs
 
@@ -48,7 +49,7 @@ def held_out(*scores: float | None) -> Scores:
 
 def compared(run: RunDir, before: Scores | None, after: Scores, **options: Any) -> Any:
     judged = Judged({0: before or after, 1: after}, 1.0, before)
-    compare_with_previous(run, 1, judged, **{"on_worse": "stop", "again": False} | options)
+    compare_with_previous(run, 1, judged, options.pop("stop", StopArgs()), **{"again": False} | options)
     state = run.read_state()
     assert state is not None
     return state.finished[0]
@@ -116,18 +117,17 @@ def test_lower_score_stops_the_run(tmp_path: Path) -> None:
     message = "iteration 0 lowered the judge's score of held-out responses, .* so iteration 1 is not trained"
     with pytest.raises(SpinError, match=message):
         compared(run, held_out(0.5), held_out(0.25))
-    state = run.read_state()
-    assert state is not None
     with pytest.raises(SpinError, match=message):  # a rerun, before any work
-        state.require_no_decline("stop")
+        end_if_stopped(run, StopArgs())
     run.reset(0)
     state = run.read_state()
     assert state is not None
     assert state.worse() is None
 
 
-def test_lower_score_is_only_a_warning_with_on_worse_warn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compared(make_run(tmp_path), held_out(0.5), held_out(0.25), on_worse="warn")["judge"]["worse"] is True
+def test_lower_score_is_only_a_warning_with_stop_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stop = StopArgs(metric="off")
+    assert compared(make_run(tmp_path), held_out(0.5), held_out(0.25), stop=stop)["judge"]["worse"] is True
     assert "warning: iteration 0 lowered the judge's score" in capsys.readouterr().out
 
 

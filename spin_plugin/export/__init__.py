@@ -1,0 +1,1 @@
+"""A finished iteration as a model ready to serve."""

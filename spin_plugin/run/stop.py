@@ -1,0 +1,139 @@
+"""When a run stops, and which iteration is best: the rules of `spin.stop` on the finished iterations in run.json."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spin_plugin.args.stop import AUTO, OFF, StopArgs
+from spin_plugin.console import SpinError, say
+from spin_plugin.objective.best import START, Measured, measured
+from spin_plugin.objective.decline import CHECKS, REMEDIES, decline
+from spin_plugin.run.directory import RunDir
+from spin_plugin.run.processes import rank
+
+EXPORT = "axolotl spin export CONFIG DIR"
+Entries = Sequence[Mapping[str, Any]]
+"""The finished iterations in run.json, in order."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best finished iteration."""
+
+    iteration: int
+    metric: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"iteration {self.iteration} ({self.metric} {f'{self.value:.4f}'.replace('-', '−')})"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a run has stopped."""
+
+    message: str
+    """One line: the reason, the best iteration, and how to go on."""
+    failed: bool
+    """Whether even the best iteration is worse than the model that the run started from."""
+
+
+def find_best(finished: Entries, stop: StopArgs) -> Best | None:
+    """Return the best finished iteration by the metric of `spin.stop`; None if it was not measured.
+
+    With `auto` and `off` it is the one whose held-out real responses are likeliest, among those that made nothing
+    worse. The judge, where both are measured, decides only by name: it scores an iteration only once the next one is
+    prepared, and so never the last.
+    """
+    found, left_out = _measured(finished, stop)
+    number = found.best(left_out)
+    return None if number is None else Best(number, found.metric, found.values[number])
+
+
+def find_stop(finished: Entries, stop: StopArgs) -> Stop | None:
+    """Say why no further iteration is trained; None if one may be."""
+    reason = _reason(finished, stop)
+    best = find_best(finished, stop)
+    if reason is None or best is None:
+        return None
+    last = len(finished) - 1
+    found, left_out = _measured(finished, stop)
+    failed = found.worse_than_start(best.iteration) or best.iteration in left_out
+    result = (
+        "no iteration is better than the model that the run started from"
+        if failed
+        else f"best: {best}, which `{EXPORT}` writes"
+    )
+    loosen = "`spin.stop: off`" if stop.metric == AUTO else "a larger `spin.stop.patience`"
+    return Stop(
+        f"{reason}, so iteration {last + 1} is not trained; {result}; to go on all the same, set {loosen}; to train it "
+        f"again, run `axolotl spin reset CONFIG --iteration {last}`, then {REMEDIES} in spin.schedule",
+        failed,
+    )
+
+
+def end_if_stopped(run: RunDir, stop: StopArgs) -> None:
+    """End this process if no further iteration is trained. Every rank may call it; rank 0 says why.
+
+    Raises:
+        SpinError: the run has stopped without a model better than its first, or its metric was not measured.
+        SystemExit: the run has stopped; with code 0 if it has such a model.
+    """
+    state = run.read_state()
+    if state is None:
+        return
+    _require_measured(state.finished, stop)
+    if stopped := find_stop(state.finished, stop):
+        if rank() == 0 and stopped.failed:
+            raise SpinError(stopped.message)
+        if rank() == 0:
+            say(stopped.message)
+        raise SystemExit(int(stopped.failed))
+
+
+def _require_measured(finished: Entries, stop: StopArgs) -> None:
+    """Refuse to go on if the metric of `spin.stop` cannot stop the run, because no iteration has it.
+
+    Raises:
+        SpinError: no finished iteration was measured by it.
+    """
+    if stop.metric in (AUTO, OFF) or not finished:
+        return
+    # the last one is judged by the next, and an evaluation that was interrupted is repeated
+    key = stop.metric if stop.metric in CHECKS else "lm_eval"
+    settled = finished[:-1] if key != "held_out" and key not in finished[-1] else finished
+    if not settled or measured(settled, stop.metric).values:
+        return
+    known = {*(settled[-1].keys() & CHECKS.keys()), *(settled[-1].get("lm_eval") or {})}
+    known = {name for name in known if "_stderr" not in name}
+    raise SpinError(
+        f"spin.stop.metric: {stop.metric} was not measured in iteration {len(settled) - 1}; use "
+        f"{' or '.join(sorted(known)) or 'another metric'}, or `spin.stop: off`"
+    )
+
+
+def _measured(finished: Entries, stop: StopArgs) -> tuple[Measured, list[int]]:
+    """Return the metric that decides, and the iterations that cannot be best because they made something worse."""
+    if stop.metric not in (AUTO, OFF):
+        return measured(finished, stop.metric), []
+    found = (measured(finished, name) for name in CHECKS)
+    left_out = [number for number, entry in enumerate(finished) if decline(entry)]
+    return next((each for each in found if each.values), measured(finished, "held_out")), left_out
+
+
+def _reason(finished: Entries, stop: StopArgs) -> str | None:
+    """Return why the run stops after its last finished iteration; None if it goes on."""
+    if not finished or stop.metric == OFF:
+        return None
+    last = len(finished) - 1
+    if stop.metric == AUTO:
+        worse = decline(finished[-1])
+        return f"iteration {last} {worse}" if worse else None
+    found = measured(finished, stop.metric)
+    if not found.values:
+        return None
+    reference, followed = found.last_improvement()
+    if followed < stop.patience:
+        return None
+    since = "the start" if reference == START else f"iteration {reference}"
+    return f"{stop.metric} has not improved since {since} (spin.stop.patience: {stop.patience})"
