@@ -14,6 +14,7 @@ if [ "$(cat .venv-docs/made-from 2>/dev/null)" != "$wanted" ]; then
     "$python" -m pip install --quiet "${packages[@]}"
     echo "$wanted" >.venv-docs/made-from
 fi
+export NO_MKDOCS_2_WARNING=1 # an advertisement; Material for MkDocs is maintained until May 2027
 if [ "${1:-}" = serve ]; then
     exec "$python" -m mkdocs serve
 fi
