@@ -49,7 +49,7 @@ def announce_finished(run: RunDir, number: int, iterations: int) -> None:
     metrics, train = entry["metrics"], entry["pairs"]["train"]
     shown = [f"{key} {metrics[f'spin/{key}']:.4f}" for key in SHOWN if f"spin/{key}" in metrics]
     if shown and train["equal"] and not train["equal_dropped"] and "judge" not in train:
-        shown[-1] += f" (at most {1 - train['equal'] / train['pairs']:.4f}: the rest are equal)"
+        shown[-1] += f" (at most {1 - train['equal'] / train['pairs']:.4f}: some are equal)"
     say(
         f"iteration {number} finished, last epoch: {', '.join(shown)}; model in {run.iteration(number).path}; "
         f"{f'{left} to go: rerun the same command' if left else 'that was the last one'}"
