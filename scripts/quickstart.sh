@@ -14,10 +14,11 @@ export HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 DO_NOT_TRACK=1
 logs=outputs/logs
 mkdir -p "$logs"
 
-# Runs a Python program that prints progress and results; other packages' messages go to a log.
+# Runs a Python program that prints progress and results; other packages' messages go to a log. The programs use the CPU,
+# which DeepSpeed, if it is not told so, warns about on stdout.
 program() {
     local log=$logs/$1.log
-    if ! python "scripts/tiny/$1.py" "${@:2}" 2>"$log"; then
+    if ! DS_ACCELERATOR=cpu python "scripts/tiny/$1.py" "${@:2}" 2>"$log"; then
         tail -n 30 "$log" >&2
         echo "quickstart: $1.py failed; the end of $log is above" >&2
         exit 1
@@ -30,6 +31,7 @@ if [ ! -f outputs/tiny/sft/finished ]; then
     echo "quickstart: SFT, about a minute"
     python -m scripts.logged "$logs/sft.log" axolotl train yaml_examples/sft-tiny.yml
     touch outputs/tiny/sft/finished
+    echo "quickstart: SFT finished: outputs/tiny/sft"
 fi
 echo "quickstart: four iterations of self-play, one to three minutes each"
 python -m spin_plugin.cli train yaml_examples/spin-tiny.yml # as `axolotl spin train`, but without Axolotl's logo
