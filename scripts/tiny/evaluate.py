@@ -23,7 +23,7 @@ from plot import plot
 from rich import box
 from rich.bar import Bar
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 from task import Item
 
@@ -48,8 +48,10 @@ def summarize(run: Path, sft: Path, data: Path) -> dict[str, Any]:
     earlier = _earlier_entries(run / SUMMARY, heldout_sha256)
     heldout, iterations, console = read_heldout(data), find_iterations(run), Console()
     models = [sft, *(path for _, path in iterations)]
-    shown = track(models, "evaluating", console=console, transient=True, disable=not console.is_terminal)
-    start, *entries = [_entry(model, heldout, earlier) for model in shown]
+    # stderr, on which transformers shows bars of its own, stays apart
+    hidden = not console.is_terminal
+    with Progress(console=console, transient=True, redirect_stderr=False, disable=hidden) as bar:
+        start, *entries = [_entry(model, heldout, earlier) for model in bar.track(models, description="evaluating")]
     summary = {
         "heldout_sha256": heldout_sha256,
         "sft": start,
