@@ -48,6 +48,14 @@ find_python() {
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 
+# Runs pip where nothing can show its progress yet; the packages are small.
+pip_first() {
+    "$venv/bin/python" -m pip install --quiet "$@" >"$venv/setup.log" 2>&1 || {
+        tail -n 30 "$venv/setup.log" >&2
+        fail "pip failed; the end of $venv/setup.log is above"
+    }
+}
+
 find_python
 beside= # process that creates vLLM's environment
 extras=deepspeed,test
@@ -60,25 +68,27 @@ if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$wanted" ]; then
     if [ -e "$venv" ] && [ ! -e "$venv/made-by-spin-plugin" ]; then
         fail "$venv exists and was not created by this script; move it or set VENV"
     fi
-    echo "setup: $venv: Axolotl and spin-plugin on $("$python" --version)"
-    echo "setup: takes a few minutes and 4 GB (7 GB if pip finds only torch's CUDA build for this Python)"
+    echo "setup: $venv: Axolotl and spin-plugin on $("$python" --version); a few minutes and 4 GB (7 GB if pip finds"
+    echo "setup: only torch's CUDA build for this Python); pip's output is in $venv/setup.log"
     rm -rf "$venv"
     mkdir -p "$venv"
     touch "$venv/made-by-spin-plugin" # first, so that a rerun recognizes an incomplete one
     "$python" -m venv "$venv"
+    # what the next steps need; they show pip's progress
+    pip_first click filelock packaging psutil pydantic pyyaml rich
     if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 13))'; then
         # Axolotl 0.21 pins zstandard, which has no wheel for 3.13 and whose build requires a cffi without 3.13 support.
-        "$venv/bin/python" -m pip install --quiet 'cffi>=1.17,<2.1' setuptools wheel
-        "$venv/bin/python" -m pip install --quiet --no-build-isolation zstandard==0.22.0
+        pip_first 'cffi>=1.17,<2.1' setuptools wheel
+        pip_first --no-build-isolation zstandard==0.22.0
     fi
     if ! one_environment; then
-        # in parallel, because pip keeps only one core busy; the setup command needs only these packages
-        "$venv/bin/python" -m pip install --quiet click filelock packaging psutil pydantic pyyaml rich
-        "$venv/bin/python" -m spin_plugin.cli setup --path .venv-vllm "$@" &
+        # in parallel, because pip keeps only one core busy; its progress would disturb that of the other
+        "$venv/bin/python" -m spin_plugin.cli setup --path .venv-vllm "$@" > >(cat) &
         beside=$!
         trap 'kill "$beside" 2>/dev/null || true' EXIT
     fi
-    "$venv/bin/python" -m pip install --quiet --editable ".[$extras]"
+    "$venv/bin/python" -m scripts.logged "$venv/setup.log" \
+        "$venv/bin/python" -m pip install --editable ".[$extras]"
     # pip does not compile if PYTHONDONTWRITEBYTECODE is set; every start would then recompile everything
     "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
     echo "$wanted" >"$venv/made-from"

@@ -1,4 +1,4 @@
-"""Messages to the user: results, warnings and errors, each on one line."""
+"""Messages to the user: results, details, warnings and errors, each on one line."""
 
 import errno
 import os
@@ -18,8 +18,8 @@ INTERRUPTED = 128 + 2  # the exit code of a command ended by SIGINT
 # a log file.
 console = Console(highlight=False, markup=False, soft_wrap=True)
 # How the lines of each kind begin. `spin: ` begins all of them, so it comes last.
-ERROR, WARNING, RESULT = "spin: error: ", "spin: warning: ", "spin: "
-STYLES = {ERROR: "bold red", WARNING: "bold yellow", RESULT: "bold cyan"}
+ERROR, WARNING, NOTE, RESULT = "spin: error: ", "spin: warning: ", "spin: note: ", "spin: "
+STYLES = {ERROR: "bold red", WARNING: "bold yellow", NOTE: "dim", RESULT: "bold cyan"}
 
 
 # Disk errors that can occur on writing, and the way out. None of them damages files that were complete before.
@@ -43,6 +43,11 @@ class SpinError(ValueError):
 def say(message: str) -> None:
     """Print a one-line result."""
     _print(RESULT, message)
+
+
+def note(message: str) -> None:
+    """Print a one-line detail, which `axolotl spin train` leaves to the log."""
+    _print(NOTE, message)
 
 
 def warn(message: str) -> None:

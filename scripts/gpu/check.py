@@ -96,7 +96,7 @@ def run(way: str, directory: Path) -> Row:
     log, metrics = directory / f"{way}.log", directory / way / f"iteration-{ITERATIONS - 1}" / "metrics.jsonl"
     command = [ROOT / "scripts/iterate.sh", directory / f"{way}.yml"]
     with open(log, "w", encoding="utf-8") as out:
-        arguments = ["--", "--num_processes", str(WAYS[way].processes)]
+        arguments = ["--verbose", "--", "--num_processes", str(WAYS[way].processes)]
         done = subprocess.run([*command, *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=False)
     entries = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     losses = [entry["spin/loss"] for entry in entries if "spin/loss" in entry]

@@ -1,4 +1,5 @@
-"""Evaluate the tiny task's SFT model and finished SPIN iterations: prints a table, writes `summary.json`.
+"""Evaluate the tiny task's SFT model and finished SPIN iterations: prints a table with a curve, writes `summary.json`
+and the plot `accuracy.svg`.
 
     python scripts/tiny/evaluate.py --run outputs/spin-tiny --sft outputs/tiny/sft \\
         --data outputs/tiny/data/heldout.jsonl
@@ -18,14 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from measure import evaluate_model, read_heldout
+from plot import plot
+from rich import box
+from rich.bar import Bar
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from task import Item
 
 __all__ = ["evaluate_model", "find_iterations", "summarize"]
 
 WEIGHTS = "model.safetensors"
-SUMMARY = "summary.json"
+SUMMARY, PICTURE = "summary.json", "accuracy.svg"
+BAR_WIDTH = 18
 Entry = dict[str, Any]
 
 
@@ -40,15 +46,19 @@ def summarize(run: Path, sft: Path, data: Path) -> dict[str, Any]:
             raise ValueError(f"{path} does not exist")
     heldout_sha256 = _sha256(data)
     earlier = _earlier_entries(run / SUMMARY, heldout_sha256)
-    heldout = read_heldout(data)
+    heldout, iterations, console = read_heldout(data), find_iterations(run), Console()
+    models = [sft, *(path for _, path in iterations)]
+    # stderr, on which transformers shows bars of its own, stays apart
+    hidden = not console.is_terminal
+    with Progress(console=console, transient=True, redirect_stderr=False, disable=hidden) as bar:
+        start, *entries = [_entry(model, heldout, earlier) for model in bar.track(models, description="evaluating")]
     summary = {
         "heldout_sha256": heldout_sha256,
-        "sft": _entry(sft, heldout, earlier),
-        "iterations": [
-            {"iteration": number, **_entry(path, heldout, earlier)} for number, path in find_iterations(run)
-        ],
+        "sft": start,
+        "iterations": [{"iteration": number, **entry} for (number, _), entry in zip(iterations, entries, strict=True)],
     }
     _write_atomically(run / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    _write_atomically(run / PICTURE, plot([(name, _accuracies(entry)) for name, entry in _named_entries(summary)]))
     return summary
 
 
@@ -88,14 +98,20 @@ def _write_atomically(path: Path, text: str) -> None:
 
 
 def _table(summary: dict[str, Any]) -> Table:
-    table = Table("model", title="Exact match of answers sampled at temperature 1")
-    for column in ("in-domain %", "out-of-domain %", "mean %", "KL (nats)"):
+    table = Table("exact match", box=box.SIMPLE_HEAD, show_edge=False)
+    for column in ("in-domain", "out-of-domain", "mean", "KL"):
         table.add_column(column, justify="right")
+    table.add_column("mean, 0–100%", no_wrap=True)
     for name, entry in _named_entries(summary):
-        inside, outside = entry["in_domain"], entry["out_of_domain"]
-        accuracies = (f"{value:.1f}" for value in (inside, outside, (inside + outside) / 2))
-        table.add_row(name, *accuracies, f"{entry['kl']:.3f}")
+        accuracies = _accuracies(entry)
+        mean = sum(accuracies) / len(accuracies)
+        numbers = [f"{value:.1f}" for value in (*accuracies, mean)]
+        table.add_row(name, *numbers, f"{entry['kl']:.3f}", Bar(100, 0, mean, width=BAR_WIDTH))
     return table
+
+
+def _accuracies(entry: Entry) -> list[float]:
+    return [entry["in_domain"], entry["out_of_domain"]]
 
 
 def _named_entries(summary: dict[str, Any]) -> Iterator[tuple[str, Entry]]:
@@ -114,7 +130,9 @@ def main() -> None:
         summary = summarize(arguments.run, arguments.sft, arguments.data)
     except ValueError as error:
         parser.error(str(error))
-    Console().print(_table(summary))
+    console = Console(soft_wrap=True)
+    console.print(_table(summary))
+    console.print(f"plot: {arguments.run / PICTURE}")
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def train_base(
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.steps)
     model.train()
-    for _ in track(range(recipe.steps), "Training the base model", console=console):
+    for _ in track(range(recipe.steps), "base model", console=console, transient=True, disable=not console.is_terminal):
         items = sample_items(OPERATIONS, recipe.batch_size, rng, excluded)
         noisy = [
             item._replace(answer=damaged(item.answer, rng)) if rng.random() < recipe.damaged_share else item
@@ -215,7 +215,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     try:
-        make(arguments.out, Recipe(seed=arguments.seed), Console())
+        make(arguments.out, Recipe(seed=arguments.seed), Console(soft_wrap=True))
     except ValueError as error:
         parser.error(str(error))
 

@@ -1,17 +1,19 @@
 """Plot docs/tiny.svg from the first table of docs/measurements.md: the tiny run's exact match per iteration.
 
+evaluate.py plots a finished run with it.
+
 python scripts/tiny/plot.py            # writes the plot
 python scripts/tiny/plot.py --check    # exit code 1 if the plot is outdated
 """
 
 import re
 import sys
+from math import ceil, floor
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PICTURE = DOCS / "tiny.svg"
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 240, 44, 122, 16, 32
-LOWEST, HIGHEST = 50, 90  # percent
 SERIES = {"in-domain": "#1f6feb", "out-of-domain": "#d1570a"}
 
 Row = tuple[str, list[float]]
@@ -25,10 +27,16 @@ def rows(measurements: str) -> list[Row]:
 
 def plot(table: list[Row]) -> str:
     """Return the plot as SVG. Gray text and lines are readable on white and on black."""
-    step = (WIDTH - LEFT - RIGHT) / (len(table) - 1)
+    percents = [percent for _, values in table for percent in values]
+    lowest, highest = 10 * floor(min(percents) / 10), 10 * ceil(max(percents) / 10)
+
+    def height_of(percent: float) -> float:
+        return TOP + (highest - percent) / max(highest - lowest, 1) * (HEIGHT - TOP - BOTTOM)
+
+    step = (WIDTH - LEFT - RIGHT) / max(len(table) - 1, 1)
     across = [LEFT + number * step for number in range(len(table))]
     parts = []
-    for percent in range(LOWEST, HIGHEST + 1, 10):
+    for percent in range(lowest, highest + 1, 10):
         y = height_of(percent)
         parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#888" stroke-opacity="0.3"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{percent}%</text>')
@@ -45,10 +53,6 @@ def plot(table: list[Row]) -> str:
     size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12" fill="#888">'
     return "\n".join([opening, *parts, "</svg>"]) + "\n"
-
-
-def height_of(percent: float) -> float:
-    return TOP + (HIGHEST - percent) / (HIGHEST - LOWEST) * (HEIGHT - TOP - BOTTOM)
 
 
 def main() -> None:

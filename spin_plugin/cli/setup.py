@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 from filelock import FileLock
 
+from spin_plugin.cli.screen import run_logged
 from spin_plugin.console import SpinError, exit_on_error, say
 
 # Tested versions.
@@ -63,11 +64,11 @@ def _make(path: Path, *, ray: bool) -> None:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     (path / MARKER).touch()  # first, so that an incomplete environment is recognized
-    _call(str(base), "-m", "venv", str(path))
-    python = str(path / "bin" / "python")
-    _call(python, "-m", "pip", "install", "--quiet", *packages)
+    python, log = str(path / "bin" / "python"), path / "setup.log"
+    _call(log, str(base), "-m", "venv", str(path))
+    _call(log, python, "-m", "pip", "install", *packages)
     if not gpu:
-        _call(python, "-m", "pip", "uninstall", "--quiet", "--yes", *BUILT_FOR_CUDA)
+        _call(log, python, "-m", "pip", "uninstall", "--yes", *BUILT_FOR_CUDA)
     # pip does not compile bytecode if PYTHONDONTWRITEBYTECODE is set; every start of vLLM would then compile all of it.
     subprocess.run([python, "-m", "compileall", "-q", "-j", "0", str(path / "lib")], capture_output=True, check=False)
     made_from.write_text(required + "\n", encoding="utf-8")
@@ -128,7 +129,7 @@ def _runs(python: str) -> bool:
     return subprocess.run([python, "--version"], capture_output=True, check=False).returncode == 0
 
 
-def _call(*command: str) -> None:
-    """Run a command and leave its output to the user."""
-    if code := subprocess.run(command, check=False).returncode:
-        raise SpinError(f"`{' '.join(command)}` failed with exit code {code}; see its output above")
+def _call(log: Path, *command: str) -> None:
+    """Run a command, whose output goes to the log."""
+    if code := run_logged(log, list(command)):
+        raise SpinError(f"`{' '.join(command)}` failed with exit code {code}; see the end of its output above")

@@ -45,6 +45,8 @@ def train(config: Path, iterations: int | None, verbose: bool, arguments: tuple[
     goal = min(total, finished + iterations) if iterations else total
     if finished >= total:
         say(f"{config}: all {total} iterations are finished")
+    elif not verbose:
+        say(f"all output is in {run.root / 'logs'}, a file for each iteration")
     while finished < goal:
         end_if_stopped(run, read_config(config)[0].stop)
         command = [_axolotl(), "train", str(config), *(arguments or QUIET)]
@@ -126,9 +128,7 @@ def _screen(run: RunDir, iteration: int) -> Screen | None:
     """Return the screen for an iteration; None if no log can be written, of which `axolotl train` says the reason."""
     with suppress(OSError):
         log = run.root / "logs" / f"iteration-{iteration}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-        screen = Screen(log, f"iteration {iteration}: axolotl train is starting")
-        say(f"iteration {iteration}: all output is in {log}")
-        return screen
+        return Screen(log, f"iteration {iteration}: axolotl train is starting")
     return None
 
 

@@ -2,7 +2,7 @@
 
 from spin_plugin.config.lower import Lowered
 from spin_plugin.config.specs import OpponentSpec, TrainingSpec
-from spin_plugin.console import say, warn
+from spin_plugin.console import note, say, warn
 
 # Higher values log a warning. The paper's full fine-tune of a 7B model uses 5e-7.
 HIGHEST_LEARNING_RATE = {"full": 5e-6, "adapter": 1e-4}
@@ -13,9 +13,9 @@ def announce(lowered: Lowered, opponent: OpponentSpec, training: TrainingSpec) -
     number, spin = lowered.iteration, lowered.spin
     adapter = f" with the adapter {opponent.adapter}" if opponent.adapter else ""
     model = f"{lowered.config['base_model']}{adapter}" if number == 0 else f"the model of iteration {number - 1}"
-    say(f"iteration {number} of 0…{spin.iterations - 1}, opponent: {model}")
+    note(f"iteration {number} of 0…{spin.iterations - 1}, opponent: {model}")
     if number == 0 and (mixed := min(spin.history_iterations, spin.iterations - 1)):
-        say(
+        note(
             f"later iterations also train on the responses of up to {mixed} previous iterations and take up to "
             f"{1 + mixed} times as long (spin.history_iterations: {spin.history_iterations}; 0 disables this)"
         )

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from spin_plugin.args import SpinArgs
 from spin_plugin.config.specs import DataSpec
-from spin_plugin.console import SpinError, say
+from spin_plugin.console import SpinError, note, say
 from spin_plugin.data.examples import (
     FEWEST_HELD_OUT,
     ExampleCounts,
@@ -103,7 +103,7 @@ def _write_real(source: Source, rows: dict[str, Dataset], directory: Path, spin:
     say(f"{counts['train'].summary()}; real responses end with {shown}")
     ours = "" if "eval" in rows else f", to check every iteration (spin.held_out: {spin.held_out:g}; 0 disables this)"
     if "eval" in counts:
-        say(f"held-out split: {counts['eval'].summary()}{ours}")
+        note(f"held-out split: {counts['eval'].summary()}{ours}")
     elif spin.held_out:
         say(
             f"fewer than {2 * FEWEST_HELD_OUT} rows: none is held out, so it is not checked whether an iteration makes "

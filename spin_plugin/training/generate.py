@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from spin_plugin.args import SpinArgs, VllmArgs
 from spin_plugin.config.specs import DataSpec, OpponentSpec, TrainingSpec
-from spin_plugin.console import say, warn
+from spin_plugin.console import note, say, warn
 from spin_plugin.data.examples import choose_prompts
 from spin_plugin.data.real import Real
 from spin_plugin.generation.dispatcher import AdapterNotServedError, generate
@@ -138,7 +138,7 @@ def _generate(generation: Generation, job: Job, merged: Path | None, on_shard: C
     def find_python() -> Path:  # called only if responses are missing
         if options.max_tokens is None:
             source = f"{LENGTH_FACTOR} times the 99th percentile of the real ones"
-            say(f"responses are limited to {generation.max_tokens:,} tokens ({source})")
+            note(f"responses are limited to {generation.max_tokens:,} tokens ({source})")
         python = vllm_python(options.vllm_python)
         _require_intact_opponent(opponent, generation.run.weights)
         require_space(generation.run.root, _bytes_needed(generation, job.requests, merges=merged is not None))

@@ -15,7 +15,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from spin_plugin.console import SpinError, console, exit_on_error, say
+from spin_plugin.console import SpinError, console, exit_on_error, note, say
 from spin_plugin.data.pairs import JUDGE_METRIC
 from spin_plugin.model.layout import Pair, response_indices, split_into_tokens
 from spin_plugin.model.probe import probe
@@ -92,7 +92,8 @@ class OpponentScorer(TrainerCallback):
                     title = f"opponent's log-probs ({split})"
                     score_pairs(trainer, model, pairs, trainer.opponent[split], title=title, store=store)
                     if trainer.is_world_process_zero():
-                        say(f"opponent's log-probs of {len(pairs):,} {split} pairs stored")
+                        said = f"opponent's log-probs of {len(pairs):,} {split} pairs stored"
+                        (say if split == "train" else note)(said)
                     trainer.accelerator.wait_for_everyone()
         if scored:
             stage = {"seconds": time.monotonic() - started, "tokens": trainer.take_tokens()}

@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Finished
 
+from spin_plugin.cli.screen import PROGRESS
+
 pytestmark = [pytest.mark.slow, pytest.mark.oldest]
+LINES, COLUMNS = 60, 100  # what a user gets to see at most, and the width of the terminal
+SETUP_LINES = 6  # of a bare clone; here the environments exist
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", "outputs", "*.egg-info", ".*_cache", ".hypothesis", "__pycache__")
 
 
@@ -31,6 +35,10 @@ def test_quickstart_improves_the_model_and_a_rerun_changes_nothing(
     done = command(checkout / "scripts/quickstart.sh", directory=checkout, environment=here)
     assert done.code == 0, done.output[-3000:]
     assert f"axolotl {version('axolotl')}" in done.output
+    shown = done.output.splitlines()
+    assert len(shown) + SETUP_LINES <= LINES, done.output
+    rows = [math.ceil(len(line) / COLUMNS) for line in shown if not PROGRESS.match(line)]  # which a terminal replaces
+    assert sum(rows) + SETUP_LINES <= LINES, done.output
     run = checkout / "outputs/spin-tiny"
     summary = json.loads((run / "summary.json").read_text())
     assert [entry["iteration"] for entry in summary["iterations"]] == [0, 1, 2, 3]
@@ -47,4 +55,9 @@ def test_quickstart_improves_the_model_and_a_rerun_changes_nothing(
     again = command(checkout / "scripts/quickstart.sh", directory=checkout, environment=here)
     assert again.code == 0
     assert "all 4 iterations" in again.output
+    on_a_terminal = f"stty cols {COLUMNS}; scripts/quickstart.sh"
+    third = command("script", "-qec", on_a_terminal, "/dev/null", directory=checkout, environment=here)
+    assert third.code == 0
+    assert "all 4 iterations" in third.output
+    assert third.output.count("\n") < LINES / 2, third.output
     assert {path: path.read_bytes() for path in before} == before

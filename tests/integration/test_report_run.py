@@ -20,7 +20,7 @@ def test_report_is_written_at_the_end_of_an_iteration_and_where_training_fails(
 ) -> None:
     data = write_jsonl(tmp_path / "chat.jsonl", chat_rows(96))
     config = spin_config(tmp_path, llama, data)
-    config["spin"] |= {"schedule": [{}, {"learning_rate": 1e30}], "on_worse": "warn"}
+    config["spin"] |= {"schedule": [{}, {"learning_rate": 1e30}], "stop": "off"}
     file, run = write_config(tmp_path, config), RunDir(tmp_path / "run")
 
     done = command("axolotl", "spin", "train", file, "--iterations", "1", directory=tmp_path)

@@ -84,8 +84,8 @@ def test_distance_between_vllm_and_policy_is_reported_once(together: Path, name:
     """With `equal_pairs: drop`, held-out prompts, and log-probs from vLLM for only some responses."""
     (line,) = [line for line in spin_lines(together, name) if "vLLM and the policy" in line]
     found = re.fullmatch(
-        r"spin: iteration 0: vLLM and the policy are (\S+) nats per token apart on average \(KL (\S+), largest (\S+)\) "
-        rf"in \d+ tokens of {responses} responses",
+        r"spin: note: iteration 0: vLLM and the policy are (\S+) nats per token apart on average \(KL (\S+), "
+        rf"largest (\S+)\) in \d+ tokens of {responses} responses",
         line,
     )
     assert found, line

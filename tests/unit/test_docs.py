@@ -16,7 +16,9 @@ from spin_plugin.objective.metrics import Metric
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("script", ["scripts/make_reference.py", "scripts/tiny/plot.py"])
+@pytest.mark.parametrize(
+    "script", ["scripts/make_reference.py", "scripts/make_troubleshooting.py", "scripts/tiny/plot.py"]
+)
 def test_generated_file_is_up_to_date(script: str) -> None:
     check = [sys.executable, script, "--check"]
     assert subprocess.run(check, cwd=ROOT, check=False).returncode == 0, f"run `python {script}`"

@@ -455,7 +455,7 @@ def test_announcement_names_iteration_and_opponent(
     announce(lowered, read_opponent(DictDefault(cfg)), read_training(DictDefault(cfg)))
     expected = opponent.format(base_model=lowered.config["base_model"])
     first, *others = capsys.readouterr().out.splitlines()
-    assert first == f"spin: iteration {finished} of 0…1, opponent: {expected}"
+    assert first == f"spin: note: iteration {finished} of 0…1, opponent: {expected}"
     assert len(others) == (finished == 0), "the first iteration also announces the cost of later ones"
 
 

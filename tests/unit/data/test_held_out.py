@@ -85,7 +85,8 @@ def test_rows_are_held_out_with_all_their_turns(tmp_path: Path, capsys: pytest.C
     assert set(train) | set(held_out) == set(range(100))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "held-out" in line]
     assert line == (
-        "spin: held-out split: 96 prompts from 32 rows, to check every iteration (spin.held_out: 0.02; 0 disables this)"
+        "spin: note: held-out split: 96 prompts from 32 rows, to check every iteration "
+        "(spin.held_out: 0.02; 0 disables this)"
     )
 
 
@@ -116,7 +117,7 @@ def test_held_out_data_of_the_configuration_is_used_instead(tmp_path: Path, caps
     assert real.eval is not None
     assert sorted(set(numbers(real.eval))) == list(range(100, 105))
     assert len(real.train) == 100 * TURNS
-    assert "spin: held-out split: 15 prompts from 5 rows\n" in capsys.readouterr().out
+    assert "spin: note: held-out split: 15 prompts from 5 rows\n" in capsys.readouterr().out
 
 
 def test_run_keeps_the_split_that_it_started_with(tmp_path: Path) -> None:

@@ -137,7 +137,8 @@ def test_distance_beyond_rounding_is_refused(
         return
     require_agreement(found, 0, exact=exact, quantized=quantized)
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("spin: warning: " if outcome == "warning" else "spin: iteration 0: vLLM and the policy are ")
+    kind = "warning" if outcome == "warning" else "note"
+    assert line.startswith(f"spin: {kind}: iteration 0: vLLM and the policy are ")
 
 
 # --- the policy's side ---------------------------------------------------------------------------
