@@ -46,7 +46,7 @@ def run_status(config: Path) -> dict[str, Any]:
     """
     args, run = read_config(config)
     iterations = list_iterations(run, args.iterations)
-    finished = [entry for entry in iterations if "finished_at" in entry]
+    finished = iterations[: run.finished()]
     stopped = find_stop(finished, args.stop) if len(finished) < args.iterations else None
     return {
         "output_dir": str(run.root),
