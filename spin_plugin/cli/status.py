@@ -49,7 +49,7 @@ def run_status(config: Path) -> dict[str, Any]:
     iterations = [entry | {"state": _finished_state(entry)} for entry in finished]
     for number in range(len(finished), args.iterations):
         iterations.append(_unfinished(run, number, started=number == len(finished)))
-    stopped = find_stop(finished, args.stop) if len(finished) < args.iterations else None
+    stopped = find_stop(finished, args)
     return {
         "output_dir": str(run.root),
         "iterations": iterations,
