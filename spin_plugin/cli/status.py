@@ -47,7 +47,7 @@ def run_status(config: Path) -> dict[str, Any]:
     args, run = read_config(config)
     iterations = list_iterations(run, args.iterations)
     finished = iterations[: run.finished()]
-    stopped = find_stop(finished, args.stop) if len(finished) < args.iterations else None
+    stopped = find_stop(finished, args)
     return {
         "output_dir": str(run.root),
         "iterations": iterations,

@@ -48,7 +48,7 @@ def train(config: Path, iterations: int | None, verbose: bool, arguments: tuple[
     elif not verbose:
         say(f"all output is in {run.root / 'logs'}, a file for each iteration")
     while finished < goal:
-        end_if_stopped(run, read_config(config)[0].stop)
+        end_if_stopped(run, read_config(config)[0])
         command = [_axolotl(), "train", str(config), *(arguments or QUIET)]
         with (None if verbose else _screen(run, finished)) or nullcontext() as screen:
             code = _run(command, screen)
@@ -80,7 +80,7 @@ def _has_stopped(config: Path) -> bool:
     """Whether the run has ended well before its last iteration; `axolotl train` has said why."""
     args, run = read_config(config)
     state = run.read_state()
-    stopped = find_stop(state.finished, args.stop) if state and len(state.finished) < args.iterations else None
+    stopped = find_stop(state.finished, args) if state else None
     return bool(stopped and not stopped.failed)
 
 

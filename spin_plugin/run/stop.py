@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spin_plugin.args.stop import AUTO, OFF, StopArgs
+from spin_plugin.args import SpinArgs, StopArgs
+from spin_plugin.args.stop import AUTO, OFF
 from spin_plugin.console import SpinError, say
 from spin_plugin.objective.best import START, Measured, measured
 from spin_plugin.objective.decline import CHECKS, REMEDIES, decline
@@ -50,13 +51,12 @@ def find_best(finished: Entries, stop: StopArgs) -> Best | None:
     return None if number is None else Best(number, found.metric, found.values[number])
 
 
-def find_stop(finished: Entries, stop: StopArgs) -> Stop | None:
-    """Say why no further iteration is trained; None if one may be."""
-    reason = _reason(finished, stop)
-    best = find_best(finished, stop)
-    if reason is None or best is None:
+def find_stop(finished: Entries, spin: SpinArgs) -> Stop | None:
+    """Say why the run has stopped before its last iteration; None if it has not."""
+    stop, last = spin.stop, len(finished) - 1
+    reason, best = _reason(finished, stop), find_best(finished, stop)
+    if reason is None or best is None or len(finished) >= spin.iterations:
         return None
-    last = len(finished) - 1
     found, left_out = _measured(finished, stop)
     failed = found.worse_than_start(best.iteration) or best.iteration in left_out
     result = (
@@ -72,8 +72,8 @@ def find_stop(finished: Entries, stop: StopArgs) -> Stop | None:
     )
 
 
-def end_if_stopped(run: RunDir, stop: StopArgs) -> None:
-    """End this process if no further iteration is trained. Every rank may call it; rank 0 says why.
+def end_if_stopped(run: RunDir, spin: SpinArgs) -> None:
+    """End this process if the run has stopped. Every rank may call it; rank 0 says why.
 
     Raises:
         SpinError: the run has stopped without a model better than its first, or its metric was not measured.
@@ -82,8 +82,8 @@ def end_if_stopped(run: RunDir, stop: StopArgs) -> None:
     state = run.read_state()
     if state is None:
         return
-    _require_measured(state.finished, stop)
-    if stopped := find_stop(state.finished, stop):
+    _require_measured(state.finished, spin.stop)
+    if stopped := find_stop(state.finished, spin):
         if rank() == 0 and stopped.failed:
             raise SpinError(stopped.message)
         if rank() == 0:

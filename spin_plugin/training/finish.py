@@ -83,7 +83,7 @@ def announce_finished(run: RunDir, number: int, spin: SpinArgs) -> None:
     state = run.read_state()
     assert state is not None
     entry, left = state.finished[number], spin.iterations - number - 1
-    stopped = find_stop(state.finished, spin.stop) if left else None
+    stopped = find_stop(state.finished, spin)
     metrics = entry["metrics"]
     shown = [f"{key} {metrics[f'spin/{key}']:.4f}" for key in SHOWN if f"spin/{key}" in metrics]
     if shown and (limit := accuracy_limit(entry["pairs"])) < 1:

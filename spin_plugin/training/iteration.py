@@ -86,7 +86,7 @@ class Iteration:
         else:
             self.ranks.wait_for_prepared()
             with self._released_at_the_end_of_the_run():
-                end_if_stopped(run, self.spin.stop)
+                end_if_stopped(run, self.spin)
             self.pairs = open_pairs(self.directory)
             pin(self.cfg, self.pairs.revision)
         self.cfg.output_dir = str(self.directory.path)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from spin_plugin.args import JudgeArgs, StopArgs
+from spin_plugin.args import JudgeArgs, SpinArgs
 from spin_plugin.console import say, warn
 from spin_plugin.generation.job import Job
 from spin_plugin.generation.shards import Shards
@@ -78,7 +78,7 @@ def generate_and_judge(generation: Generation, tokenizer: Any, sources: Sequence
     return job, Judged(scores, judge.drop_at, before)
 
 
-def compare_with_previous(run: RunDir, number: int, judged: Judged, stop: StopArgs, *, again: bool) -> None:
+def compare_with_previous(run: RunDir, number: int, judged: Judged, spin: SpinArgs, *, again: bool) -> None:
     """Compare the opponent's score on held-out prompts with its predecessor's, and store the result in run.json.
 
     The opponent of iteration t is what iteration t−1 has trained, so the result belongs to that iteration.
@@ -87,7 +87,7 @@ def compare_with_previous(run: RunDir, number: int, judged: Judged, stop: StopAr
         run: the run directory.
         number: the iteration, from 1 on.
         judged: its scores.
-        stop: the run may end here.
+        spin: its `stop` may end the run here.
         again: compare also if a result is stored.
 
     Raises:
@@ -112,7 +112,7 @@ def compare_with_previous(run: RunDir, number: int, judged: Judged, stop: StopAr
     run.write_state(state)
     check = CHECKS["judge"]
     say(f"iteration {number - 1}, {check.measured}: {found.summary(check.unit)}")
-    end_if_stopped(run, stop)
+    end_if_stopped(run, spin)
     if found.worse:
         warn(f"{state.worse()}; iteration {number} starts from it all the same")
 

@@ -97,7 +97,7 @@ def prepare_iteration(cfg: Any, run: RunDir, spin: SpinArgs, number: int) -> Pai
     key = _pairs_key(run, sources, job, spin, data.sequence_len, judged)
     reason = _why_rebuild(directory, key)
     if judged and number:
-        compare_with_previous(run, number, judged, spin.stop, again=reason is not None)
+        compare_with_previous(run, number, judged, spin, again=reason is not None)
     if reason:
         _set_training_aside(directory, number, reason)
         write = partial(_write_pairs, run, spin, data.sequence_len, real, sources, key, judged)

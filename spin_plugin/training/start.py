@@ -36,7 +36,7 @@ def start_iteration(cfg: Any, lowered: Lowered, other_plugins: Iterable[Any], *,
             )
         raise SystemExit(0)
     refuse_other_trainers(cfg, other_plugins)
-    end_if_stopped(lowered.run, lowered.spin.stop)
+    end_if_stopped(lowered.run, lowered.spin)
     if first:
         announce(lowered, read_opponent(cfg), read_training(cfg))
         state = lowered.run.read_state()

@@ -49,7 +49,7 @@ def held_out(*scores: float | None) -> Scores:
 
 def compared(run: RunDir, before: Scores | None, after: Scores, **options: Any) -> Any:
     judged = Judged({0: before or after, 1: after}, 1.0, before)
-    compare_with_previous(run, 1, judged, options.pop("stop", StopArgs()), **{"again": False} | options)
+    compare_with_previous(run, 1, judged, SpinArgs(stop=options.pop("stop", StopArgs())), **{"again": False} | options)
     state = run.read_state()
     assert state is not None
     return state.finished[0]
@@ -118,7 +118,7 @@ def test_lower_score_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(SpinError, match=message):
         compared(run, held_out(0.5), held_out(0.25))
     with pytest.raises(SpinError, match=message):  # a rerun, before any work
-        end_if_stopped(run, StopArgs())
+        end_if_stopped(run, SpinArgs())
     run.reset(0)
     state = run.read_state()
     assert state is not None
