@@ -13,7 +13,7 @@ from typing import Any
 import click
 import psutil
 
-from spin_plugin.cli.config_file import CONFIG, read_config
+from spin_plugin.cli.config_file import CONFIG, read_config, read_yaml
 from spin_plugin.cli.screen import Screen
 from spin_plugin.console import INTERRUPTED, SpinError, exit_on_error, say
 from spin_plugin.run.directory import RunDir
@@ -43,19 +43,38 @@ def train(config: Path, iterations: int | None, verbose: bool, arguments: tuple[
     finished, total = progress(config)
     goal = min(total, finished + iterations) if iterations else total
     if finished >= total:
-        say(f"{config}: all {total} iterations are finished")
+        if _lacks_scores(config):
+            _axolotl_train(config, run, total - 1, arguments, verbose=verbose)
+        else:
+            say(f"{config}: all {total} iterations are finished")
     while finished < goal:
         _require_no_decline(config)
-        command = [_axolotl(), "train", str(config), *(arguments or QUIET)]
-        with (None if verbose else _screen(run, finished)) or nullcontext() as screen:
-            code = _run(command, screen)
-        if screen and code not in (0, INTERRUPTED, TERMINATED):
-            screen.explain()
-        if code:
-            raise SystemExit(code)
+        _axolotl_train(config, run, finished, arguments, verbose=verbose)
         before, (finished, total) = finished, progress(config)
         if finished == before:  # Axolotl exits with 0 when interrupted
             raise SpinError(f"iteration {before} was not finished; rerun the same command to continue it")
+
+
+def _axolotl_train(config: Path, run: RunDir, iteration: int, arguments: tuple[str, ...], *, verbose: bool) -> None:
+    """Run `axolotl train` once.
+
+    Raises:
+        SystemExit: it exited with another code than 0.
+    """
+    command = [_axolotl(), "train", str(config), *(arguments or QUIET)]
+    with (None if verbose else _screen(run, iteration)) or nullcontext() as screen:
+        code = _run(command, screen)
+    if screen and code not in (0, INTERRUPTED, TERMINATED):
+        screen.explain()
+    if code:
+        raise SystemExit(code)
+
+
+def _lacks_scores(config: Path) -> bool:
+    """Whether a kill has interrupted the evaluation of an iteration, for which `axolotl train` makes up."""
+    cfg, (_, run) = read_yaml(config), read_config(config)
+    used = any(str(name).endswith("LMEvalPlugin") for name in cfg.get("plugins") or [])
+    return bool(used and cfg.get("lm_eval_tasks") and cfg.get("lm_eval_post_train", True) and run.unevaluated())
 
 
 def progress(config: Path) -> tuple[int, int]:

@@ -9,6 +9,7 @@ output_dir/
     synthetic/          the opponent's responses: job.json and shards with checksums
     pairs/              the pairs, their statistics and the opponent's log-probs
     metrics.jsonl       the training log
+    tensorboard/        the same, and lm_eval_results/ with lm_eval.log, where configured
     .replaced-*         responses and checkpoint set aside because one of their inputs changed
   iteration-1/ ...
   logs/                 everything that `axolotl spin train` leaves out on the screen
@@ -61,6 +62,24 @@ class IterationDir:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def lm_eval(self) -> Path:
+        """Results of lm-evaluation-harness."""
+        return self.path / "lm_eval_results"
+
+    @property
+    def lm_eval_log(self) -> Path:
+        return self.path / "lm_eval.log"
+
+    @property
+    def lm_eval_failure(self) -> Path:
+        """The log of an evaluation that failed."""
+        return self.path / "lm_eval-failed.log"
 
     def read_log(self) -> list[dict[str, float]]:
         """Return the training log, oldest entry first, without a line truncated by a kill."""
@@ -163,6 +182,18 @@ class RunDir:
         """Return the number of finished iterations, which is the next iteration's number."""
         state = self.read_state()
         return len(state.finished) if state else 0
+
+    def unevaluated(self) -> list[int]:
+        """Return the finished iterations without scores of lm-evaluation-harness, unless it failed or the model is
+        gone."""
+        state = self.read_state()
+        return [
+            number
+            for number, entry in enumerate(state.finished if state else [])
+            if "lm_eval" not in entry
+            and not self.iteration(number).lm_eval_failure.exists()
+            and any(self.iteration(number).path.glob("*.safetensors"))
+        ]
 
     @contextmanager
     def locked(self) -> Iterator[None]:

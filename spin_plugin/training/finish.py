@@ -4,10 +4,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from spin_plugin.config.specs import LmEvalSpec
 from spin_plugin.console import say, warn
 from spin_plugin.data.pairs import PairStats
 from spin_plugin.objective.decline import CHECKS, REMEDIES, read_check
 from spin_plugin.run.directory import RunDir
+from spin_plugin.training.evaluation import evaluate_finished
+from spin_plugin.training.trackers import Trackers
 
 SHOWN = ("loss", "reward_margin", "accuracy")
 
@@ -33,6 +36,20 @@ def finish_iteration(run: RunDir, number: int, stats: Mapping[str, PairStats], o
     state.finished.append({**entry, **outcome})
     run.link_newest(number)
     run.write_state(state)
+
+
+def complete_finished(run: RunDir, lm_eval: LmEvalSpec | None, trackers: Trackers) -> None:
+    """Evaluate finished iterations that have no scores, and send the trackers what they lack.
+
+    Both follow the entry in run.json, so that a kill meanwhile loses no iteration; the next start makes up for them.
+
+    Args:
+        run: the run directory, locked.
+        lm_eval: the tasks; None: nothing is evaluated.
+        trackers: the trackers of the run.
+    """
+    evaluate_finished(run, lm_eval)
+    trackers.send_results()
 
 
 def announce_finished(run: RunDir, number: int, iterations: int) -> None:

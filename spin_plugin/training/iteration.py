@@ -13,7 +13,7 @@ from torch import Tensor
 from spin_plugin import __version__
 from spin_plugin.config.identity import differing_keys
 from spin_plugin.config.lower import Lowered
-from spin_plugin.config.specs import read_opponent, read_training
+from spin_plugin.config.specs import LmEvalSpec, read_opponent, read_training
 from spin_plugin.console import SpinError, say, warn
 from spin_plugin.data.steps import steps_in_epoch
 from spin_plugin.generation.shards import Shards
@@ -27,7 +27,7 @@ from spin_plugin.run.checkpoint import check_model_dir, incomplete_reason
 from spin_plugin.run.directory import IterationDir
 from spin_plugin.run.processes import Ranks, exit_with_launcher, rank, shared_start_id
 from spin_plugin.run.state import RunState
-from spin_plugin.training.finish import announce_finished, finish_iteration
+from spin_plugin.training.finish import announce_finished, complete_finished, finish_iteration
 from spin_plugin.training.judged import require_loadable
 from spin_plugin.training.precision import (
     keep_4bit_weights_trainable,
@@ -37,13 +37,15 @@ from spin_plugin.training.precision import (
 )
 from spin_plugin.training.prepare import PairsOnDisk, open_pairs, prepare_iteration
 from spin_plugin.training.saving import store_in_16_bits
+from spin_plugin.training.trackers import Trackers
 
 
 class Iteration:
     """State that the plugin's hooks share while one iteration is prepared, trained and finished."""
 
-    def __init__(self, cfg: Any, lowered: Lowered) -> None:
+    def __init__(self, cfg: Any, lowered: Lowered, lm_eval: LmEvalSpec | None, trackers: Trackers) -> None:
         self.cfg, self.lowered, self.first = cfg, lowered, rank() == 0
+        self.lm_eval, self.trackers = lm_eval, trackers
         self.spin = lowered.spin.at(lowered.iteration)
         self.training = read_training(cfg)
         self.directory: IterationDir = lowered.run.iteration(lowered.iteration)
@@ -72,6 +74,7 @@ class Iteration:
             self.lock.enter_context(run.locked())
             self._claim()
             self.ranks.remove_earlier_starts()
+            complete_finished(run, self.lm_eval, self.trackers)
             if not run.holds_responses():
                 require_loadable(self.lowered.spin.judges)
             self.pairs = prepare_iteration(self.cfg, run, self.spin, number)
@@ -129,6 +132,7 @@ class Iteration:
         self.cfg.resume_from_checkpoint = str(checkpoint) if checkpoint else None
         if not self.first:
             return
+        self.trackers.begin(self.lowered.iteration)
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
         # Training writes its summary again at the end.
         kept = [entry for entry in self.directory.read_log() if entry["step"] <= step and "train_runtime" not in entry]
@@ -167,8 +171,9 @@ class Iteration:
 
     def training_arguments(self) -> dict[str, Any]:
         """Keep the pairs' columns, which no model's forward takes; skip the NaN filter, which syncs with the GPU."""
-        ours = {"remove_unused_columns": False, "label_names": [], "logging_nan_inf_filter": False}
+        ours: dict[str, Any] = {"remove_unused_columns": False, "label_names": [], "logging_nan_inf_filter": False}
         # without a GPU transformers allows bf16 only if the CPU is requested explicitly
+        ours |= self.trackers.training_arguments(self.lowered.iteration)
         return ours | ({"use_cpu": True} if self.cfg.bf16 and not torch.accelerator.is_available() else {})
 
     def trainer_class(self) -> type[Any]:
@@ -205,6 +210,7 @@ class Iteration:
     def check_trainer(self, trainer: Any) -> None:
         """Check the trainer that Axolotl has constructed."""
         if self.first:
+            self.trackers.attach(trainer, self.lowered.iteration)
             self._warn_of_warmup(trainer.args.get_warmup_steps(self.steps))
 
     def _check_agreement(self, policy: Callable[[list[dict[str, Any]]], list[Tensor]]) -> None:
@@ -255,6 +261,7 @@ class Iteration:
         if self.training.adapter and self.spin.adapter_chain == "merge":
             merge(read_opponent(self.cfg), self.directory.path, self.directory.merged, tokenizer=self.directory.path)
         finish_iteration(run, number, self.pairs.stats, self.outcome)
+        complete_finished(run, self.lm_eval, self.trackers)
         self.lock.close()
         announce_finished(run, number, self.lowered.spin.iterations)
 
