@@ -264,10 +264,7 @@ def exit_with_error(reason: str, code: int) -> NoReturn:
 
 
 def exit_with_launcher() -> None:
-    """Exit this process when its launcher exits.
-
-    A killed `accelerate launch` leaves its process running in the background, which would keep the run locked.
-    """
+    """Exit with the launcher: a process that a killed `accelerate launch` leaves behind would keep the run locked."""
     if process := launcher():
         exit_with_parent(process.pid)
 

@@ -29,6 +29,7 @@ from spin_plugin.generation.engine import without_launcher
 from spin_plugin.opponent.merge import merge, vllm_can_serve
 from spin_plugin.run.atomic import remove_atomically
 from spin_plugin.run.directory import IterationDir, RunDir
+from spin_plugin.run.scores import shown_scores
 
 # It must not outlive this process: it holds a model on the GPU on which the next iteration generates.
 LM_EVAL = (
@@ -82,16 +83,7 @@ def evaluate_finished(run: RunDir, spec: LmEvalSpec | None) -> None:
             continue
         state.finished[number]["lm_eval"] = scores
         run.write_state(state)
-        say(f"iteration {number}: {', '.join(describe_scores(scores))}")
-
-
-def describe_scores(scores: Mapping[str, float]) -> Iterator[str]:
-    """Yield each score with its standard error, as `task/acc 0.5000 ± 0.0100`."""
-    for name, value in scores.items():
-        if "_stderr" not in name:
-            task, metric, *rest = name.split("/")
-            error = scores.get("/".join([task, f"{metric}_stderr", *rest]))
-            yield f"{name} {value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+        say(f"iteration {number}: {', '.join(f'{name} {score}' for name, score in shown_scores(scores).items())}")
 
 
 def _evaluate(directory: IterationDir, spec: LmEvalSpec) -> dict[str, float]:

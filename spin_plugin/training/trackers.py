@@ -8,7 +8,6 @@ finished.
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -24,13 +23,12 @@ from spin_plugin.console import warn
 from spin_plugin.run.atomic import remove_atomically, write_atomically
 from spin_plugin.run.directory import IterationDir, RunDir
 from spin_plugin.training.prepare import open_pairs
+from spin_plugin.training.results import COLUMNS, SEND, Results
 
 TRACKERS = ("wandb", "mlflow", "trackio", "tensorboard", "comet")
 NAME_KEYS = ("wandb_name", "mlflow_run_name", "trackio_run_name")
-STEP = "train/global_step"  # transformers' x-axis
 HAVE_TABLES = ("wandb", "trackio")
 SAMPLES = 50
-SHOWN = ("prompt", "real", "synthetic")
 
 
 @dataclass
@@ -112,11 +110,13 @@ class Trackers:
         """Keep the trainer's reporting callbacks from sending what an earlier process has sent."""
         if (tracked := TrackedRun.read(self.run.iteration(number)) if self.used else None) is None:
             return
-        reporting = tuple(get_reporting_integration_callbacks(trainer.args.report_to))
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, reporting):
-                callback.on_log = partial(_log_once, callback.on_log, dict(tracked.sent))
-        trainer.add_callback(_Group(self.group, tracked, self.used))  # after those, which begin the run
+        kinds = tuple(get_reporting_integration_callbacks(trainer.args.report_to))
+        callbacks = trainer.callback_handler.callbacks
+        reporting = [callback for callback in callbacks if isinstance(callback, kinds)]
+        for callback in reporting:
+            callback.on_log = partial(_log_once, callback.on_log, dict(tracked.sent))
+        # After those, which begin the run, and before what logs at the same event.
+        callbacks.insert(callbacks.index(reporting[-1]) + 1, _Group(self.group, tracked, self.used))
 
     def _name(self, number: int, tracked: TrackedRun) -> str:
         """Return the run's name. Trackio continues runs by name, so there it must differ from that of a run which
@@ -165,76 +165,7 @@ class Trackers:
         table = pairs.train if pairs.eval is None else pairs.eval
         own = np.flatnonzero(table.data.column("iteration").to_numpy() == number)[:SAMPLES]
         tokenizer = AutoTokenizer.from_pretrained(directory.path, trust_remote_code=self.trust_remote_code)
-        return [[str(tokenizer.decode(pair[column])) for column in SHOWN] for pair in table.select(own)]
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a finished iteration adds to its run in a tracker."""
-
-    id: str | None
-    name: str
-    group: str
-    project: str
-    """Trackio's."""
-    directory: Path
-    """TensorBoard's."""
-    values: Mapping[str, float]
-    step: int
-    samples: list[list[str]]
-
-
-def _to_wandb(results: Results) -> None:
-    import wandb
-
-    run = wandb.run or wandb.init(id=results.id, name=results.name, group=results.group, resume="allow")
-    table = {"samples": wandb.Table(columns=list(SHOWN), data=results.samples)} if results.samples else {}
-    run.log({**results.values, **table, STEP: results.step})
-    run.finish()
-
-
-def _to_trackio(results: Results) -> None:
-    import trackio
-    from pandas import DataFrame
-
-    trackio.init(results.project, name=results.name, group=results.group, resume="allow", embed=False)
-    rows = DataFrame(results.samples, columns=list(SHOWN))
-    table = {"samples": trackio.Table(dataframe=rows)} if results.samples else {}
-    trackio.log({**results.values, **table, STEP: results.step})
-    trackio.finish()
-
-
-def _to_tensorboard(results: Results) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(results.directory) as writer:
-        for name, value in results.values.items():
-            writer.add_scalar(name, value, results.step)
-
-
-def _to_mlflow(results: Results) -> None:
-    import mlflow
-
-    values = {re.sub(r"[^\w\-. :/]", "_", name): value for name, value in results.values.items()}
-    with mlflow.start_run(run_id=results.id):
-        mlflow.log_metrics(values, step=results.step)
-
-
-def _to_comet(results: Results) -> None:
-    import comet_ml
-
-    experiment = comet_ml.get_running_experiment() or comet_ml.start(experiment_key=results.id, mode="get_or_create")
-    experiment.log_metrics(dict(results.values), step=results.step)
-    experiment.end()
-
-
-SEND: dict[str, Callable[[Results], None]] = {
-    "wandb": _to_wandb,
-    "trackio": _to_trackio,
-    "tensorboard": _to_tensorboard,
-    "mlflow": _to_mlflow,
-    "comet": _to_comet,
-}
+        return [[str(tokenizer.decode(pair[column])) for column in COLUMNS] for pair in table.select(own)]
 
 
 class _Group(TrainerCallback):
@@ -275,13 +206,15 @@ def _log_once(
 
 def _kind(entry: Mapping[str, Any]) -> str:
     """Return the first metric of a log entry, which tells a training step from an evaluation at the same step."""
-    return next(name for name in entry if name not in ("step", "epoch", "pairs"))
+    return next((name for name in entry if name not in ("step", "epoch", "pairs")), "")
 
 
 def _numbers(entry: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, float]]:
     """Yield all numbers of an iteration's entry in run.json, as `held_out/mean`, except those sent while training."""
     for key, value in entry.items():
-        if isinstance(value, Mapping) and parent + key != "metrics":
+        if parent + key in ("iteration", "metrics"):
+            continue
+        if isinstance(value, Mapping):
             yield from _numbers(value, f"{parent}{key}/")
-        elif isinstance(value, int | float) and key != "iteration" and math.isfinite(value):
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             yield parent + key, float(value)
