@@ -69,7 +69,7 @@ def _to_comet(results: Results) -> None:
     import comet_ml
 
     experiment = comet_ml.get_running_experiment()
-    if experiment is None or experiment.get_key() != results.id:
+    if experiment is None or experiment.ended or experiment.get_key() != results.id:
         experiment = comet_ml.start(experiment_key=results.id, mode="get_or_create")
     experiment.log_metrics(dict(results.values), step=results.step)
     experiment.end()
