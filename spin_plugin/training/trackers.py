@@ -94,6 +94,8 @@ class Trackers:
             "WANDB_RUN_ID": tracked.id,
             "WANDB_RESUME": "allow",
             "WANDB_RUN_GROUP": self.group,
+            # Seconds that W&B keeps records in memory, which are lost in a kill; its default is 15.
+            "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",
             "TENSORBOARD_LOGGING_DIR": str(directory.tensorboard),
             "COMET_EXPERIMENT_KEY": tracked.id,
             "COMET_START_EXPERIMENT_TAGS": self.group,
