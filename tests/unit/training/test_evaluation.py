@@ -67,9 +67,9 @@ def test_scores_are_read_by_task_metric_and_filter(tmp_path: Path) -> None:
         "tiny/acc_stderr": 0.0,
     }
     assert shown_scores(scores) == {
-        "gsm8k/exact_match/strict-match": "0.2500 ± 0.0400",
-        "gsm8k/exact_match/flexible-extract": "0.5000",
-        "tiny/acc": "1.0000 ± 0.0000",
+        "gsm8k/exact_match/strict-match": "0.25 ± 0.04",
+        "gsm8k/exact_match/flexible-extract": "0.5",
+        "tiny/acc": "1 ± 0",
     }
 
 
