@@ -116,7 +116,7 @@ def _model(directory: IterationDir) -> Iterator[dict[str, Any]]:
         yield shared | {"pretrained": saved}
     elif directory.merged.is_dir():
         yield shared | {"pretrained": str(directory.merged)}
-    elif vllm_can_serve(directory.path):
+    elif vllm_can_serve(directory.path):  # unmerged, because a merge in 16 bits loses small movements
         base = {"pretrained": opponent.base_model, "revision": opponent.revision or "main"}
         yield shared | base | {"peft": saved, "tokenizer": saved}
     else:  # it resizes embeddings to the tokenizer's length, which a saved embedding or LM head does not fit

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from conftest import Finished
 from test_adapters import merged
-from tiny import LORA, make_model, spin_config, write_config, write_jsonl
+from tiny import LORA, VOCABULARY, make_model, spin_config, write_config, write_jsonl
 
 from spin_plugin.config.specs import LmEvalSpec
 from spin_plugin.run.directory import RunDir
@@ -254,7 +254,8 @@ def adapted(tmp_path_factory: pytest.TempPathFactory, chat_data: Path, run_jobs:
     directory = tmp_path_factory.mktemp("adapted")
     for name, processes in KINDS.items():
         own = directory / name
-        model = make_model(own / "model", intermediate_size=128)
+        # lm-evaluation-harness cuts an adapter's base model to the tokenizer's vocabulary
+        model = make_model(own / "model", vocab_size=320 if name == "head" else VOCABULARY)
         config = evaluated(own, model, chat_data, **LORA | ({"lora_modules_to_save": HEAD} if name == "head" else {}))
         config["spin"]["iterations"] = 1
         run_jobs((write_config(own, config), processes))
