@@ -21,7 +21,8 @@ STARTER = Path(__file__).with_name("starter.yml")
 LEARNING_RATE_FACTOR = 1 / 20
 # Keys that are specific to the SFT run: its starting model, its names, its number of steps.
 SFT_RUN_KEYS = (
-    "resume_from_checkpoint", "hub_model_id", "wandb_run_id", "warmup_steps", "max_steps", "revision_of_model",
+    "resume_from_checkpoint", "hub_model_id", "wandb_run_id", "wandb_name", "mlflow_run_name", "trackio_run_name",
+    "warmup_steps", "max_steps", "revision_of_model",
     "base_model_config", "tokenizer_config", "lora_model_dir",
 )  # fmt: skip
 # Kept with an adapter, whose base model does not change.

@@ -13,6 +13,7 @@ from spin_plugin.cli.config_file import CONFIG, read_config
 from spin_plugin.console import console, exit_on_error, say
 from spin_plugin.objective.metrics import METRICS
 from spin_plugin.run.overview import list_iterations
+from spin_plugin.run.scores import shown_scores
 from spin_plugin.run.stop import Best, find_best, find_stop
 
 METRIC_COLUMNS = {metric.column: f"spin/{name}" for name, metric in METRICS.items() if metric.column}
@@ -29,6 +30,8 @@ def status(config: Path, as_json: bool) -> None:
         click.echo(json.dumps(content))
     else:
         console.print(_table(content))
+        if scored := [entry for entry in content["iterations"] if "lm_eval" in entry]:
+            console.print(_scores(scored))
         for entry in content["iterations"]:
             for finding in entry.get("findings", []):
                 console.print(f"iteration {entry['iteration']}: {finding['message']}; {finding['advice']}")
@@ -60,6 +63,18 @@ def _judge_score(entry: dict[str, Any]) -> str:
     """Return the judge's mean score of the held-out responses."""
     judge = entry["pairs"].get("eval", {}).get("judge")
     return f"{judge['mean']:.4f}" if judge and judge["judged"] else ""
+
+
+def _scores(entries: list[dict[str, Any]]) -> Table:
+    """Return a table of lm-evaluation-harness's scores, with a column for each iteration."""
+    table = Table(title="lm_eval (± standard error)", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("task/metric", overflow="fold")
+    for entry in entries:
+        table.add_column(f"t = {entry['iteration']}", justify="right")
+    scores = [shown_scores(entry["lm_eval"]) for entry in entries]
+    for name in dict.fromkeys(name for shown in scores for name in shown):
+        table.add_row(name, *(shown.get(name, "") for shown in scores))
+    return table
 
 
 def _table(content: dict[str, Any]) -> Table:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import psutil
 
-from spin_plugin.cli.config_file import CONFIG, read_config
+from spin_plugin.cli.config_file import CONFIG, read_config, read_yaml
 from spin_plugin.cli.screen import Screen
 from spin_plugin.console import INTERRUPTED, SpinError, exit_on_error, say
 from spin_plugin.run.directory import RunDir
@@ -44,19 +44,15 @@ def train(config: Path, iterations: int | None, verbose: bool, arguments: tuple[
     finished, total = progress(config)
     goal = min(total, finished + iterations) if iterations else total
     if finished >= total:
-        say(f"{config}: all {total} iterations are finished")
+        if _lacks_scores(config):
+            _axolotl_train(config, run, total - 1, arguments, verbose=verbose)
+        else:
+            say(f"{config}: all {total} iterations are finished")
     elif not verbose:
         say(f"all output is in {run.root / 'logs'}, a file for each iteration")
     while finished < goal:
         end_if_stopped(run, read_config(config)[0])
-        command = [_axolotl(), "train", str(config), *(arguments or QUIET)]
-        with (None if verbose else _screen(run, finished)) or nullcontext() as screen:
-            code = _run(command, screen)
-        if screen and code not in (0, INTERRUPTED, TERMINATED):
-            screen.explain()
-        if code:
-            _name_report(run)
-            raise SystemExit(code)
+        _axolotl_train(config, run, finished, arguments, verbose=verbose)
         if _has_stopped(config):
             return
         before, (finished, total) = finished, progress(config)
@@ -68,6 +64,29 @@ def train(config: Path, iterations: int | None, verbose: bool, arguments: tuple[
 def _name_report(run: RunDir) -> None:
     if run.report.exists():
         say(f"what self-play did: {run.report}")
+
+
+def _axolotl_train(config: Path, run: RunDir, iteration: int, arguments: tuple[str, ...], *, verbose: bool) -> None:
+    """Run `axolotl train` once.
+
+    Raises:
+        SystemExit: it exited with another code than 0.
+    """
+    command = [_axolotl(), "train", str(config), *(arguments or QUIET)]
+    with (None if verbose else _screen(run, iteration)) or nullcontext() as screen:
+        code = _run(command, screen)
+    if screen and code not in (0, INTERRUPTED, TERMINATED):
+        screen.explain()
+    if code:
+        _name_report(run)
+        raise SystemExit(code)
+
+
+def _lacks_scores(config: Path) -> bool:
+    """Whether a kill has interrupted the evaluation of an iteration, for which `axolotl train` makes up."""
+    cfg, (_, run) = read_yaml(config), read_config(config)
+    used = any(str(name).endswith("LMEvalPlugin") for name in cfg.get("plugins") or [])
+    return bool(used and cfg.get("lm_eval_tasks") and cfg.get("lm_eval_post_train", True) and run.unevaluated())
 
 
 def progress(config: Path) -> tuple[int, int]:

@@ -27,6 +27,8 @@ FREE_KEYS = frozenset(
 )  # fmt: skip
 FREE_PREFIXES = ("wandb_", "use_wandb", "mlflow_", "use_mlflow", "comet_", "use_comet", "trackio_", "use_trackio",
                  "use_tensorboard", "use_otel", "otel_", "hub_", "lm_eval_", "eval_", "fsdp", "ddp_")  # fmt: skip
+# Since Axolotl 0.21 listing this one is optional; the other evaluates finished models.
+FREE_PLUGINS = ("spin_plugin", "axolotl.integrations.lm_eval")
 # The only keys of Axolotl's `vllm:` block that affect what vLLM computes.
 FIXED_VLLM_KEYS = frozenset({"dtype", "max_model_len"})
 # Keys of `vllm_kwargs` that affect how vLLM uses memory and devices, not what it computes.
@@ -51,8 +53,7 @@ def _fixed_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         and not key.startswith(FREE_PREFIXES)
         and value is not None
     }
-    # Since Axolotl 0.21 listing the plugin is optional.
-    fixed["plugins"] = [name for name in fixed.get("plugins") or [] if not str(name).startswith("spin_plugin")]
+    fixed["plugins"] = [name for name in fixed.get("plugins") or [] if not str(name).startswith(FREE_PLUGINS)]
     # A step may be split into more, smaller micro-batches to fit into memory; its pairs stay the same.
     factors = [fixed.pop(key, None) for key in ("micro_batch_size", "gradient_accumulation_steps")]
     fixed["micro_batch_size × gradient_accumulation_steps"] = _product(factors)

@@ -94,6 +94,19 @@ class TrainingSpec:
         return self.in_16_bits and not self.adapter
 
 
+@dataclass(frozen=True)
+class LmEvalSpec:
+    """What lm-evaluation-harness evaluates every iteration's model on: the options of Axolotl's plugin for it."""
+
+    tasks: tuple[str, ...]
+    """Names of tasks, or YAML files that define them; `…:5` with five examples in the prompt."""
+    batch_size: int
+    chat_template: bool
+    """Whether prompts are chat messages (`apply_chat_template`, as in `axolotl lm-eval`)."""
+    multiturn: bool
+    """Whether the examples in the prompt are turns of a chat (`fewshot_as_multiturn`)."""
+
+
 def read_opponent(cfg: Any) -> OpponentSpec:
     """Read the opponent of this iteration from Axolotl's validated configuration."""
     return OpponentSpec(
@@ -135,6 +148,19 @@ def read_training(cfg: Any) -> TrainingSpec:
         checkpoints=0 if cfg.save_strategy == "no" else 1 + (cfg.save_total_limit or AXOLOTLS_SAVE_TOTAL_LIMIT),
         saves_optimizer=not cfg.save_only_model,
         loss_watchdog=cfg.loss_watchdog_threshold is not None and not cfg.early_stopping_patience,
+    )
+
+
+def read_lm_eval(cfg: Any) -> LmEvalSpec | None:
+    """Read the tasks for every iteration's model; None if `plugins:` lacks Axolotl's LMEvalPlugin, or lists no task."""
+    if not (cfg.lm_eval_post_train and cfg.lm_eval_tasks):
+        return None
+    written = cfg.spin_config or {}  # the validated configuration lacks keys that only `axolotl lm-eval` reads
+    return LmEvalSpec(
+        tasks=tuple(cfg.lm_eval_tasks),
+        batch_size=cfg.lm_eval_batch_size,
+        chat_template=bool(written.get("apply_chat_template")),
+        multiturn=bool(written.get("fewshot_as_multiturn")),
     )
 
 

@@ -19,16 +19,16 @@ from spin_plugin.config.plain import SECRET_PARTS
 from spin_plugin.console import warn
 from spin_plugin.generation.diagnosis import diagnose_exit, is_about_the_adapter, is_short_of_memory
 
-# Set by torchrun, accelerate and Axolotl for training, but also read by vLLM. Axolotl's allocator setting (expandable
-# segments) breaks vLLM's tensor parallelism.
-TRAINING_VARIABLES = (
+# Set by torchrun and accelerate; a child process would take itself for a rank of this training.
+LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE",
-    "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTHONHOME",
-    "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+    "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
+LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
+# For this Python. Axolotl's allocator setting (expandable segments) breaks vLLM's tensor parallelism.
+TRAINING_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 # gloo opens a port for every process group, even of one process; keep it off the network.
 LOCAL_ONLY = {"GLOO_SOCKET_IFNAME": socket.if_indextoname(1)}
-TRAINING_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
 
 # Seconds without a heartbeat after which a worker counts as hung. A ready worker sends heartbeats between vLLM's steps;
 # while it loads or downloads a model, new output in its log counts as a heartbeat.
@@ -185,12 +185,20 @@ def _members(group: int) -> list[int]:
     return members
 
 
+def without_launcher() -> dict[str, str]:
+    """Return this process's environment without what torchrun or accelerate set for its rank."""
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if key not in LAUNCHER_VARIABLES and not key.startswith(LAUNCHER_PREFIXES)
+    }
+
+
 def _environment() -> dict[str, str]:
     """Return this process's environment without training variables and secrets."""
     return {
         key: value
-        for key, value in os.environ.items()
+        for key, value in without_launcher().items()
         if key not in TRAINING_VARIABLES
-        and not key.startswith(TRAINING_PREFIXES)
         and (key.startswith(("HF_", "HUGGING_FACE_HUB_")) or not any(part in key.lower() for part in SECRET_PARTS))
     }

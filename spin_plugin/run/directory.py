@@ -10,6 +10,7 @@ output_dir/
     pairs/              the pairs, their statistics, the opponent's log-probs, the rewards reached, and measured.json:
                         what was measured before the first step
     metrics.jsonl       the training log
+    tensorboard/        the same, and lm_eval_results/ with lm_eval.log, where configured
     .replaced-*         responses and checkpoint set aside because one of their inputs changed
   iteration-1/ ...
   report.html           what self-play did; report.json and report.jsonl hold its data
@@ -72,6 +73,24 @@ class IterationDir:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def lm_eval(self) -> Path:
+        """Results of lm-evaluation-harness."""
+        return self.path / "lm_eval_results"
+
+    @property
+    def lm_eval_log(self) -> Path:
+        return self.path / "lm_eval.log"
+
+    @property
+    def lm_eval_failure(self) -> Path:
+        """The log of an evaluation that failed."""
+        return self.path / "lm_eval-failed.log"
 
     def read_log(self) -> list[dict[str, float]]:
         """Return the training log, oldest entry first, without a line truncated by a kill."""
@@ -196,6 +215,18 @@ class RunDir:
                 remove_atomically(checkpoint)
             if not has_model(entry):
                 iteration.remove_model()
+
+    def unevaluated(self) -> list[int]:
+        """Return the finished iterations without scores of lm-evaluation-harness, unless it failed or the model is
+        gone."""
+        state = self.read_state()
+        return [
+            number
+            for number, entry in enumerate(state.finished if state else [])
+            if "lm_eval" not in entry
+            and not self.iteration(number).lm_eval_failure.exists()
+            and any(self.iteration(number).path.glob("*.safetensors"))
+        ]
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -264,12 +264,14 @@ def exit_with_error(reason: str, code: int) -> NoReturn:
 
 
 def exit_with_launcher() -> None:
-    """Exit this process when its launcher exits.
-
-    A killed `accelerate launch` leaves its process running in the background, which would keep the run locked.
-    """
+    """Exit with the launcher: a process that a killed `accelerate launch` leaves behind would keep the run locked."""
     if process := launcher():
-        threading.Thread(target=_exit_after, args=(process.pid,), daemon=True).start()
+        exit_with_parent(process.pid)
+
+
+def exit_with_parent(parent: int) -> None:
+    """Exit this process when its parent does."""
+    threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 
 
 def launcher() -> psutil.Process | None:
@@ -281,8 +283,8 @@ def launcher() -> psutil.Process | None:
     return None
 
 
-def _exit_after(launcher: int) -> None:
-    while os.getppid() == launcher:
+def _exit_after(parent: int) -> None:
+    while os.getppid() == parent:
         time.sleep(1)
     _kill_children()
     os._exit(1)

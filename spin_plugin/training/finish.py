@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spin_plugin.args import SpinArgs
+from spin_plugin.config.specs import LmEvalSpec
 from spin_plugin.console import say, warn
 from spin_plugin.data.pairs import PairStats
 from spin_plugin.export.card import model_card
@@ -17,6 +18,8 @@ from spin_plugin.run.directory import RunDir
 from spin_plugin.run.keep import mark_removed
 from spin_plugin.run.state import RunState
 from spin_plugin.run.stop import EXPORT, find_best, find_stop
+from spin_plugin.training.evaluation import evaluate_finished
+from spin_plugin.training.trackers import Trackers
 
 SHOWN = ("loss", "reward_margin", "accuracy")
 
@@ -70,6 +73,20 @@ def write_card(run: RunDir, number: int, stats: Mapping[str, PairStats], outcome
     state.finished.append(entry_of(run, number, stats, outcome))
     adapter = (path / "adapter_config.json").is_file()
     write_atomically(path / "README.md", model_card(state, number, adapter=adapter))
+
+
+def complete_finished(run: RunDir, lm_eval: LmEvalSpec | None, trackers: Trackers) -> None:
+    """Evaluate finished iterations that have no scores, and send the trackers what they lack.
+
+    Both follow the entry in run.json, so that a kill meanwhile loses no iteration; the next start makes up for them.
+
+    Args:
+        run: the run directory, locked.
+        lm_eval: the tasks; None: nothing is evaluated.
+        trackers: the trackers of the run.
+    """
+    evaluate_finished(run, lm_eval)
+    trackers.send_results()
 
 
 def announce_finished(run: RunDir, number: int, spin: SpinArgs) -> None:

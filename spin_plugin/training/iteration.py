@@ -14,7 +14,7 @@ from torch import Tensor
 from spin_plugin import __version__
 from spin_plugin.config.identity import differing_keys
 from spin_plugin.config.lower import Lowered
-from spin_plugin.config.specs import read_opponent, read_training
+from spin_plugin.config.specs import LmEvalSpec, read_opponent, read_training
 from spin_plugin.console import SpinError, say, warn
 from spin_plugin.data.steps import steps_in_epoch
 from spin_plugin.generation.shards import Shards
@@ -30,7 +30,7 @@ from spin_plugin.run.directory import IterationDir
 from spin_plugin.run.processes import Ranks, exit_with_launcher, rank, shared_start_id
 from spin_plugin.run.state import RunState
 from spin_plugin.run.stop import end_if_stopped
-from spin_plugin.training.finish import announce_finished, finish_iteration, write_card
+from spin_plugin.training.finish import announce_finished, complete_finished, finish_iteration, write_card
 from spin_plugin.training.judged import require_loadable
 from spin_plugin.training.measured import add_measured, measured
 from spin_plugin.training.precision import (
@@ -41,13 +41,15 @@ from spin_plugin.training.precision import (
 )
 from spin_plugin.training.prepare import PairsOnDisk, open_pairs, prepare_iteration
 from spin_plugin.training.saving import store_in_16_bits
+from spin_plugin.training.trackers import Trackers
 
 
 class Iteration:
     """State that the plugin's hooks share while one iteration is prepared, trained and finished."""
 
-    def __init__(self, cfg: Any, lowered: Lowered) -> None:
+    def __init__(self, cfg: Any, lowered: Lowered, lm_eval: LmEvalSpec | None, trackers: Trackers) -> None:
         self.cfg, self.lowered, self.first = cfg, lowered, rank() == 0
+        self.lm_eval, self.trackers = lm_eval, trackers
         self.spin = lowered.spin.at(lowered.iteration)
         self.training = read_training(cfg)
         self.directory: IterationDir = lowered.run.iteration(lowered.iteration)
@@ -76,6 +78,7 @@ class Iteration:
             self.lock.enter_context(run.locked())
             self._claim()
             self.ranks.remove_earlier_starts()
+            complete_finished(run, self.lm_eval, self.trackers)
             if not run.holds_responses():
                 require_loadable(self.lowered.spin.judges)
             with self._released_at_the_end_of_the_run():
@@ -146,6 +149,7 @@ class Iteration:
         self.cfg.resume_from_checkpoint = str(checkpoint) if checkpoint else None
         if not self.first:
             return
+        self.trackers.begin(self.lowered.iteration)
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
         # Training writes its summary again at the end.
         kept = [entry for entry in self.directory.read_log() if entry["step"] <= step and "train_runtime" not in entry]
@@ -184,8 +188,9 @@ class Iteration:
 
     def training_arguments(self) -> dict[str, Any]:
         """Keep the pairs' columns, which no model's forward takes; skip the NaN filter, which syncs with the GPU."""
-        ours = {"remove_unused_columns": False, "label_names": [], "logging_nan_inf_filter": False}
+        ours: dict[str, Any] = {"remove_unused_columns": False, "label_names": [], "logging_nan_inf_filter": False}
         # without a GPU transformers allows bf16 only if the CPU is requested explicitly
+        ours |= self.trackers.training_arguments(self.lowered.iteration)
         return ours | ({"use_cpu": True} if self.cfg.bf16 and not torch.accelerator.is_available() else {})
 
     def trainer_class(self) -> type[Any]:
@@ -225,6 +230,7 @@ class Iteration:
     def check_trainer(self, trainer: Any) -> None:
         """Check the trainer that Axolotl has constructed."""
         if self.first:
+            self.trackers.attach(trainer, self.lowered.iteration)
             self._warn_of_warmup(trainer.args.get_warmup_steps(self.steps))
 
     def _check_agreement(self, policy: Callable[[list[dict[str, Any]]], list[Tensor]]) -> None:
@@ -279,6 +285,7 @@ class Iteration:
             merge(read_opponent(self.cfg), self.directory.path, self.directory.merged, tokenizer=self.directory.path)
         how = measured(self.directory, self.training, read_opponent(self.cfg))
         findings = finish_iteration(run, number, self.lowered.spin, self.pairs.stats, how | self.outcome)
+        complete_finished(run, self.lm_eval, self.trackers)
         self.lock.close()
         announce_finished(run, number, self.lowered.spin)
         for finding in findings:

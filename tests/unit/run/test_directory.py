@@ -403,9 +403,10 @@ def test_number_that_yaml_reads_as_text_is_a_number() -> None:
 
 
 def test_listing_the_plugin_is_optional() -> None:
-    """Axolotl 0.21 discovers it automatically."""
+    """Axolotl 0.21 discovers it automatically. Evaluating with lm-evaluation-harness may begin at any time."""
     ours, other = "spin_plugin.SpinPlugin", "axolotl.integrations.liger.LigerPlugin"
-    for before, now in (([ours], None), ([ours, other], [other]), (None, [ours])):
+    evaluates = "axolotl.integrations.lm_eval.LMEvalPlugin"
+    for before, now in (([ours], None), ([ours, other], [other]), (None, [ours]), ([other], [other, evaluates])):
         assert differing_keys(stored(CONFIG | {"plugins": before}), without_secrets(CONFIG | {"plugins": now}), 1) == []
     assert differing_keys(stored(CONFIG), without_secrets(CONFIG | {"plugins": [other]}), 1) == ["plugins"]
 
