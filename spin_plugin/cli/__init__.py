@@ -2,6 +2,7 @@
 
 import click
 
+from spin_plugin.cli.doctor import doctor
 from spin_plugin.cli.init import init
 from spin_plugin.cli.reset import reset
 from spin_plugin.cli.schema import config_schema
@@ -12,8 +13,8 @@ from spin_plugin.cli.train import train
 
 @click.group()
 def spin() -> None:
-    """Self-Play Fine-Tuning (SPIN): set up, train all iterations, inspect runs, remove iterations."""
+    """Self-Play Fine-Tuning (SPIN): set up, check, train all iterations, inspect runs, remove iterations."""
 
 
-for command in (init, setup, train, status, reset, config_schema):
+for command in (init, setup, doctor, train, status, reset, config_schema):
     spin.add_command(command)
