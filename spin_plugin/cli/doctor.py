@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import click
 from rich import box
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -131,7 +132,7 @@ def _conclude(findings: list[dict[str, str]], numbers: dict[str, Any]) -> None:
     if numbers.get("parameters"):
         parts.append(f"{numbers['parameters'] / 1e6:,.2f}M parameters")
     if numbers.get("training_bytes"):
-        parts.append(f"{numbers['training_bytes'] / 1e9:.2f} GB to train, without activations")
+        parts.append(f"{decimal(numbers['training_bytes'])} to train, without activations")
     if schedule := numbers.get("schedule"):
         parts += [
             f"{sum(one['generated'] for one in schedule):,} tokens to generate",

@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from spin_plugin.config.plain import plain
-from spin_plugin.console import SpinError, say, warn
+from spin_plugin.console import SpinError, report_error, say, warn
 from spin_plugin.data.real import Real, prepare_real
 from spin_plugin.doctor.findings import Skipped
 from spin_plugin.doctor.model import require_reachable
@@ -134,8 +134,8 @@ def _check_limits(settings: Settings, real: Real, found: Lengths) -> None:
     longer = float(np.mean(found.real > limit))
     stated = f"{key}: {limit:,} tokens, less than {longer:.0%} of the real responses; synthetic ones will be truncated"
     if longer > 0.5:
-        raise SpinError(f"{stated}, so most pairs teach length only; raise it")
-    if longer > MANY:
+        report_error(f"{stated}, so most pairs teach length only; raise it")
+    elif longer > MANY:
         warn(f"{stated}; raise it")
     unfit = float(np.mean(found.prompt + found.real > window))
     if unfit > MANY:

@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
+
 from spin_plugin.console import say, warn
 from spin_plugin.doctor.data import Lengths
 from spin_plugin.doctor.memory import ModelSize
@@ -47,10 +49,10 @@ def check_space(settings: Settings, size: ModelSize, real: Any, found: Lengths |
     needed, free = (left - 1) * kept + space.expected, shutil.disk_usage(place).free
     if needed > free >= space.expected:
         warn(
-            f"output_dir: {free / 1e9:.1f} GB left on the disk of {place}, but {left} more iterations take "
-            f"about {needed / 1e9:.1f} GB; free some space, or remove models of finished iterations that you do not need"
+            f"output_dir: {decimal(free)} left on the disk of {place}, but {left} more iterations take "
+            f"about {decimal(needed)}; free some space, or remove models that you do not need"
         )
-    say(f"{needed / 1e9:.2f} GB at most for {left} iterations, {free / 1e9:.1f} GB free")
+    say(f"{decimal(needed)} at most for {left} iterations, {decimal(free)} free")
 
 
 def nearest(directory: Path) -> Path:

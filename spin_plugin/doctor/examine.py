@@ -7,8 +7,8 @@ from typing import Any
 from spin_plugin.console import say
 from spin_plugin.doctor.data import Lengths, check_lengths, one_pair, real_data
 from spin_plugin.doctor.disk import check_space
-from spin_plugin.doctor.findings import Checkup, Finding, Skipped
-from spin_plugin.doctor.machine import VllmProbe, check_devices, check_engines, check_packages, devices
+from spin_plugin.doctor.findings import Checkup, Finding
+from spin_plugin.doctor.machine import VllmProbe, check_devices, check_packages, devices
 from spin_plugin.doctor.memory import ModelSize
 from spin_plugin.doctor.model import (
     check_generation_memory,
@@ -18,7 +18,7 @@ from spin_plugin.doctor.model import (
     measure,
 )
 from spin_plugin.doctor.schedule import plan
-from spin_plugin.doctor.settings import Settings, check_output_dir, check_own_keys, read_settings
+from spin_plugin.doctor.settings import Settings, check_engines, check_output_dir, check_own_keys, read_settings
 from spin_plugin.doctor.speed import hours
 from spin_plugin.training.judged import require_loadable
 
@@ -99,10 +99,9 @@ def _examine_data(
 def _load_judges(settings: Settings) -> None:
     """Load every judge of the run, as training does before anything is generated."""
     judges = settings.lowered.spin.judges
-    if not judges:
-        raise Skipped("no spin.judge")
-    require_loadable(judges)
-    say(f"loaded: {', '.join(judge.function for judge in judges)}")
+    if judges:
+        require_loadable(judges)
+        say(f"loaded: {', '.join(judge.function for judge in judges)}")
 
 
 def _synthetic_length(settings: Settings, found: Lengths) -> float:

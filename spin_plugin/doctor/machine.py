@@ -10,11 +10,10 @@ from typing import Any
 
 import psutil
 from packaging.specifiers import SpecifierSet
+from rich.filesize import decimal
 
 from spin_plugin import __version__
 from spin_plugin.console import SpinError, say, warn
-from spin_plugin.doctor.settings import Settings
-from spin_plugin.generation.devices import placements
 from spin_plugin.generation.python import INSTALL, vllm_python
 from spin_plugin.versions import VLLM, require_supported_axolotl
 
@@ -61,15 +60,15 @@ def check_devices() -> None:
     for number, device in enumerate(devices()):
         if not device.gpu:
             free = psutil.virtual_memory().available
-            say(f"no GPU: {os.cpu_count()} cores, {device.memory / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB free")
+            say(f"no GPU: {os.cpu_count()} cores, {decimal(device.memory)} of memory, {decimal(free)} free")
             return
         major, minor = torch.cuda.get_device_capability(number)
         free, total = torch.cuda.mem_get_info(number)
-        say(f"GPU {number}: {device.name}, sm_{major}{minor}, {total / 1e9:.1f} GB, {free / 1e9:.1f} GB free")
+        say(f"GPU {number}: {device.name}, sm_{major}{minor}, {decimal(total)}, {decimal(free)} free")
+        if major < 8:
+            warn(f"GPU {number}: sm_{major}{minor} is older than any GPU that our attention was compiled for")
         if free < 0.9 * total:
-            warn(
-                f"GPU {number}: {(total - free) / 1e9:.1f} GB are in use, by other processes too; vLLM takes 85% of it"
-            )
+            warn(f"GPU {number}: {decimal(total - free)} are in use, by other processes too; vLLM takes 85% of it")
 
 
 class VllmProbe:
@@ -122,16 +121,3 @@ class VllmProbe:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-
-
-def check_engines(settings: Settings) -> None:
-    """Whether the GPUs suffice for the copies of the model that generate."""
-    if settings.spin.generation.backend == "ray":
-        return say("Ray starts the engines on its cluster")
-    vllm, kwargs = settings.vllm, settings.spin.generation.vllm_kwargs
-    each = vllm.tensor_parallel_size * kwargs.get("pipeline_parallel_size", 1)
-    placed = placements(vllm.data_parallel_size, each)
-    return say(
-        f"{len(placed)} cop{'y' if len(placed) == 1 else 'ies'} of the model generate"
-        f"{'s' if len(placed) == 1 else ''}" + (f", each on {each} GPUs" if each > 1 else "")
-    )

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from rich.filesize import decimal
+
 from spin_plugin.console import SpinError, say, warn
 from spin_plugin.doctor.findings import Skipped, brief, unreachable
 from spin_plugin.doctor.machine import Device, devices
@@ -16,8 +18,8 @@ from spin_plugin.training.precision import keeps_masters, zero_stage
 READ_AT_MOST = 8e9  # bytes of weights, a few seconds on a core
 NEARLY_FULL = 0.8  # beyond this share little is left for activations
 LESS_MEMORY = (
-    "use an adapter, `optimizer: adamw_torch_8bit` with `optim_args: {bf16_stochastic_round: true}`, or FSDP2 or ZeRO-3 on "
-    "more GPUs"
+    "use an adapter, `optimizer: adamw_torch_8bit` with `optim_args: {bf16_stochastic_round: true}` or FSDP2 or ZeRO-3 "
+    "on more GPUs"
 )
 
 
@@ -30,15 +32,15 @@ def require_reachable(settings: Settings) -> None:
 def check_weights(settings: Settings) -> None:
     """Whether a local opponent's weights are complete and, unless reading them takes long, finite."""
     opponent = settings.opponent
+    require_reachable(settings)
     places = [place for place in (opponent.directory, opponent.adapter) if place]
     if not places:
         raise Skipped(f"base_model: {opponent.base_model} is on the hub, which verifies downloads")
-    require_reachable(settings)
     size = sum(file.stat().st_size for place in places for file in place.glob("*.safetensors"))
     finite = size <= READ_AT_MOST
     require_intact_opponent(opponent, None, finite=finite)
     read = "complete and finite" if finite else "complete; not read for NaN, which takes long: training does it"
-    say(f"{' and '.join(map(str, places))}: {size / 1e9:.2f} GB, {read}")
+    say(f"{' and '.join(map(str, places))}: {decimal(size)}, {read}")
 
 
 def check_tokenizer(settings: Settings) -> Any:
@@ -103,7 +105,7 @@ def _itemsize(dtype: str) -> int:
     return 2 if dtype in ("bfloat16", "float16") else 4
 
 
-def check_training_memory(settings: Settings, size: ModelSize) -> float:
+def check_training_memory(settings: Settings, size: ModelSize) -> int:
     """Whether weights, gradients and optimizer state fit; returns their bytes on each device."""
     cfg, training = settings.cfg, settings.training
     if (cfg.fsdp_config or {}).get("offload_params") or "offload" in str(training.deepspeed):
@@ -116,8 +118,8 @@ def check_training_memory(settings: Settings, size: ModelSize) -> float:
     total = needed * (1 if device.gpu else training.world_size)
     _require_fit("training", total, device)
     say(
-        f"training: {total / 1e9:.2f} GB of {device.memory / 1e9:.1f} GB on {device.name} for weights, gradients and "
-        f"{training.optimizer}; activations come on top and are not estimated: `tokens_per_micro_batch` limits them"
+        f"training: {decimal(total)} of {decimal(device.memory)} on {device.name} for weights, gradients and "
+        f"{training.optimizer}; activations come on top, not estimated: spin.tokens_per_micro_batch limits them"
     )
     return total
 
@@ -134,9 +136,9 @@ def check_generation_memory(settings: Settings, size: ModelSize) -> None:
     needs = generation_bytes(size, _itemsize(dtype), split if device.gpu else 1)
     share = vllm.gpu_memory_utilization or (GPU_SHARE if device.gpu else 1.0)
     at_once = needs.sequences(share * device.memory, length)
-    used = f"{share * device.memory / 1e9:.1f} GB of {device.name} that vLLM may use"
-    cache = f"KV cache {needs.per_token * length / 1e9:.3f} GB per {length:,} tokens"
-    weights = f"generation: weights {needs.weights / 1e9:.2f} GB, {cache}"
+    used = f"{decimal(round(share * device.memory))} of {device.name} that vLLM may use"
+    cache = f"KV cache {decimal(needs.per_token * length)} per {length:,} tokens"
+    weights = f"generation: weights {decimal(needs.weights)}, {cache}"
     if at_once < 1:
         raise SpinError(
             f"{weights}; this exceeds the {used}; raise vllm.tensor_parallel_size or lower vllm.max_model_len"
@@ -144,9 +146,9 @@ def check_generation_memory(settings: Settings, size: ModelSize) -> None:
     say(f"{weights}; {at_once:,} such sequences fit into the {used}")
 
 
-def _require_fit(what: str, needed: float, device: Device) -> None:
-    stated = f"{what}: {needed / 1e9:.1f} GB without activations"
+def _require_fit(what: str, needed: int, device: Device) -> None:
+    stated = f"{what}: {decimal(needed)} without activations"
     if needed > device.memory:
-        raise SpinError(f"{stated}, but {device.name} has {device.memory / 1e9:.1f} GB; {LESS_MEMORY}")
+        raise SpinError(f"{stated}, but {device.name} has {decimal(device.memory)}; {LESS_MEMORY}")
     if needed > NEARLY_FULL * device.memory:
-        warn(f"{stated} leave little of the {device.memory / 1e9:.1f} GB of {device.name}; {LESS_MEMORY}")
+        warn(f"{stated} leave little of the {decimal(device.memory)} of {device.name}; {LESS_MEMORY}")

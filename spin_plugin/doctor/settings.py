@@ -26,6 +26,8 @@ from spin_plugin.config.specs import (
 )
 from spin_plugin.console import SpinError, report_error, say, warn
 from spin_plugin.doctor.findings import brief, unreachable
+from spin_plugin.doctor.machine import devices
+from spin_plugin.generation.devices import placements
 from spin_plugin.run.checkpoint import check_model_dir
 from spin_plugin.run.lock import holder
 from spin_plugin.training.precision import require_no_lost_updates
@@ -187,7 +189,13 @@ def check_own_keys(settings: Settings) -> None:
     ]
     refuse_other_trainers(settings.cfg, others)
     require_no_lost_updates(settings.training)
-    say(f"trains {'an adapter' if settings.training.adapter else 'all weights'} in {settings.training.dtype}")
+    training = settings.training
+    if (training.fsdp or training.deepspeed) and not devices()[0].gpu:
+        warn("FSDP and DeepSpeed need GPUs, and none is visible; what follows is about this machine")
+    say(
+        f"trains {'an adapter' if training.adapter else 'all weights'} in {training.dtype} with {training.optimizer}, "
+        f"{training.world_size} process{'es' if training.world_size > 1 else ''}"
+    )
 
 
 def check_output_dir(settings: Settings) -> None:
@@ -203,3 +211,16 @@ def check_output_dir(settings: Settings) -> None:
     if not lowered.all_finished:
         state.require_no_decline(spin.on_worse)
     return None
+
+
+def check_engines(settings: Settings) -> None:
+    """Whether the GPUs suffice for the copies of the model that generate."""
+    if settings.spin.generation.backend == "ray":
+        return say("Ray starts the engines on its cluster")
+    vllm, kwargs = settings.vllm, settings.spin.generation.vllm_kwargs
+    each = vllm.tensor_parallel_size * kwargs.get("pipeline_parallel_size", 1)
+    placed = placements(vllm.data_parallel_size, each)
+    return say(
+        f"{len(placed)} cop{'y' if len(placed) == 1 else 'ies'} of the model generate"
+        f"{'s' if len(placed) == 1 else ''}" + (f", each on {each} GPUs" if each > 1 else "")
+    )
