@@ -25,6 +25,7 @@ QUIET = {
     "AXOLOTL_DO_NOT_TRACK": "1",
     "HF_DATASETS_OFFLINE": "1",  # a dataset that is not in the cache may be large
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_ETAG_TIMEOUT": "5",  # seconds, where a firewall swallows the request
 }
 
 

@@ -74,15 +74,17 @@ def _examine_run(checkup: Checkup, settings: Settings, numbers: Numbers) -> None
         numbers["training_bytes"] = checkup.run("memory", check_training_memory, settings, size)
         checkup.run("memory", check_generation_memory, settings, size)
     tokenizer = checkup.run("tokenizer", check_tokenizer, settings)
+    if not tokenizer:
+        return checkup.skip("data", "needs the tokenizer, as lengths and schedule do")
     with ExitStack() as stack:
-        data = checkup.run("data", stack.enter_context, real_data(settings)) if tokenizer else None
+        data = checkup.run("data", stack.enter_context, real_data(settings))
         real, scale = data or (None, 1.0)
         found = checkup.run("lengths", check_lengths, settings, real, scale) if real else None
         if size:
             checkup.run("disk", check_space, settings, size, real, found)
         if real and found:
             _examine_data(checkup, settings, numbers, found, size)
-            numbers["pair"] = one_pair(settings, real, tokenizer)
+            numbers["pair"] = checkup.run("pair", one_pair, settings, real, tokenizer)
 
 
 def _examine_data(

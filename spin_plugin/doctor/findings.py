@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import ParamSpec, TypeVar
 
 from spin_plugin.console import ERROR, RESULT, WARNING, SpinError, collected
+from spin_plugin.training.loading import DATA_ERRORS
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,6 +47,10 @@ class Checkup:
     def __init__(self, report: Callable[[Finding], None]) -> None:
         self.report = report
 
+    def skip(self, check: str, reason: str) -> None:
+        """Report that a check is not made."""
+        self.report(Finding(check, Verdict.SKIPPED, reason))
+
     def run(self, check: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
         """Run a check, report its findings and return its result; None if it failed or was skipped."""
         result, last = None, None
@@ -56,10 +61,11 @@ class Checkup:
                 last = Finding(check, Verdict.FAULT, str(error))
             except Skipped as reason:
                 last = Finding(check, Verdict.SKIPPED, str(reason))
-            except OSError as error:
-                if not unreachable(error):
-                    raise
-                last = Finding(check, Verdict.SKIPPED, f"the hub cannot be reached: {brief(error)}")
+            except (*DATA_ERRORS, ImportError) as error:  # of a library, which training would meet as well
+                if unreachable(error):
+                    last = Finding(check, Verdict.SKIPPED, f"the hub cannot be reached: {brief(error)}")
+                else:
+                    last = Finding(check, Verdict.FAULT, f"{type(error).__name__}: {brief(error)}")
         for start, message in messages:
             self.report(Finding(check, VERDICTS[start], message))
         if last:

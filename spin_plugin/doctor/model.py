@@ -5,14 +5,14 @@ from typing import Any
 from rich.filesize import decimal
 
 from spin_plugin.console import SpinError, say, warn
-from spin_plugin.doctor.findings import Skipped, brief, unreachable
+from spin_plugin.doctor.findings import Skipped
 from spin_plugin.doctor.machine import Device, devices
 from spin_plugin.doctor.memory import ModelSize, Sharing, generation_bytes, training_bytes
 from spin_plugin.doctor.settings import Settings
 from spin_plugin.generation.vllm_worker import GPU_SHARE
 from spin_plugin.opponent.weights import model_class
 from spin_plugin.training.generate import require_intact_opponent
-from spin_plugin.training.loading import DATA_ERRORS, AxolotlSource
+from spin_plugin.training.loading import AxolotlSource
 from spin_plugin.training.precision import keeps_masters, zero_stage
 
 READ_AT_MOST = 8e9  # bytes of weights, a few seconds on a core
@@ -46,12 +46,7 @@ def check_weights(settings: Settings) -> None:
 def check_tokenizer(settings: Settings) -> Any:
     """The tokenizer's template and special tokens."""
     require_reachable(settings)
-    try:
-        tokenizer = AxolotlSource(settings.cfg).tokenizer()
-    except DATA_ERRORS as error:
-        if unreachable(error):
-            raise Skipped(f"tokenizer: the hub cannot be reached: {brief(error)}") from None
-        raise SpinError(f"tokenizer: cannot be loaded: {brief(error)}") from None
+    tokenizer = AxolotlSource(settings.cfg).tokenizer()
     special = {name: getattr(tokenizer, f"{name}_token") for name in ("eos", "pad")}
     for name in [name for name, token in special.items() if token is None]:
         warn(f"tokenizer: no {name} token; set `special_tokens: {{{name}_token: …}}`")
