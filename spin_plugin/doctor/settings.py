@@ -33,9 +33,7 @@ from spin_plugin.run.lock import holder
 from spin_plugin.training.precision import require_no_lost_updates
 from spin_plugin.versions import discovers_plugins
 
-# Keys that only the plugin sets, and `rl`, whose value Axolotl does not know.
-OWN_KEYS = ("rl", "spin", "vllm", "plugins")
-WHERE_SPIN_IS = {"spin", "rl_beta"}
+OWN_KEYS = ("rl", "rl_beta", "spin", "vllm")
 
 
 @dataclass(frozen=True)
@@ -89,18 +87,15 @@ def read_settings(raw: dict[str, Any], processes: int) -> Settings | None:
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
     known = set(AxolotlInputConfig.model_fields)
-    _warn_of_unknown_keys(raw, known)
     refused = list(dict.fromkeys(_refused(raw, known)))
     for reason in refused:
         report_error(reason)
-    cfg = DictDefault(copy.deepcopy(raw))
     if refused:  # without SPIN's keys Axolotl can still say what it refuses
-        _validated(
-            DictDefault({key: value for key, value in copy.deepcopy(raw).items() if key not in OWN_KEYS}), processes
-        )
+        _validated(DictDefault(_without_spin(raw)), raw, processes)
         return None
+    cfg = DictDefault(copy.deepcopy(raw))
     lowered = lower(cfg, known)
-    valid = _validated(cfg, processes)
+    valid = _validated(cfg, raw, processes)
     if valid is None:
         return None
     settings = Settings(valid, lowered, _normalized(valid, processes))
@@ -131,25 +126,29 @@ def _refused(raw: Mapping[str, Any], known: set[str]) -> Iterator[str]:
             yield str(error)
 
 
-def _warn_of_unknown_keys(raw: Mapping[str, Any], known: set[str]) -> None:
-    """Warn of keys that Axolotl would silently ignore."""
-    from axolotl.utils.schemas.config import AxolotlInputConfig
-
-    aliases = {field.alias for field in AxolotlInputConfig.model_fields.values() if field.alias}
-    names = known | aliases | WHERE_SPIN_IS
-    for key in raw.keys() - names:
-        near = get_close_matches(str(key), names, n=1)
-        warn(f"{key}: unknown to Axolotl, which ignores it" + (f"; did you mean `{near[0]}`?" if near else ""))
+def _without_spin(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the supervised configuration that remains of a configuration."""
+    remaining = {key: value for key, value in copy.deepcopy(dict(raw)).items() if key not in (*OWN_KEYS, "plugins")}
+    others = [name for name in raw.get("plugins") or [] if not lists_plugin({"plugins": [name]})]
+    return remaining | ({"plugins": others} if others else {})
 
 
-def _validated(cfg: Any, processes: int) -> Any:
-    """Return Axolotl's validated configuration; None, after a line for each invalid key, if it is refused."""
+def _validated(cfg: Any, raw: Mapping[str, Any], processes: int) -> Any:
+    """Return Axolotl's validated configuration; None, after a line for each invalid key, if it is refused.
+
+    Args:
+        cfg: the lowered configuration.
+        raw: the user's, for keys that Axolotl does not know.
+        processes: the number of training processes.
+    """
     from axolotl.cli.config import gpu_capabilities, prepare_plugins
+    from axolotl.integrations.config import merge_input_args
     from axolotl.utils.config import validate_config
 
     capabilities, environment = gpu_capabilities()
     try:
         prepare_plugins(cfg)
+        _warn_of_unknown_keys(raw, merge_input_args()[1])
         return validate_config(cfg, capabilities | {"n_gpu": processes}, environment)
     except ValidationError as error:
         for detail in error.errors():
@@ -158,6 +157,14 @@ def _validated(cfg: Any, processes: int) -> Any:
     except (ValueError, TypeError, ImportError) as error:
         report_error(f"Axolotl refuses the configuration: {error}")
     return None
+
+
+def _warn_of_unknown_keys(raw: Mapping[str, Any], schema: Any) -> None:
+    """Warn of keys that neither Axolotl nor a plugin knows, and that Axolotl would silently ignore."""
+    names = {name for key, field in schema.model_fields.items() for name in (key, field.alias) if name} | {*OWN_KEYS}
+    for key in raw.keys() - names:
+        near = get_close_matches(str(key), names, n=1)
+        warn(f"{key}: unknown to Axolotl, which ignores it" + (f"; did you mean `{near[0]}`?" if near else ""))
 
 
 def _normalized(cfg: Any, processes: int) -> bool:

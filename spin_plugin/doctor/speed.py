@@ -31,10 +31,12 @@ def hours(settings: Settings, size: ModelSize, planned: list[Planned]) -> float 
     Raises:
         Skipped: none was.
     """
+    left = [one for one in planned if one.iteration >= settings.lowered.iteration]
+    if not left:
+        raise Skipped("all iterations are finished")
     speed = _of_this_run(settings) or _of_a_benchmark(settings, size)
     if speed is None:
         raise Skipped("no measured speed for this model, device and precision; a finished iteration shows it")
-    left = [one for one in planned if one.iteration >= settings.lowered.iteration]
     generate = sum(one.generated for one in left) / speed.generate / 3600 if speed.generate else None
     train = sum(one.trained for one in left) / speed.train / 3600 if speed.train else None
     parts = [

@@ -120,6 +120,7 @@ def test_all_faults_of_a_configuration_are_found_at_once(found: Examine, tmp_pat
         ({"learning_rate": 1e-3}, ("learning_rate: 0.001 is high",)),
         ({"warmup_steps": 500}, ("steps of the iteration are warm-up",)),
         ({"sequence_lenn": 64}, ("sequence_lenn: unknown to Axolotl", "`sequence_len`")),
+        ({"sequence_lenn": 64, "rl_beta": 0.2}, ("sequence_lenn: unknown to Axolotl",)),
         ({"vllm": {"max_model_len": 30}}, ("vllm.max_model_len: 100% of prompts",)),
     ],
 )
@@ -273,8 +274,10 @@ def test_recipe_with_a_model_out_of_reach_is_skipped(
     config["spin"]["generation"] = NO_VLLM["generation"]
     findings = examined(config)
     assert serious(findings) == []
-    assert {one.check for one in findings if one.verdict is Verdict.SKIPPED} >= {"weights", "model", "tokenizer"}
-    assert all("hub cannot be reached" in one for one in serious(findings, Verdict.SKIPPED))
+    skipped = {one.check: one.message for one in findings if one.verdict is Verdict.SKIPPED}
+    assert "needs the tokenizer" in skipped.pop("data")
+    assert skipped.keys() == {"weights", "model", "tokenizer"}
+    assert all("hub cannot be reached" in reason for reason in skipped.values())
 
 
 def test_dataset_out_of_reach_is_skipped(found: Examine) -> None:
