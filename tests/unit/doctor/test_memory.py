@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from tiny import SMALL
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -44,6 +45,40 @@ def training(**changes: Any) -> TrainingSpec:
 def test_bytes_per_trained_parameter(sharing: Sharing, optimizer: str, masters: bool, expected: float) -> None:
     found = training_bytes(MODEL, training(optimizer=optimizer), sharing, masters=masters)
     assert found == pytest.approx(expected * BILLION)
+
+
+SHAPES: dict[str, tuple[str, dict[str, Any], Sharing, str]] = {
+    "spin-full-80gb.yml": (
+        "qwen2",  # Qwen2.5 1.5B
+        {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+         "num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": True},
+        Sharing(), "adamw_torch_fused",
+    ),
+    "spin-fsdp2-8x80gb.yml": (
+        "qwen3",  # Qwen3 8B
+        {"hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32,
+         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": False},
+        Sharing(8, fsdp=True), "adamw_torch_fused",
+    ),
+    "spin-zephyr.yml": (
+        "mistral",
+        {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
+         "num_key_value_heads": 8, "vocab_size": 32_000},
+        Sharing(8, zero_stage=3), "rmsprop",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", SHAPES)
+def test_recipe_s_header_states_this_estimate(recipe: str) -> None:
+    architecture, shape, sharing, optimizer = SHAPES[recipe]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **shape))
+    size = ModelSize(model.num_parameters(), 0, 0, 1)
+    found = training_bytes(size, training(optimizer=optimizer), sharing, masters=True)
+    opening = (ROOT / "yaml_examples" / recipe).read_text().partition("base_model:")[0]
+    assert f"{size.parameters / 1e9:.2f}B parameters" in opening
+    assert f"{found / 1e9:.0f} GB" in opening
 
 
 def test_training_in_32_bits_is_what_torch_allocates() -> None:

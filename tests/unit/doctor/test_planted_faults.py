@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from spin_plugin.doctor.examine import examine
 from spin_plugin.doctor.findings import Checkup, Finding, Skipped, Verdict
+from spin_plugin.doctor.machine import Device
 from spin_plugin.run.directory import RunDir
 from spin_plugin.run.state import RunState
 
@@ -71,6 +72,11 @@ def test_healthy_configuration(found: Examine, tmp_path: Path) -> None:
     }  # fmt: skip
     assert [one.check for one in findings if one.verdict is Verdict.SKIPPED] == ["hours"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_of_other_plugins_are_known(found: Examine) -> None:
+    plugins = ["spin_plugin.SpinPlugin", "axolotl.integrations.lm_eval.LMEvalPlugin"]
+    assert serious(found(plugins=plugins, lm_eval_tasks=["arc_easy"]), Verdict.WARNING) == []
 
 
 @pytest.mark.parametrize(
@@ -223,6 +229,19 @@ def test_model_too_large_for_memory_and_disk(found: Examine, tmp_path: Path) -> 
     assert training.startswith("training: ")
     assert generation.startswith("generation: ")
     assert disk.startswith("output_dir: ")
+
+
+def test_larger_training_than_memory_is_only_a_matter_of_the_device(
+    found: Examine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same model on GPUs of different size: too small, nearly full, large enough."""
+    verdicts = []
+    for memory in (1_000_000, 1_900_000, 80_000_000_000):
+        device = Device("GPU", memory, gpu=True)
+        monkeypatch.setattr("spin_plugin.doctor.model.devices", lambda device=device: [device])
+        findings = found()
+        verdicts.append([one.verdict for one in findings if one.message.startswith("training: ")])
+    assert verdicts == [[Verdict.FAULT], [Verdict.WARNING, Verdict.OK], [Verdict.OK]]
 
 
 def test_output_dir_of_another_configuration(found: Examine, tmp_path: Path, llama: Path, rows: Path) -> None:
