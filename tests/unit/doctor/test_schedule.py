@@ -9,10 +9,14 @@ from tiny import spin_config
 from transformers import TrainingArguments
 
 from spin_plugin.doctor.data import Lengths
+from spin_plugin.doctor.findings import Skipped
+from spin_plugin.doctor.machine import Device
+from spin_plugin.doctor.memory import ModelSize
 from spin_plugin.doctor.schedule import plan, tokens_per_epoch, warmup_steps
 from spin_plugin.doctor.settings import read_settings
-from spin_plugin.doctor.speed import fastest, llama_parameters
+from spin_plugin.doctor.speed import fastest, hours, llama_parameters
 from spin_plugin.model.layout import Pair, shared_prefix_batch
+from spin_plugin.run.state import RunState
 
 
 @pytest.mark.parametrize(
@@ -62,3 +66,43 @@ def test_speed_is_the_benchmark_s() -> None:
     assert fastest([run, {"unique_tokens": [1], "seconds": {"trl": [1.0]}}]) == 1000
     assert fastest([]) is None
     assert llama_parameters(16, 2048, 128_256) == pytest.approx(1.236e9, rel=0.001)  # Llama 3.2 1B
+
+
+H200 = "NVIDIA H200"
+
+
+@pytest.mark.parametrize(
+    ("device", "parameters", "measured"),
+    [(H200, 1.24e9, True), (H200, 7e9, False), ("NVIDIA A100", 1.24e9, False)],
+)
+def test_hours_need_a_measurement(
+    tmp_path: Path, llama: Path, chat_data: Path, monkeypatch: pytest.MonkeyPatch, device: str, parameters: float,
+    measured: bool,
+) -> None:  # fmt: skip
+    """On the GPU and of the size of a benchmark, whose fastest run trained 38,900 tokens a second; else none."""
+    PluginManager._instance = None
+    settings = read_settings(spin_config(tmp_path, llama, chat_data, bf16=True), 1)
+    PluginManager._instance = None
+    assert settings is not None
+    monkeypatch.setattr("spin_plugin.doctor.speed.devices", lambda: [Device(device, 150_000_000_000, gpu=True)])
+    planned = plan(settings, Lengths(np.full(10**6, 100), np.full(10**6, 200), held_out=0, scale=1.0), 200.0)
+    size = ModelSize(int(parameters), 0, 0, 1)
+    if measured:
+        found = hours(settings, size, planned)
+        assert found == pytest.approx(sum(one.trained for one in planned) / 38_900 / 3600, rel=0.01)
+    else:
+        with pytest.raises(Skipped, match="no measured speed"):
+            hours(settings, size, planned)
+
+
+def test_hours_of_a_run_are_at_the_speed_of_its_own_iterations(tmp_path: Path, llama: Path, chat_data: Path) -> None:
+    PluginManager._instance = None
+    settings = read_settings(spin_config(tmp_path, llama, chat_data), 1)
+    PluginManager._instance = None
+    assert settings is not None
+    planned = plan(settings, Lengths(np.full(1000, 100), np.full(1000, 200), held_out=0, scale=1.0), 200.0)
+    stages = {"generate": {"seconds": 10.0, "tokens": 1000}, "train": {"seconds": 10.0, "tokens": 500}}
+    settings.lowered.run.root.mkdir()
+    settings.lowered.run.write_state(RunState(settings.lowered.config, [{"stages": stages}]))
+    tokens = [sum(getattr(one, name) for one in planned) for name in ("generated", "trained")]
+    assert hours(settings, ModelSize(1, 0, 0, 1), planned) == pytest.approx((tokens[0] / 100 + tokens[1] / 50) / 3600)
