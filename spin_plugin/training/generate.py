@@ -50,7 +50,7 @@ class Generation:
     @property
     def max_tokens(self) -> int:
         """Longest response, whatever its prompt's length."""
-        return self.spin.generation.max_tokens or _longest_response(self.real.train, self.data.sequence_len)
+        return self.spin.generation.max_tokens or longest_response(self.real.train, self.data.sequence_len)
 
     def prompts(self) -> list[Prompts]:
         """Return the prompts of each split; the eval split is always used entirely."""
@@ -140,8 +140,9 @@ def _generate(generation: Generation, job: Job, merged: Path | None, on_shard: C
             source = f"{LENGTH_FACTOR} times the 99th percentile of the real ones"
             note(f"responses are limited to {generation.max_tokens:,} tokens ({source})")
         python = vllm_python(options.vllm_python)
-        _require_intact_opponent(opponent, generation.run.weights)
-        require_space(generation.run.root, _bytes_needed(generation, job.requests, merges=merged is not None))
+        require_intact_opponent(opponent, generation.run.weights)
+        model = model_bytes(generation, merges=merged is not None)
+        require_space(generation.run.root, bytes_needed(generation, job.requests, model))
         if merged and opponent.adapter and not merged.exists():
             merge(opponent, opponent.adapter, merged)
         return python
@@ -170,7 +171,7 @@ def _warn_off_policy(generation: Generation) -> None:
         warn("vLLM generates with the unquantized base model plus adapter, but training scores with the quantized one")
 
 
-def _longest_response(examples: Dataset, sequence_len: int) -> int:
+def longest_response(examples: Dataset, sequence_len: int) -> int:
     """Return the default limit of a response in tokens: 1.5 times the 99th percentile of the real ones.
 
     At temperature 1 a model occasionally does not stop. Without a limit a few such responses take most of the time and
@@ -204,33 +205,57 @@ def engine_arguments(opponent: OpponentSpec, data: DataSpec, spin: SpinArgs, vll
     return {key: value for key, value in arguments.items() if value is not None}
 
 
-def _require_intact_opponent(opponent: OpponentSpec, facts: Path) -> None:
-    """Refuse damaged weights before spending GPU hours on them. Downloads from the hub are already verified."""
+def require_intact_opponent(opponent: OpponentSpec, facts: Path | None, *, finite: bool = True) -> None:
+    """Refuse damaged weights before spending GPU hours on them. Downloads from the hub are already verified.
+
+    Args:
+        opponent: the opponent.
+        facts: see `weights.facts_of`.
+        finite: also read every number, to find NaN and infinity.
+
+    Raises:
+        SpinError: names the damaged file or the missing tensor.
+    """
     if base := opponent.directory:
-        require_finite(check_weights(base, "model"), facts)
+        files = check_weights(base, "model")
+        require_finite(files if finite else [], facts)
         if "quantization_config" not in (base / "config.json").read_text(encoding="utf-8"):  # its tensor names differ
             require_complete(base, trust_remote_code=opponent.trust_remote_code)
     if opponent.adapter:
-        require_finite(check_weights(opponent.adapter, "adapter_model"), facts)
+        files = check_weights(opponent.adapter, "adapter_model")
+        require_finite(files if finite else [], facts)
         require_complete_adapter(opponent.adapter, opponent.base_model, **opponent.hub)
 
 
-def _bytes_needed(generation: Generation, responses: int, *, merges: bool) -> Space:
+def model_bytes(generation: Generation, *, merges: bool) -> int:
+    """Return the size of the whole model that an iteration writes; 0 if it writes only an adapter.
+
+    Args:
+        generation: the iteration's generation.
+        merges: the merged opponent is written first.
+    """
+    if not (merges or writes_model(generation.training, generation.spin)):
+        return 0
+    if base := generation.opponent.directory:
+        return sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    return bytes_of_weights(generation.opponent.base_model, generation.opponent.revision)
+
+
+def writes_model(training: TrainingSpec, spin: SpinArgs) -> bool:
+    """Whether an iteration ends with a whole model on disk, not only with an adapter."""
+    return not training.adapter or spin.adapter_chain == "merge"
+
+
+def bytes_needed(generation: Generation, responses: int, model: int) -> Space:
     """Return the disk space of an iteration: at least its final model, at most also all responses and checkpoints.
 
     Args:
         generation: the iteration's generation.
         responses: number of requests.
-        merges: the merged opponent is written first.
+        model: see `model_bytes`.
     """
-    opponent, training, spin = generation.opponent, generation.training, generation.spin
-    model = 0
-    if merges or not training.adapter or spin.adapter_chain == "merge":
-        if base := opponent.directory:
-            model = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-        else:
-            model = bytes_of_weights(opponent.base_model, opponent.revision)
-    tokens = responses * min(generation.data.sequence_len, generation.max_tokens)
+    training, spin = generation.training, generation.spin
+    tokens = responses * min(generation.data.sequence_len, generation.max_tokens) if responses else 0
     sequences = 3 if LOSSES[spin.loss_type].uses_initial else 2
     pairs = responses * (1 + spin.history_iterations) * sequences * generation.data.sequence_len
     trained = 2 * model if generation.has_masters else model

@@ -1,7 +1,6 @@
 """The iteration that this command runs, from locking the run directory to the closing message."""
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,11 +11,12 @@ from datasets import Dataset
 from torch import Tensor
 
 from spin_plugin import __version__
-from spin_plugin.config.identity import differing_keys
+from spin_plugin.config.announce import warn_of_warmup
+from spin_plugin.config.claim import require_own
 from spin_plugin.config.lower import Lowered
 from spin_plugin.config.specs import LmEvalSpec, read_opponent, read_training
 from spin_plugin.console import SpinError, say, warn
-from spin_plugin.data.steps import steps_in_epoch
+from spin_plugin.data.steps import optimizer_steps
 from spin_plugin.generation.shards import Shards
 from spin_plugin.model.layout import PairCollator
 from spin_plugin.opponent.agreement import comparable, distance, require_agreement
@@ -113,26 +113,13 @@ class Iteration:
 
     def _claim(self) -> None:
         """Write run.json on the first start; refuse another configuration on later ones."""
-        run, state = self.lowered.run, self.lowered.run.read_state()
+        run = self.lowered.run
+        state = require_own(run, self.lowered.config, self.lowered.iteration)
         if state is None:
-            if any(run.root.glob("*.safetensors")) or (run.root / "config.json").exists():
-                raise SpinError(f"output_dir: {run.root} holds a model but no SPIN run; use another output_dir")
             run.write_state(RunState(self.lowered.config, [], __version__))
             return
-        begun = len(state.finished) + self.directory.path.exists()
-        keys = differing_keys(state.config, self.lowered.config, begun)
-        if len(state.finished) != self.lowered.iteration:
-            raise SpinError(
-                f"iteration {self.lowered.iteration} was finished by another process; rerun the same command"
-            )
         if not state.finished and not run.holds_responses():
             remove_atomically(run.real)  # no responses yet, so configuration and data may change
-        elif keys:
-            raise SpinError(
-                f"output_dir: {run.root} belongs to a run with another configuration (these keys differ: "
-                f"{', '.join(keys)}); use another output_dir, restore the keys to finish that run, or remove it with "
-                "`axolotl spin reset CONFIG --iteration 0`"
-            )
         run.write_state(RunState(self.lowered.config, state.finished, state.version))
 
     def _remove_incomplete_checkpoints(self) -> None:
@@ -165,11 +152,7 @@ class Iteration:
     @property
     def steps(self) -> int:
         """Optimizer steps in the iteration."""
-        training = self.training
-        pairs_per_step = training.micro_batch_size * training.gradient_accumulation_steps * training.world_size
-        per_epoch = steps_in_epoch(len(self.pairs.train), pairs_per_step)
-        steps = math.ceil(self.training.num_epochs * per_epoch)
-        return min(steps, self.training.max_steps or steps)
+        return optimizer_steps(self.training, len(self.pairs.train))
 
     # --- training ----------------------------------------------------------------------------
 
@@ -231,7 +214,7 @@ class Iteration:
         """Check the trainer that Axolotl has constructed."""
         if self.first:
             self.trackers.attach(trainer, self.lowered.iteration)
-            self._warn_of_warmup(trainer.args.get_warmup_steps(self.steps))
+            warn_of_warmup(trainer.args.get_warmup_steps(self.steps), self.steps, self.training.learning_rate)
 
     def _check_agreement(self, policy: Callable[[list[dict[str, Any]]], list[Tensor]]) -> None:
         """Compare the policy's token log-probs of some responses, before its first step, with vLLM's.
@@ -255,15 +238,6 @@ class Iteration:
             )
             if found:
                 add_measured(self.directory.measured, "agreement", found._asdict())
-
-    def _warn_of_warmup(self, warmup: int) -> None:
-        """Warn if every step is warm-up: schedules start at 0, so the model would barely train."""
-        if 0 < warmup >= self.steps:
-            warn(
-                f"all {self.steps} steps of the iteration are warm-up, so the learning rate never "
-                f"reaches {self.training.learning_rate}; lower warmup_steps or warmup_ratio, or use smaller batches or "
-                "more epochs"
-            )
 
     # --- after training ----------------------------------------------------------------------
 

@@ -94,6 +94,12 @@ def _deepspeed(config: str | Mapping[str, Any]) -> Mapping[str, Any]:
     return content
 
 
+def zero_stage(training: TrainingSpec) -> int:
+    """Return the stage of DeepSpeed ZeRO; 0 without DeepSpeed."""
+    config = _deepspeed(training.deepspeed) if training.deepspeed else {}
+    return int((config.get("zero_optimization") or {}).get("stage", 0))
+
+
 def needs_no_masters(training: TrainingSpec) -> bool:
     """Whether the optimizer trains 16-bit weights without losing small updates."""
     if training.optimizer not in WITHOUT_MASTERS:

@@ -202,10 +202,9 @@ def test_iteration_with_only_warmup_steps_is_warned_about(
     cfg = DictDefault(spin_config(tmp_path, llama, chat_data, max_steps=4, world_size=1))
     iteration = Iteration(cfg, lower(cfg))
     iteration.pairs = SimpleNamespace(train=range(100))  # type: ignore[assignment]
-    for warmup in (0, 3):
-        iteration._warn_of_warmup(warmup)
-    assert capsys.readouterr().out == ""
-    iteration._warn_of_warmup(4)
+    for warmup in (0, 3, 4):
+        assert capsys.readouterr().out == ""
+        iteration.check_trainer(SimpleNamespace(args=SimpleNamespace(get_warmup_steps=lambda _steps, w=warmup: w)))
     assert "all 4 steps of the iteration are warm-up" in capsys.readouterr().out
 
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "spin_plugin"
 # The layers (directories and single files), lowest first: each may import those before it.
 LAYERS = [
     "console", "versions", "objective", "args", "run", "config", "data", "model", "generation", "judge", "opponent",
-    "report", "export", "training", "plugin",
+    "report", "export", "training", "doctor", "plugin",
 ]  # fmt: skip
 # Commands must start fast, so they import nothing that loads torch or Axolotl.
 IMPORTABLE_BY_COMMANDS = {"console", "versions", "objective", "args", "run", "config", "report", "export"}
