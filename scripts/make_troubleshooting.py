@@ -44,7 +44,7 @@ Generated from the messages in the code by `scripts/make_troubleshooting.py`, wh
 """
 # Stages in their order, and the modules whose messages belong to each; the longest matching path counts.
 STAGES: dict[str, tuple[str, ...]] = {
-    "Commands": ("cli/",),
+    "Commands": ("cli/", "doctor/", "report/", "export/"),
     "Configuration": ("args/", "config/", "plugin.py", "versions.py", "training/precision.py"),
     "Data and pairs": ("data/", "training/loading.py", "training/prepare.py"),
     "vLLM": ("generation/", "cli/setup.py", "training/generate.py"),
@@ -138,6 +138,10 @@ def _said(tree: ast.Module, constants: Mapping[str, ast.expr], *, fields: bool) 
                         continue
                     texts = [_render(text, names) for text in _returned(said, functions) or [said]]
                     yield from ((text, kind == "warn") for text in texts if len(LETTERS.findall(text)) >= 2)
+                case ast.Call(func=ast.Name(id="Finding"), args=[_, said, advice]):
+                    yield f"{_render(said, names)}; {_render(advice, names)}", True
+                case ast.Call(func=ast.Name(id="Stop"), args=[said, *_]):
+                    yield _render(said, names), False
 
 
 def _texts(scope: ast.Module | ast.FunctionDef) -> dict[str, ast.expr]:

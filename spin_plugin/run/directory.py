@@ -118,8 +118,12 @@ class IterationDir:
     def remove_model(self) -> None:
         """Delete the weights, merged ones included; what describes them stays."""
         remove_atomically(self.merged)
-        for weights in (*self.path.glob("*.safetensors"), *self.path.glob("*.safetensors.index.json")):
-            weights.unlink()
+        for file in (*self.weights(), *self.path.glob("*.safetensors.index.json")):
+            file.unlink()
+
+    def weights(self) -> list[Path]:
+        """Return the files that hold the weights of model or adapter."""
+        return list(self.path.glob("*.safetensors"))
 
     def last_metrics(self) -> dict[str, float]:
         """Return the newest value of every logged metric; for `spin/…`, the mean over the last epoch.
@@ -220,10 +224,8 @@ class RunDir:
         """Return the finished iterations that lm-evaluation-harness has yet to score: it did not fail there."""
         state = self.read_state()
         lacking = (number for number, entry in enumerate(state.finished if state else []) if "lm_eval" not in entry)
-        paths = ((number, self.iteration(number)) for number in lacking)
-        return [
-            number for number, one in paths if not one.lm_eval_failure.exists() and any(one.path.glob("*.safetensors"))
-        ]
+        found = ((number, self.iteration(number)) for number in lacking)
+        return [number for number, one in found if any(one.weights()) and not one.lm_eval_failure.exists()]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
