@@ -105,6 +105,8 @@ def test_every_variant_follows_the_trajectory_of_one_process(trained: Path, llam
         assert curve(together, metric) == pytest.approx(curve(alone, metric), abs=2e-3), metric
     stored = [load_file(run / "iteration-0/pairs/opponent-train.safetensors")["logps"] for run in (alone, together)]
     torch.testing.assert_close(stored[1], stored[0], atol=1e-3, rtol=0)
+    rewards = [load_file(RunDir(run).iteration(0).rewards("train"))["rewards"] for run in (alone, together)]
+    torch.testing.assert_close(rewards[1], rewards[0], atol=5e-2, rtol=1e-2)
     checked, reference = (read_check(RunDir(run).read_state().finished[0], "held_out") for run in (together, alone))
     assert checked.prompts == reference.prompts == 8
     assert checked.difference == pytest.approx(reference.difference, abs=2e-3)

@@ -164,7 +164,7 @@ def test_run_stops_after_a_worse_iteration(tmp_path: Path, llama: Path, command:
     (error,) = done.errors
     assert "so iteration 1 is not trained; no iteration is better than the model that the run started from" in error
     assert finished(run)[0]["held_out"]["worse"] is True
-    assert names(finished(run)[0]) == ["truncated", "real_falls", "divergence"]
+    assert {"truncated", "real_falls", "divergence"} <= set(names(finished(run)[0]))
     assert len(lines(done, "warning: the model is ")) == 1
     assert not run.iteration(1).path.exists()
 
