@@ -64,11 +64,11 @@ def serious(findings: Findings, verdict: Verdict = Verdict.FAULT) -> list[str]:
 
 def test_healthy_configuration(found: Examine, tmp_path: Path) -> None:
     """Everything is checked, nothing is wrong, and nothing is left behind."""
-    findings = found()
+    findings = found(spin={"judge": {"function": "exact"}})
     assert serious(findings) == serious(findings, Verdict.WARNING) == []
     assert {one.check for one in findings} == {
-        "packages", "devices", "configuration", "output_dir", "engines", "weights", "model", "memory", "tokenizer",
-        "data", "lengths", "disk", "schedule", "hours",
+        "packages", "devices", "configuration", "output_dir", "engines", "judge", "weights", "model", "memory",
+        "tokenizer", "data", "lengths", "disk", "schedule", "hours",
     }  # fmt: skip
     assert [one.check for one in findings if one.verdict is Verdict.SKIPPED] == ["hours"]
     assert list(tmp_path.iterdir()) == []
