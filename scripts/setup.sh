@@ -82,8 +82,8 @@ if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$wanted" ]; then
         pip_first --no-build-isolation zstandard==0.22.0
     fi
     if ! one_environment; then
-        # in parallel, because pip keeps only one core busy; its progress would disturb that of the other
-        "$venv/bin/python" -m spin_plugin.cli setup --path .venv-vllm "$@" > >(cat) &
+        # in parallel, because pip keeps only one core busy; without its progress, which would disturb the other's
+        "$venv/bin/python" -m spin_plugin.cli setup --path .venv-vllm "$@" > >(grep --line-buffered '^spin: ') &
         beside=$!
         trap 'kill "$beside" 2>/dev/null || true' EXIT
     fi

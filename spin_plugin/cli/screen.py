@@ -78,7 +78,10 @@ class Screen:
         is_progress = start in (None, RESULT) and self._progress.match(line)
         if self._is_progress_due() if is_progress else start not in (None, NOTE):
             self._error |= start == ERROR
-            console.print(Text.assemble((start or "", STYLES.get(start or "", "")), line.removeprefix(start or "")))
+            if start:
+                console.print(Text.assemble((start, STYLES[start]), line.removeprefix(start)))
+            else:  # another package's line can be long
+                console.print(Text(line[: console.width - 4]))
         elif self._status:
             self._status.update(escape(line[: console.width - 4]))
 

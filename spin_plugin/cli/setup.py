@@ -133,4 +133,4 @@ def _runs(python: str) -> bool:
 def _call(log: Path, *command: str) -> None:
     """Run a command, whose output goes to the log."""
     if code := run_logged(log, list(command)):
-        raise SpinError(f"`{' '.join(command)}` failed with exit code {code}; see the end of its output above")
+        raise SpinError(f"`{' '.join(command)}` failed with exit code {code}; see {log}")

@@ -80,6 +80,15 @@ def test_the_end_of_the_log_explains_a_failure(tmp_path: Path, monkeypatch: pyte
     assert where == f"spin: the end of {tmp_path / 'log'}"
 
 
+def test_a_long_line_of_another_package_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pip's list of what it has installed."""
+    monkeypatch.setattr(screen, "FIRST_WAIT", 0.0)
+    shown = io.StringIO()
+    monkeypatch.setattr(screen, "console", Console(file=shown, width=100, soft_wrap=True))
+    assert run_logged(tmp_path / "log", [sys.executable, "-c", "print('x' * 3000)"]) == 0
+    assert shown.getvalue() == "x" * 96 + "\n"
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_output_of_other_commands_is_logged_and_shown_if_they_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
