@@ -116,6 +116,7 @@ def messages() -> list[Message]:
         Message(path.relative_to(package).as_posix(), text, warning)
         for path, tree in trees.items()
         for text, warning in _said(tree, constants, fields=path.parent.name == "args")
+        if len(LETTERS.findall(text)) >= 2
     }
     return sorted(found, key=lambda message: (message.text.strip(f"{UNKNOWN} :.`-").lower(), message.module))
 
@@ -136,8 +137,7 @@ def _said(tree: ast.Module, constants: Mapping[str, ast.expr], *, fields: bool) 
                 case ast.Call(func=ast.Name(id="SpinError" | "warn" | "ValueError" as kind), args=[said, *_]):
                     if kind == "ValueError" and not fields:
                         continue
-                    texts = [_render(text, names) for text in _returned(said, functions) or [said]]
-                    yield from ((text, kind == "warn") for text in texts if len(LETTERS.findall(text)) >= 2)
+                    yield from ((_render(text, names), kind == "warn") for text in _returned(said, functions) or [said])
                 case ast.Call(func=ast.Name(id="Finding"), args=[_, said, advice]):
                     yield f"{_render(said, names)}; {_render(advice, names)}", True
                 case ast.Call(func=ast.Name(id="Stop"), args=[said, *_]):

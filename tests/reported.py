@@ -17,7 +17,8 @@ from spin_plugin.data.table import EXAMPLE_SCHEMA, open_table, table_writer
 from spin_plugin.generation.job import SHARD
 from spin_plugin.generation.shards import Shards
 from spin_plugin.objective.metrics import METRICS
-from spin_plugin.run.directory import IterationDir, RunDir
+from spin_plugin.run.directory import RunDir
+from spin_plugin.run.iteration import IterationDir
 from spin_plugin.run.state import RunState
 
 END = 258  # `</s>` of tiny.byte_tokenizer; a response without it was truncated

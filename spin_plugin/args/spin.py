@@ -200,7 +200,8 @@ class SpinArgs(Block):
         for block in ("generation", "judge"):
             if isinstance(changes.get(block), Mapping):
                 changes[block] = (values[block] or {}) | dict(changes[block])
-        if self.judge and changes.get("judge") and full_name(changes["judge"].get("function")) != self.judge.function:
+        judge = changes.get("judge")
+        if self.judge and isinstance(judge, Mapping) and full_name(judge.get("function")) != self.judge.function:
             changes["judge"]["kwargs"] = entry["judge"].get("kwargs", {})  # the other function's are not for this one
         loss = changes.get("loss_type", self.loss_type)
         others = [name for name, owner in LOSS_OPTIONS.items() if owner != loss]  # this iteration has no use for them

@@ -43,20 +43,20 @@ def doctor(config: Path, num_processes: int | None, as_json: bool) -> None:
     raw = read_yaml(config)
     if not asks_for_spin(raw):
         raise SpinError(f"{config}: not a SPIN configuration; it needs `rl: spin` and a `spin:` block")
-    findings: list[dict[str, str]] = []
+    results: list[dict[str, str]] = []
     numbers: dict[str, Any] = {}
     for message in _examined(raw, num_processes):
-        if finding := message.get("finding"):
-            findings.append(finding)
+        if result := message.get("result"):
+            results.append(result)
             if not as_json:
-                _show(finding)
+                _show(result)
         numbers = message.get("numbers", numbers)
     if as_json:
-        click.echo(json.dumps({"config": str(config), "findings": findings, **numbers}))
+        click.echo(json.dumps({"config": str(config), "checks": results, **numbers}))
     else:
         _show_numbers(numbers)
-        _conclude(findings, numbers)
-    if any(finding["verdict"] == "fault" for finding in findings):
+        _conclude(results, numbers)
+    if any(result["verdict"] == "fault" for result in results):
         raise SystemExit(1)
 
 
@@ -80,7 +80,7 @@ def _examined(raw: dict[str, Any], processes: int | None) -> Iterator[dict[str, 
                     child.terminate()
         if child.returncode:
             message = f"the examination ended with exit code {child.returncode}: {_last_line(log)}"
-            yield {"finding": {"check": "doctor", "verdict": "fault", "message": message}}
+            yield {"result": {"check": "doctor", "verdict": "fault", "message": message}}
 
 
 def _last_line(log: IO[bytes]) -> str:
@@ -89,9 +89,9 @@ def _last_line(log: IO[bytes]) -> str:
     return lines[-1] if lines else "no message"
 
 
-def _show(finding: dict[str, str]) -> None:
-    mark, style = MARKS[finding["verdict"]]
-    words = Text.assemble((f"{mark} ", style), (f"{finding['check']:<14}", "bold"), finding["message"])
+def _show(result: dict[str, str]) -> None:
+    mark, style = MARKS[result["verdict"]]
+    words = Text.assemble((f"{mark} ", style), (f"{result['check']:<14}", "bold"), result["message"])
     console.print(words)
 
 
@@ -127,8 +127,8 @@ def _table(schedule: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _conclude(findings: list[dict[str, str]], numbers: dict[str, Any]) -> None:
-    counts = {verdict: sum(finding["verdict"] == verdict for finding in findings) for verdict in MARKS}
+def _conclude(results: list[dict[str, str]], numbers: dict[str, Any]) -> None:
+    counts = {verdict: sum(result["verdict"] == verdict for result in results) for verdict in MARKS}
     parts = [f"{counts['fault']} wrong", f"{counts['warning']} to look at", f"{counts['skipped']} skipped"]
     if numbers.get("parameters"):
         parts.append(f"{numbers['parameters'] / 1e6:,.2f}M parameters")

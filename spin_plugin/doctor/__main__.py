@@ -11,8 +11,8 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from spin_plugin.doctor.checkup import Result
 from spin_plugin.doctor.examine import examine
-from spin_plugin.doctor.findings import Finding
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
         def write(**content: Any) -> None:
             out.write(json.dumps(content) + "\n")
 
-        def report(finding: Finding) -> None:
+        def report(finding: Result) -> None:
             write(finding=asdict(finding))
 
         write(numbers=examine(json.load(sys.stdin), int(sys.argv[1]) or None, report))

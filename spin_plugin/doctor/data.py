@@ -15,7 +15,7 @@ from datasets import Dataset
 from spin_plugin.config.plain import plain
 from spin_plugin.console import SpinError, report_error, say, warn
 from spin_plugin.data.real import Real, prepare_real
-from spin_plugin.doctor.findings import Skipped
+from spin_plugin.doctor.checkup import Skipped
 from spin_plugin.doctor.model import require_reachable
 from spin_plugin.doctor.settings import Settings
 from spin_plugin.generation.shards import Shards

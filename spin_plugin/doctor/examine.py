@@ -5,9 +5,9 @@ from contextlib import ExitStack
 from typing import Any
 
 from spin_plugin.console import say
+from spin_plugin.doctor.checkup import Checkup, Result
 from spin_plugin.doctor.data import Lengths, check_lengths, one_pair, real_data
 from spin_plugin.doctor.disk import check_space
-from spin_plugin.doctor.findings import Checkup, Finding
 from spin_plugin.doctor.machine import VllmProbe, check_devices, check_packages, devices
 from spin_plugin.doctor.memory import ModelSize
 from spin_plugin.doctor.model import (
@@ -25,7 +25,7 @@ from spin_plugin.training.judged import require_loadable
 Numbers = dict[str, Any]
 
 
-def examine(raw: dict[str, Any], processes: int | None, report: Callable[[Finding], None]) -> Numbers:
+def examine(raw: dict[str, Any], processes: int | None, report: Callable[[Result], None]) -> Numbers:
     """Examine a configuration and this machine.
 
     Args:

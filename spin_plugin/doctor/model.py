@@ -5,7 +5,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from spin_plugin.console import SpinError, say, warn
-from spin_plugin.doctor.findings import Skipped
+from spin_plugin.doctor.checkup import Skipped
 from spin_plugin.doctor.machine import Device, devices
 from spin_plugin.doctor.memory import ModelSize, Sharing, generation_bytes, training_bytes
 from spin_plugin.doctor.settings import Settings

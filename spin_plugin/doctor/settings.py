@@ -25,7 +25,7 @@ from spin_plugin.config.specs import (
     read_vllm,
 )
 from spin_plugin.console import SpinError, report_error, say, warn
-from spin_plugin.doctor.findings import brief, unreachable
+from spin_plugin.doctor.checkup import brief, unreachable
 from spin_plugin.doctor.machine import devices
 from spin_plugin.generation.devices import placements
 from spin_plugin.run.checkpoint import check_model_dir

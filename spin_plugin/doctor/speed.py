@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from spin_plugin.console import say
-from spin_plugin.doctor.findings import Skipped
+from spin_plugin.doctor.checkup import Skipped
 from spin_plugin.doctor.machine import devices
 from spin_plugin.doctor.memory import ModelSize
 from spin_plugin.doctor.schedule import Planned

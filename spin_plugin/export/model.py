@@ -14,7 +14,8 @@ from spin_plugin.opponent.merge import merge
 from spin_plugin.opponent.weights import facts_of, require_finite
 from spin_plugin.run.atomic import write_dir_atomically
 from spin_plugin.run.checkpoint import check_model_dir
-from spin_plugin.run.directory import IterationDir, RunDir, model_files
+from spin_plugin.run.directory import RunDir, model_files
+from spin_plugin.run.iteration import IterationDir
 from spin_plugin.run.state import RunState
 
 

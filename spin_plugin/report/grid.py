@@ -15,7 +15,8 @@ from spin_plugin.data.table import open_table
 from spin_plugin.generation.shards import Shards
 from spin_plugin.report.decoder import Decode
 from spin_plugin.report.sample import PromptStats, choose_prompts
-from spin_plugin.run.directory import IterationDir, RunDir
+from spin_plugin.run.directory import RunDir
+from spin_plugin.run.iteration import IterationDir
 
 SPLITS = ("train", "eval")
 

@@ -15,7 +15,8 @@ from spin_plugin.report.decoder import decoder
 from spin_plugin.report.grid import Grid
 from spin_plugin.report.page import render
 from spin_plugin.run.atomic import write_atomically
-from spin_plugin.run.directory import IterationDir, RunDir
+from spin_plugin.run.directory import RunDir
+from spin_plugin.run.iteration import IterationDir
 from spin_plugin.run.overview import list_iterations
 
 PROMPTS = 300

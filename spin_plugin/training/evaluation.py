@@ -28,7 +28,8 @@ from spin_plugin.console import SpinError, say, warn
 from spin_plugin.generation.engine import without_launcher
 from spin_plugin.opponent.merge import merge, vllm_can_serve
 from spin_plugin.run.atomic import remove_atomically
-from spin_plugin.run.directory import IterationDir, RunDir
+from spin_plugin.run.directory import RunDir
+from spin_plugin.run.iteration import IterationDir
 from spin_plugin.run.scores import shown_scores
 
 # It must not outlive this process: it holds a model on the GPU on which the next iteration generates.

@@ -26,7 +26,7 @@ from spin_plugin.opponent.weights import require_finite
 from spin_plugin.report.write import try_report
 from spin_plugin.run.atomic import flush, remove_atomically, write_atomically
 from spin_plugin.run.checkpoint import check_model_dir, incomplete_reason
-from spin_plugin.run.directory import IterationDir
+from spin_plugin.run.iteration import IterationDir
 from spin_plugin.run.processes import Ranks, exit_with_launcher, rank, shared_start_id
 from spin_plugin.run.state import RunState
 from spin_plugin.run.stop import end_if_stopped

@@ -9,7 +9,7 @@ from typing import Any
 from spin_plugin.config.specs import OpponentSpec, TrainingSpec
 from spin_plugin.generation.shards import Shards
 from spin_plugin.run.atomic import write_atomically
-from spin_plugin.run.directory import IterationDir
+from spin_plugin.run.iteration import IterationDir
 from spin_plugin.training.precision import keeps_masters
 
 PACKAGES = ("spin-plugin", "axolotl", "torch", "transformers", "accelerate", "peft", "datasets", "deepspeed")

@@ -27,7 +27,8 @@ from spin_plugin.objective.diagnosis import diagnose_pairs
 from spin_plugin.objective.losses import LOSSES
 from spin_plugin.opponent.hub import commit_of, pin
 from spin_plugin.run.atomic import set_aside, write_atomically, write_dir_atomically
-from spin_plugin.run.directory import IterationDir, RunDir
+from spin_plugin.run.directory import RunDir
+from spin_plugin.run.iteration import IterationDir
 from spin_plugin.training.generate import Generation
 from spin_plugin.training.judged import Judged, compare_with_previous, generate_and_judge
 from spin_plugin.training.loading import AxolotlSource, stored_dtype

@@ -9,7 +9,8 @@ from transformers import TrainerCallback
 
 from spin_plugin.args import SpinArgs
 from spin_plugin.config.specs import TrainingSpec
-from spin_plugin.run.directory import IterationDir, RunDir
+from spin_plugin.run.directory import RunDir
+from spin_plugin.run.iteration import IterationDir
 from spin_plugin.training.prepare import PairsOnDisk
 
 

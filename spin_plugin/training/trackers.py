@@ -21,7 +21,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from spin_plugin.console import warn
 from spin_plugin.run.atomic import remove_atomically, write_atomically
-from spin_plugin.run.directory import IterationDir, RunDir
+from spin_plugin.run.directory import RunDir
+from spin_plugin.run.iteration import IterationDir
 from spin_plugin.training.prepare import open_pairs
 from spin_plugin.training.results import COLUMNS, SEND, Results
 

@@ -25,7 +25,7 @@ from spin_plugin.model.select import Layout
 from spin_plugin.objective.losses import spin_terms
 from spin_plugin.objective.metrics import METRICS, metric_sums
 from spin_plugin.objective.watch import LogWatch
-from spin_plugin.run.directory import IterationDir
+from spin_plugin.run.iteration import IterationDir
 from spin_plugin.training.decline import HeldOutCheck
 from spin_plugin.training.precision import keep_outputs_in_fp32
 from spin_plugin.training.rewards import TrainingRewards

@@ -198,9 +198,11 @@ def test_iteration_with_only_warmup_steps_is_warned_about(
 
     from spin_plugin.config.lower import lower
     from spin_plugin.training.iteration import Iteration
+    from spin_plugin.training.trackers import Trackers
 
     cfg = DictDefault(spin_config(tmp_path, llama, chat_data, max_steps=4, world_size=1))
-    iteration = Iteration(cfg, lower(cfg))
+    lowered = lower(cfg)
+    iteration = Iteration(cfg, lowered, None, Trackers(cfg, lowered.config, lowered.run))
     iteration.pairs = SimpleNamespace(train=range(100))  # type: ignore[assignment]
     for warmup in (0, 3, 4):
         assert capsys.readouterr().out == ""

@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from tiny import SMALL, byte_tokenizer, chat_rows, spin_config, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from spin_plugin.doctor.checkup import Checkup, Result, Skipped, Verdict
 from spin_plugin.doctor.examine import examine
-from spin_plugin.doctor.findings import Checkup, Finding, Skipped, Verdict
 from spin_plugin.doctor.machine import Device
 from spin_plugin.run.directory import RunDir
 from spin_plugin.run.state import RunState
 
-Findings = list[Finding]
-Examine = Callable[..., Findings]
+Results = list[Result]
+Examine = Callable[..., Results]
 # A fault of its own, found in every one of these runs, so that vLLM is not imported for each.
 NO_VLLM = {"generation": {"vllm_python": "/nowhere/python"}}
 
@@ -38,9 +38,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def found(tmp_path: Path, llama: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Examine]:
-    """Examine the tiny configuration with changes; returns the findings but that vLLM is missing."""
+    """Examine the tiny configuration with changes; returns the results but that vLLM is missing."""
 
-    def run(model: Path = llama, data: Path = rows, spin: dict[str, Any] | None = None, **changes: Any) -> Findings:
+    def run(model: Path = llama, data: Path = rows, spin: dict[str, Any] | None = None, **changes: Any) -> Results:
         spin = {"iterations": 2} | NO_VLLM | (spin or {})
         config = spin_config(tmp_path, model, data, spin=spin, learning_rate=1e-6)
         return examined({key: value for key, value in (config | changes).items() if value is not None})
@@ -49,28 +49,28 @@ def found(tmp_path: Path, llama: Path, rows: Path, monkeypatch: pytest.MonkeyPat
     PluginManager._instance = None
 
 
-def examined(config: dict[str, Any]) -> Findings:
+def examined(config: dict[str, Any]) -> Results:
     PluginManager._instance = None
-    findings: Findings = []
-    examine(config, None, findings.append)
-    missing = [one for one in findings if "/nowhere/python is not an executable file" in one.message]
+    results: Results = []
+    examine(config, None, results.append)
+    missing = [one for one in results if "/nowhere/python is not an executable file" in one.message]
     assert [one.verdict for one in missing] == [Verdict.FAULT]
-    return [one for one in findings if one not in missing]
+    return [one for one in results if one not in missing]
 
 
-def serious(findings: Findings, verdict: Verdict = Verdict.FAULT) -> list[str]:
-    return [one.message for one in findings if one.verdict is verdict]
+def serious(results: Results, verdict: Verdict = Verdict.FAULT) -> list[str]:
+    return [one.message for one in results if one.verdict is verdict]
 
 
 def test_healthy_configuration(found: Examine, tmp_path: Path) -> None:
     """Everything is checked, nothing is wrong, and nothing is left behind."""
-    findings = found(spin={"judge": {"function": "exact"}})
-    assert serious(findings) == serious(findings, Verdict.WARNING) == []
-    assert {one.check for one in findings} == {
+    results = found(spin={"judge": {"function": "exact"}})
+    assert serious(results) == serious(results, Verdict.WARNING) == []
+    assert {one.check for one in results} == {
         "packages", "devices", "configuration", "output_dir", "engines", "judge", "weights", "model", "memory",
         "tokenizer", "data", "lengths", "disk", "schedule", "hours",
     }  # fmt: skip
-    assert [one.check for one in findings if one.verdict is Verdict.SKIPPED] == ["hours"]
+    assert [one.check for one in results if one.verdict is Verdict.SKIPPED] == ["hours"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,9 +131,9 @@ def test_all_faults_of_a_configuration_are_found_at_once(found: Examine, tmp_pat
     ],
 )
 def test_unusual_setting_is_a_warning(found: Examine, changes: dict[str, Any], words: tuple[str, ...]) -> None:
-    findings = found(**changes)
-    assert serious(findings) == []
-    warnings = serious(findings, Verdict.WARNING)
+    results = found(**changes)
+    assert serious(results) == []
+    warnings = serious(results, Verdict.WARNING)
     assert any(all(word in warning for word in words) for warning in warnings), warnings
 
 
@@ -239,8 +239,8 @@ def test_larger_training_than_memory_is_only_a_matter_of_the_device(
     for memory in (1_000_000, 1_900_000, 80_000_000_000):
         device = Device("GPU", memory, gpu=True)
         monkeypatch.setattr("spin_plugin.doctor.model.devices", lambda device=device: [device])
-        findings = found()
-        verdicts.append([one.verdict for one in findings if one.message.startswith("training: ")])
+        results = found()
+        verdicts.append([one.verdict for one in results if one.message.startswith("training: ")])
     assert verdicts == [[Verdict.FAULT], [Verdict.WARNING, Verdict.OK], [Verdict.OK]]
 
 
@@ -266,10 +266,10 @@ def frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_run_in_progress_is_examined_and_left_as_it_is(frozen: dict[str, Any]) -> None:
     frozen["spin"]["generation"]["vllm_python"] = "/nowhere/python"
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    findings: Findings = []
+    results: Results = []
     PluginManager._instance = None
-    numbers = examine(frozen, None, findings.append)
-    assert any("1 of 2 iterations are finished" in one.message for one in findings)
+    numbers = examine(frozen, None, results.append)
+    assert any("1 of 2 iterations are finished" in one.message for one in results)
     assert numbers["pair"].keys() == {"prompt", "real", "synthetic"}
     assert numbers["pair"]["real"]["text"].endswith("<|im_end|>")
     assert [side["trained"] for side in numbers["pair"].values()] == [False, True, True]
@@ -291,18 +291,18 @@ def test_recipe_with_a_model_out_of_reach_is_skipped(
         kind = LoraConfig(r=config["lora_r"], target_modules="all-linear", task_type="CAUSAL_LM")
         get_peft_model(AutoModelForCausalLM.from_pretrained(llama), kind).save_pretrained(adapter)
     config["spin"]["generation"] = NO_VLLM["generation"]
-    findings = examined(config)
-    assert serious(findings) == []
-    skipped = {one.check: one.message for one in findings if one.verdict is Verdict.SKIPPED}
+    results = examined(config)
+    assert serious(results) == []
+    skipped = {one.check: one.message for one in results if one.verdict is Verdict.SKIPPED}
     assert "needs the tokenizer" in skipped.pop("data")
     assert skipped.keys() == {"weights", "model", "tokenizer"}
     assert all("hub cannot be reached" in reason for reason in skipped.values())
 
 
 def test_dataset_out_of_reach_is_skipped(found: Examine) -> None:
-    findings = found(datasets=[{"path": "nobody/nothing", "type": "chat_template"}])
-    assert serious(findings) == []
-    (skipped,) = serious(findings, Verdict.SKIPPED)
+    results = found(datasets=[{"path": "nobody/nothing", "type": "chat_template"}])
+    assert serious(results) == []
+    (skipped,) = serious(results, Verdict.SKIPPED)
     assert "nobody/nothing: not in the cache" in skipped
 
 
@@ -312,23 +312,23 @@ def test_large_dataset_is_sampled(found: Examine, monkeypatch: pytest.MonkeyPatc
 
     (whole,) = [one.message for one in found() if "steps of" in one.message]
     monkeypatch.setattr(data, "SAMPLE", rows.stat().st_size // 4 + 1)
-    findings = found(spin={"held_out": 0}, test_datasets=None)
-    assert any("a sample: 1 of 4 rows" in one.message for one in findings)
-    assert any("20 prompts from 20 rows" in one.message for one in findings)
-    assert any(one.message.startswith("60 steps of 4 pairs") for one in findings), whole
+    results = found(spin={"held_out": 0}, test_datasets=None)
+    assert any("a sample: 1 of 4 rows" in one.message for one in results)
+    assert any("20 prompts from 20 rows" in one.message for one in results)
+    assert any(one.message.startswith("60 steps of 4 pairs") for one in results), whole
 
 
 def test_checkup_goes_on_after_a_library_s_error_but_not_after_a_bug() -> None:
-    findings: Findings = []
-    checkup = Checkup(findings.append)
+    results: Results = []
+    checkup = Checkup(results.append)
 
     def fail(error: Exception) -> None:
         raise error
 
     assert checkup.run("a", fail, Skipped("no network")) is None
     assert checkup.run("b", fail, KeyError("metadata")) is None
-    assert findings == [
-        Finding("a", Verdict.SKIPPED, "no network"), Finding("b", Verdict.FAULT, "KeyError: 'metadata'")
+    assert results == [
+        Result("a", Verdict.SKIPPED, "no network"), Result("b", Verdict.FAULT, "KeyError: 'metadata'")
     ]  # fmt: skip
     with pytest.raises(AssertionError):
         checkup.run("c", fail, AssertionError())

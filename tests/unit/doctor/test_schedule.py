@@ -8,8 +8,8 @@ from axolotl.integrations.base import PluginManager
 from tiny import spin_config
 from transformers import TrainingArguments
 
+from spin_plugin.doctor.checkup import Skipped
 from spin_plugin.doctor.data import Lengths
-from spin_plugin.doctor.findings import Skipped
 from spin_plugin.doctor.machine import Device
 from spin_plugin.doctor.memory import ModelSize
 from spin_plugin.doctor.schedule import plan, tokens_per_epoch, warmup_steps

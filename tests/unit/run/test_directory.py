@@ -19,7 +19,8 @@ from spin_plugin.config.identity import differing_keys
 from spin_plugin.config.plain import without_secrets
 from spin_plugin.console import SpinError
 from spin_plugin.run.atomic import set_aside, write_atomically, write_dir_atomically
-from spin_plugin.run.directory import IterationDir, RunDir
+from spin_plugin.run.directory import RunDir
+from spin_plugin.run.iteration import IterationDir
 from spin_plugin.run.state import FORMAT, RunState
 
 

@@ -18,8 +18,9 @@ from conftest import ROOT
 
 from spin_plugin.console import DISK_ERRORS, SpinError, exit_on_error
 from spin_plugin.run.atomic import write_atomically
-from spin_plugin.run.directory import IterationDir, RunDir
+from spin_plugin.run.directory import RunDir
 from spin_plugin.run.disk import Space, require_space
+from spin_plugin.run.iteration import IterationDir
 
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from spin_plugin.run.directory import IterationDir
+from spin_plugin.run.iteration import IterationDir
 from spin_plugin.training.prepare import _why_rebuild
 
 KEY = json.loads((ROOT / "tests/data/run-0.2/run/iteration-0/pairs/key").read_text())

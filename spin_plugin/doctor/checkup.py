@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ParamSpec, TypeVar
 
-from spin_plugin.console import ERROR, RESULT, WARNING, SpinError, collected
+from spin_plugin.console import ERROR, NOTE, RESULT, WARNING, SpinError, collected
 from spin_plugin.training.loading import DATA_ERRORS
 
 P = ParamSpec("P")
@@ -21,11 +21,11 @@ class Verdict(StrEnum):
     SKIPPED = "skipped"
 
 
-VERDICTS = {RESULT: Verdict.OK, WARNING: Verdict.WARNING, ERROR: Verdict.FAULT}
+VERDICTS = {RESULT: Verdict.OK, NOTE: Verdict.OK, WARNING: Verdict.WARNING, ERROR: Verdict.FAULT}
 
 
 @dataclass(frozen=True)
-class Finding:
+class Result:
     """One line of the result."""
 
     check: str
@@ -44,30 +44,30 @@ class Checkup:
     end by raising a `SpinError`.
     """
 
-    def __init__(self, report: Callable[[Finding], None]) -> None:
+    def __init__(self, report: Callable[[Result], None]) -> None:
         self.report = report
 
     def skip(self, check: str, reason: str) -> None:
         """Report that a check is not made."""
-        self.report(Finding(check, Verdict.SKIPPED, reason))
+        self.report(Result(check, Verdict.SKIPPED, reason))
 
     def run(self, check: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
-        """Run a check, report its findings and return its result; None if it failed or was skipped."""
+        """Run a check, report what it finds and return its result; None if it failed or was skipped."""
         result, last = None, None
         with collected() as messages:
             try:
                 result = function(*args, **kwargs)
             except SpinError as error:
-                last = Finding(check, Verdict.FAULT, str(error))
+                last = Result(check, Verdict.FAULT, str(error))
             except Skipped as reason:
-                last = Finding(check, Verdict.SKIPPED, str(reason))
+                last = Result(check, Verdict.SKIPPED, str(reason))
             except (*DATA_ERRORS, ImportError) as error:  # of a library, which training would meet as well
                 if unreachable(error):
-                    last = Finding(check, Verdict.SKIPPED, f"the hub cannot be reached: {brief(error)}")
+                    last = Result(check, Verdict.SKIPPED, f"the hub cannot be reached: {brief(error)}")
                 else:
-                    last = Finding(check, Verdict.FAULT, f"{type(error).__name__}: {brief(error)}")
+                    last = Result(check, Verdict.FAULT, f"{type(error).__name__}: {brief(error)}")
         for start, message in messages:
-            self.report(Finding(check, VERDICTS[start], message))
+            self.report(Result(check, VERDICTS[start], message))
         if last:
             self.report(last)
         return result
