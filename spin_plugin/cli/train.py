@@ -54,7 +54,7 @@ def train(config: Path, iterations: int | None, verbose: bool, arguments: tuple[
         end_if_stopped(run, read_config(config)[0])
         _axolotl_train(config, run, finished, arguments, verbose=verbose)
         if _has_stopped(config):
-            return
+            break
         before, (finished, total) = finished, progress(config)
         if finished == before:  # Axolotl exits with 0 when interrupted
             raise SpinError(f"iteration {before} was not finished; rerun the same command to continue it")

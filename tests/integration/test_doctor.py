@@ -55,7 +55,7 @@ def test_json_of_a_faulty_configuration(quickstart: Path, command: Command) -> N
     done = command("axolotl", "spin", "doctor", file, "--json", directory=quickstart,
                    environment={"SPIN_VLLM_PYTHON": "/nowhere/python"})  # fmt: skip
     assert done.code == 1
-    found = json.loads(done.output.splitlines()[-1])["findings"]
+    found = json.loads(done.output.splitlines()[-1])["checks"]
     faults = [one["message"] for one in found if one["verdict"] == "fault"]
     assert len(faults) == 3
     for word in ("spin.betta", "outputs/nowhere.jsonl", "/nowhere/python"):

@@ -131,7 +131,8 @@ def test_kill_while_removing_leaves_a_consistent_run(
 
     unlink, remove = Path.unlink, directory_module.remove_atomically
     monkeypatch.setattr(Path, "unlink", lambda *args, **kwargs: (killed(), unlink(*args, **kwargs)))
-    monkeypatch.setattr(directory_module, "remove_atomically", lambda path: (killed(), remove(path)))
+    for module in (directory_module, iteration_module):
+        monkeypatch.setattr(module, "remove_atomically", lambda path: (killed(), remove(path)))
     write_iteration(run, 0)
     write_iteration(run, 1)
     run.write_state(RunState({"rl": "spin"}, [{"iteration": 0, "pairs": {}, "metrics": {}}], "0"))
