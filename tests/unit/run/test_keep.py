@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from tiny import write_config
 
 import spin_plugin.run.directory as directory_module
+import spin_plugin.run.iteration as iteration_module
 from spin_plugin.args import SpinArgs
 from spin_plugin.cli import spin as commands
 from spin_plugin.data.pairs import PairStats
