@@ -12,7 +12,7 @@ from rich.table import Table
 from spin_plugin.cli.config_file import CONFIG, read_config
 from spin_plugin.console import console, exit_on_error, say
 from spin_plugin.objective.metrics import METRICS
-from spin_plugin.run.overview import list_iterations
+from spin_plugin.run.overview import list_iterations, newest_stats
 from spin_plugin.run.scores import shown_scores
 from spin_plugin.run.stop import Best, find_best, find_stop
 
@@ -80,6 +80,8 @@ def _scores(entries: list[dict[str, Any]]) -> Table:
 def _table(content: dict[str, Any]) -> Table:
     diverges = any("divergence" in entry for entry in content["iterations"])
     explained = "real, synth.: mean response length in tokens; metrics: mean over last epoch"
+    judged = any(_judge_score(entry) for entry in content["iterations"])
+    explained += "; judge: mean score of the opponent's held-out responses" if judged else ""
     explained += "; KL: nats per token from iteration 0's opponent" if diverges else ""
     table = Table(
         title=f"{content['output_dir']} ({explained})",
@@ -87,7 +89,6 @@ def _table(content: dict[str, Any]) -> Table:
         collapse_padding=True,
         pad_edge=False,
     )
-    judged = any(_judge_score(entry) for entry in content["iterations"])
     columns = ["t", "state", "pairs", "real", "synth.", "equal", *(["judge"] if judged else []), *METRIC_COLUMNS]
     columns += ["KL"] if diverges else []
     for heading in columns:
@@ -97,8 +98,9 @@ def _table(content: dict[str, Any]) -> Table:
         stats, metrics = entry["pairs"].get("train"), entry["metrics"]
         described = ["", "", "", ""]
         if stats:
-            equal = stats["equal"] / max(1, stats["responses"])
-            lengths = (stats["real_mean"], stats["synthetic_mean"])
+            own = newest_stats(entry)
+            equal = own["equal"] / max(1, own["responses"])
+            lengths = (own["real_mean"], own["synthetic_mean"])
             described = [f"{stats['pairs']:,}", *(f"{mean:.1f}" for mean in lengths), f"{equal:.1%}"]
         described += [_judge_score(entry)] if judged else []
         values = [f"{metrics[name]:.4f}" if name in metrics else "" for name in METRIC_COLUMNS.values()]

@@ -8,6 +8,8 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
+from spin_plugin.console import SpinError
+
 BLOCK = 1024  # rows in memory at a time
 
 TOKENS = pa.list_(pa.int32())
@@ -37,8 +39,17 @@ def table_writer(path: Path, schema: pa.Schema) -> Iterator[Callable[[dict[str, 
 
 
 def open_table(path: Path) -> Dataset:
-    """Map a file written by `table_writer` into memory."""
-    return Dataset.from_file(str(path))
+    """Map a file written by `table_writer` into memory.
+
+    Raises:
+        SpinError: it is damaged.
+    """
+    try:
+        return Dataset.from_file(str(path))
+    except pa.ArrowInvalid as error:
+        raise SpinError(
+            f"{path} is damaged ({str(error).strip()}); remove {path.parent}, which the next start builds again"
+        ) from None
 
 
 def blocks(rows: Dataset, names: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,7 @@ import yaml
 from spin_plugin.args import SpinArgs
 from spin_plugin.export.base import hub_name_of, read_base, shown
 from spin_plugin.objective.decline import read_check
+from spin_plugin.run.overview import newest_stats
 from spin_plugin.run.state import RunState
 
 # The keys that determine a result; `spin:` is shown beside them.
@@ -128,7 +129,8 @@ def _row(entry: Mapping[str, Any]) -> dict[str, str]:
     row = {"iteration": str(entry["iteration"])}
     if pairs := entry["pairs"].get("train"):
         row |= {"pairs": f"{pairs['pairs']:,}"}
-        row |= {side: f"{pairs[f'{side}_mean']:.1f}" for side in ("real", "synthetic") if f"{side}_mean" in pairs}
+        own = newest_stats(entry)
+        row |= {side: f"{own[f'{side}_mean']:.1f}" for side in ("real", "synthetic") if f"{side}_mean" in own}
     metrics = {"margin": "spin/reward_margin", "accuracy": "spin/accuracy"}
     row |= {name: f"{entry['metrics'][key]:.4f}" for name, key in metrics.items() if key in entry["metrics"]}
     for column, name in (("held-out", "held_out"), ("judge", "judge")):

@@ -25,7 +25,10 @@ def decoder(run: RunDir, config: dict[str, Any]) -> Decode:
         if (file := directory / "tokenizer.json").exists():
             from tokenizers import Tokenizer  # transformers, which loads torch, takes ten seconds to import
 
-            fast = Tokenizer.from_file(str(file))
+            try:
+                fast = Tokenizer.from_file(str(file))
+            except Exception as error:  # noqa: BLE001 - tokenizers raises nothing more specific
+                return _ids(str(file), error)
             return lambda tokens: fast.decode(list(tokens), skip_special_tokens=False)
     return _by_transformers(named) if named else json.dumps
 
@@ -37,7 +40,12 @@ def _by_transformers(name: str) -> Decode:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        warn(f"report: the tokenizer {name} cannot be loaded, so the report shows token ids: {reason}")
-        return json.dumps
+        return _ids(name, error)
     return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _ids(name: str, error: Exception) -> Decode:
+    """Show token ids instead of text, with a warning that says why."""
+    reason = str(error).strip().partition("\n")[0]
+    warn(f"report: the tokenizer {name} cannot be loaded, so the report shows token ids: {reason}")
+    return json.dumps

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from spin_plugin.objective.decline import CHECKS, CONFIDENCE
 from spin_plugin.objective.metrics import METRICS
 from spin_plugin.report.chart import number
+from spin_plugin.run.overview import newest_stats
 
 NBSP = "\u00a0"
 
@@ -41,26 +42,16 @@ def _train(*path: str) -> Callable[[Entry], Value]:
     return at("pairs", "train", *path)
 
 
-def _newest(entry: Entry) -> Mapping[str, Any]:
-    """Return the statistics of the iteration's own responses to training prompts.
-
-    Early runs have them only together with those of earlier iterations, which are trained on, too.
-    """
-    trained = look_up(entry, "pairs", "train") or {}
-    newest = trained.get("newest") or {}
-    return trained | newest if newest.get("responses") else trained
-
-
 def _own(name: str) -> Callable[[Entry], Value]:
     """Return a function that looks up a statistic of the iteration's own responses."""
-    return lambda entry: _newest(entry).get(name)
+    return lambda entry: newest_stats(entry).get(name)
 
 
 def _share(name: str) -> Callable[[Entry], Value]:
     """Return a function that divides a count of the iteration's own responses by their number."""
 
     def share(entry: Entry) -> Value:
-        newest = _newest(entry)
+        newest = newest_stats(entry)
         return newest[name] / newest["responses"] if name in newest and newest["responses"] else None
 
     return share

@@ -87,5 +87,9 @@ def _read_config(directory: IterationDir) -> dict[str, Any]:
     """Return the configuration resolved for an iteration; empty before it is."""
     if not directory.config.exists():
         return {}
-    content = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(directory.config.read_text(encoding="utf-8", errors="replace"))
+    except yaml.YAMLError:
+        warn(f"report: {directory.config} is damaged, so the report does not show it")
+        return {}
     return content if isinstance(content, dict) else {}

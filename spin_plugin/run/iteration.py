@@ -5,6 +5,7 @@ from collections import ChainMap
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from spin_plugin.run.atomic import REPLACED, remove_atomically, set_aside
 
@@ -69,14 +70,14 @@ class IterationDir:
         return self.path / "lm_eval-failed.log"
 
     def read_log(self) -> list[dict[str, float]]:
-        """Return the training log, oldest entry first, without a line truncated by a kill."""
+        """Return the training log, oldest entry first, without damaged lines, such as one truncated by a kill."""
         if not self.metrics.exists():
             return []
-        entries = []
+        entries: list[Any] = []
         for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(json.JSONDecodeError):
                 entries.append(json.loads(line))
-        return entries
+        return [entry for entry in entries if isinstance(entry, dict)]
 
     def set_checkpoints_aside(self) -> Path | None:
         """Move the newest checkpoint to a backup name that training ignores; delete older ones.
