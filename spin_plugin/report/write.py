@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from spin_plugin import __version__
+from spin_plugin.args import SpinArgs
 from spin_plugin.console import SpinError, warn
 from spin_plugin.report.curves import read_curves
 from spin_plugin.report.decoder import decoder
@@ -23,14 +24,14 @@ PROMPTS = 300
 """Prompts in the grid, by default."""
 
 
-def write_report(run: RunDir, iterations: int, prompts: int = PROMPTS) -> Path:
+def write_report(run: RunDir, spin: SpinArgs, prompts: int = PROMPTS) -> Path:
     """Write the report of a run and return the page's path.
 
     Reads the run directory without its lock, so it may be called while another process trains.
 
     Args:
         run: the run directory.
-        iterations: `spin.iterations`.
+        spin: the `spin:` block of the run.
         prompts: how many prompts the grid shows at most.
 
     Raises:
@@ -47,10 +48,10 @@ def write_report(run: RunDir, iterations: int, prompts: int = PROMPTS) -> Path:
         "output_dir": str(run.root),
         "written_at": time.strftime("%Y-%m-%d %H:%M %Z"),
         "version": __version__,
-        "total": iterations,
+        "total": spin.iterations,
         "iterations": [
             _finite(entry | {"config": _read_config(run.iteration(entry["iteration"]))})
-            for entry in list_iterations(run, iterations)
+            for entry in list_iterations(run, spin.iterations)
         ],
         "curves": [{"iteration": curve.iteration, "points": curve.points} for curve in curves],
         "prompts": {"shown": len(rows), "all": grid.prompts},
@@ -65,10 +66,10 @@ def write_report(run: RunDir, iterations: int, prompts: int = PROMPTS) -> Path:
     return page
 
 
-def try_report(run: RunDir, iterations: int) -> None:
+def try_report(run: RunDir, spin: SpinArgs) -> None:
     """Write the report of a run that must not fail with it: an error becomes one warning."""
     try:
-        write_report(run, iterations)
+        write_report(run, spin)
     except Exception as error:  # noqa: BLE001 - whatever it is, what was trained must not be lost for it
         reason = str(error) or type(error).__name__
         warn(f"the report was not written ({reason}); `axolotl spin report CONFIG` writes it")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from reported import END, Examples, add_to_entries, make_run
 from tiny import byte_tokenizer
 
+from spin_plugin.args import SpinArgs
 from spin_plugin.report import page
 from spin_plugin.report.page import embedded
 from spin_plugin.report.write import write_report
@@ -56,7 +57,7 @@ class Text(HTMLParser):
 
 
 def shown(run: RunDir) -> Text:
-    write_report(run, 2)
+    write_report(run, SpinArgs(iterations=2))
     return Text(run.report.read_text(encoding="utf-8"))
 
 
@@ -98,13 +99,13 @@ def test_long_texts_are_cut_in_the_page_only(tmp_path: Path) -> None:
     long = [65] * 100_000
     examples = Examples([(REAL, [*long, END])], [])
     run = make_run(tmp_path / "run", TOKENIZER, examples, lambda *_: [long], iterations=1)
-    write_report(run, 1)
+    write_report(run, SpinArgs(iterations=1))
     assert len(run.report.read_text()) < 200_000
     assert len(json.loads(run.report.with_suffix(".jsonl").read_text())["iterations"]["0"][0]["text"]) == 100_000
 
 
 def test_a_page_holds_as_many_prompts_as_fit(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_report(run, 2)
+    write_report(run, SpinArgs(iterations=2))
     line = len(run.report.with_suffix(".jsonl").read_text().splitlines()[0])
     monkeypatch.setattr(page, "GRID_BYTES", 3 * line)
     match = re.search(r"(\d+) of 6 prompts: the extremes", shown(run).text)
