@@ -50,13 +50,13 @@ def write_report(run: RunDir, spin: SpinArgs, prompts: int = PROMPTS) -> Path:
         "version": __version__,
         "total": spin.iterations,
         "iterations": [
-            _finite(entry | {"config": _read_config(run.iteration(entry["iteration"]))})
+            _finite(entry | {"config": _shown(_read_config(run.iteration(entry["iteration"])))})
             for entry in list_iterations(run, spin.iterations)
         ],
         "curves": [{"iteration": curve.iteration, "points": curve.points} for curve in curves],
         "prompts": {"shown": len(rows), "all": grid.prompts},
         "notes": grid.notes,
-        "config": state.config,
+        "config": _shown(state.config),
     }
     page = run.report
     write_atomically(page.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
@@ -82,6 +82,20 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _shown(config: Any) -> Any:
+    """Return a configuration without what a judge is given: names of files, addresses, secrets under any name."""
+    if isinstance(config, list):
+        return [_shown(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: {option: item for option, item in value.items() if option != "kwargs"}
+        if key == "judge" and isinstance(value, dict)
+        else _shown(value)
+        for key, value in config.items()
+    }
 
 
 def _read_config(directory: IterationDir) -> dict[str, Any]:

@@ -95,6 +95,20 @@ def test_names_and_configuration_are_escaped(run: RunDir) -> None:
     assert found.elements.count("script") == 3
 
 
+def test_what_a_judge_is_given_is_not_shown(run: RunDir) -> None:
+    """It can hold a secret under any name."""
+    state = run.read_state()
+    assert state is not None
+    spin = {"judge": {"function": "own:judge", "kwargs": {"pin": "one-two-three"}}}
+    state.config["spin"] |= spin | {"schedule": [spin]}
+    run.write_state(state)
+    run.iteration(0).config.write_text(json.dumps({"spin": spin}))
+    text = shown(run).text
+    assert "own:judge" in text
+    for name in ("html", "json", "jsonl"):
+        assert "one-two-three" not in run.report.with_suffix(f".{name}").read_text()
+
+
 def test_long_texts_are_cut_in_the_page_only(tmp_path: Path) -> None:
     long = [65] * 100_000
     examples = Examples([(REAL, [*long, END])], [])
