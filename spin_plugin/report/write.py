@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from spin_plugin.run.atomic import write_atomically
 from spin_plugin.run.directory import RunDir
 from spin_plugin.run.iteration import IterationDir
 from spin_plugin.run.overview import list_iterations
+from spin_plugin.run.stop import find_best, find_stop
 
 PROMPTS = 300
 """Prompts in the grid, by default."""
@@ -54,6 +56,8 @@ def write_report(run: RunDir, spin: SpinArgs, prompts: int = PROMPTS) -> Path:
             for entry in list_iterations(run, spin.iterations)
         ],
         "curves": [{"iteration": curve.iteration, "points": curve.points} for curve in curves],
+        "best": asdict(best) if (best := find_best(state.finished, spin.stop)) else None,
+        "stopped": stopped.message if (stopped := find_stop(state.finished, spin)) else None,
         "prompts": {"shown": len(rows), "all": grid.prompts},
         "notes": grid.notes,
         "config": _shown(state.config),

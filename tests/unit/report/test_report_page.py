@@ -12,6 +12,7 @@ from reported import END, Examples, add_to_entries, make_run
 from tiny import byte_tokenizer
 
 from spin_plugin.args import SpinArgs
+from spin_plugin.objective.decline import Comparison
 from spin_plugin.report import page
 from spin_plugin.report.page import embedded
 from spin_plugin.report.write import write_report
@@ -107,6 +108,23 @@ def test_what_a_judge_is_given_is_not_shown(run: RunDir) -> None:
     assert "own:judge" in text
     for name in ("html", "json", "jsonl"):
         assert "one-two-three" not in run.report.with_suffix(f".{name}").read_text()
+
+
+def test_best_iteration_and_why_the_run_has_stopped_are_named(run: RunDir) -> None:
+    found = shown(run).text
+    assert "Best:" not in found
+    state = run.read_state()
+    assert state is not None
+    for entry, before, after in zip(state.finished, (-0.4, -0.3), (-0.3, -0.5), strict=True):
+        change = Comparison(64, before, after, after - before, (after - before - 0.01, after - before + 0.01))
+        entry["held_out"] = change.as_dict()
+    run.write_state(state)
+    write_report(run, SpinArgs(iterations=3))
+    text = Text(run.report.read_text()).text
+    assert "Best: iteration 0 (held_out −0.3000)." in text
+    assert "Iteration 1 made held-out real responses less likely" in text
+    assert "so iteration 2 is not trained; best: iteration 0" in text
+    assert json.loads(run.report.with_suffix(".json").read_text())["best"]["iteration"] == 0
 
 
 def test_long_texts_are_cut_in_the_page_only(tmp_path: Path) -> None:
