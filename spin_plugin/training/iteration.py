@@ -108,13 +108,13 @@ class Iteration:
         """Let every rank exit by itself where new scores have ended the run, and show them."""
         try:
             yield
-        except (SpinError, SystemExit) as end:
-            if isinstance(end, SystemExit):
+        except (SpinError, SystemExit):
+            if read_stop(self.lowered.run, self.spin):
                 self.ranks.signal_prepared()
                 self.ranks.leave()
-            if self.first and read_stop(self.lowered.run, self.spin):
-                self.trackers.send_results()
-                self.report()
+                if self.first:
+                    self.trackers.send_results()
+                    self.report()
             raise
 
     def _claim(self) -> None:
