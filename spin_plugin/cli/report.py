@@ -22,5 +22,5 @@ def report(config: Path, prompts: int) -> None:
     from spin_plugin.report.write import write_report
 
     args, run = read_config(config)
-    page = write_report(run, args.iterations, prompts)
+    page = write_report(run, args, prompts)
     say(f"report: {page}; its numbers are in {page.with_suffix('.json')}, its prompts in {page.with_suffix('.jsonl')}")

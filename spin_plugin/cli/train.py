@@ -17,7 +17,7 @@ from spin_plugin.cli.config_file import CONFIG, read_config, read_yaml
 from spin_plugin.cli.screen import Screen
 from spin_plugin.console import INTERRUPTED, SpinError, exit_on_error, say
 from spin_plugin.run.directory import RunDir
-from spin_plugin.run.stop import end_if_stopped, find_stop
+from spin_plugin.run.stop import end_if_stopped, read_stop
 
 TERMINATED = 128 + signal.SIGTERM
 # Keeps `accelerate launch` from printing a stack trace after the one-line error of the command it started.
@@ -50,15 +50,19 @@ def train(config: Path, iterations: int | None, verbose: bool, arguments: tuple[
             say(f"{config}: all {total} iterations are finished")
     elif not verbose:
         say(f"all output is in {run.root / 'logs'}, a file for each iteration")
+    stopped = None
     while finished < goal:
-        end_if_stopped(run, read_config(config)[0])
+        if not _lacks_scores(config):  # else `axolotl train` makes up for them first
+            end_if_stopped(run, read_config(config)[0])
         _axolotl_train(config, run, finished, arguments, verbose=verbose)
-        if _has_stopped(config):
+        if stopped := read_stop(run, read_config(config)[0]):
             break
         before, (finished, total) = finished, progress(config)
         if finished == before:  # Axolotl exits with 0 when interrupted
             raise SpinError(f"iteration {before} was not finished; rerun the same command to continue it")
     _name_report(run)
+    if stopped and stopped.failed:  # otherwise `axolotl train` has said why
+        raise SpinError(stopped.message)
 
 
 def _name_report(run: RunDir) -> None:
@@ -93,14 +97,6 @@ def progress(config: Path) -> tuple[int, int]:
     """Return the number of finished iterations and the total."""
     args, run = read_config(config)
     return run.finished(), args.iterations
-
-
-def _has_stopped(config: Path) -> bool:
-    """Whether the run has ended well before its last iteration; `axolotl train` has said why."""
-    args, run = read_config(config)
-    state = run.read_state()
-    stopped = find_stop(state.finished, args) if state else None
-    return bool(stopped and not stopped.failed)
 
 
 def _axolotl() -> str:

@@ -1,14 +1,20 @@
 """Convert a configuration to plain data, and remove secrets before it is written to disk."""
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
-SECRET_PARTS = ("token", "api_key", "password", "secret", "credential")
+SECRET_PARTS = ("token", "api_key", "access_key", "password", "secret", "credential", "authorization")
+SECRET_NAMES = ("key", "auth")
+PASSWORD_IN_URL = re.compile(r"(?<=://)([^/?#\s:@]*):[^/?#\s]*@")
 
 
 def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a configuration without the string values of keys that look like secrets."""
+    """Return a copy of a configuration without the string values of keys that look like secrets, nor passwords in URLs.
+
+    A value that is itself a secret under a harmless key cannot be told from others.
+    """
     return {
         key: value if key == "special_tokens" else _without_secrets(value)
         for key, value in config.items()
@@ -19,11 +25,14 @@ def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
 def _without_secrets(value: Any) -> Any:
     if isinstance(value, Mapping):
         return without_secrets(value)
-    return [_without_secrets(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    return PASSWORD_IN_URL.sub(r"\1:***@", value) if isinstance(value, str) else value
 
 
 def _names_a_secret(key: str) -> bool:
-    return any(part in key for part in SECRET_PARTS) and not key.startswith("tokenizer_")
+    key = key.replace("-", "_")
+    return (any(part in key for part in SECRET_PARTS) or key in SECRET_NAMES) and not key.startswith("tokenizer_")
 
 
 def plain(value: Any) -> Any:

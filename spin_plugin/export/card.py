@@ -10,6 +10,7 @@ from spin_plugin.args import SpinArgs
 from spin_plugin.export.base import hub_name_of, read_base, shown
 from spin_plugin.objective.decline import read_check
 from spin_plugin.run.overview import newest_stats
+from spin_plugin.run.scores import shown_scores
 from spin_plugin.run.state import RunState
 
 # The keys that determine a result; `spin:` is shown beside them.
@@ -136,5 +137,4 @@ def _row(entry: Mapping[str, Any]) -> dict[str, str]:
     for column, name in (("held-out", "held_out"), ("judge", "judge")):
         if check := read_check(entry, name):
             row[column] = f"{check.after:.4f}"
-    scores = (entry.get("lm_eval") or {}).items()
-    return row | {name: f"{value:.4f}" for name, value in scores if "_stderr" not in name}
+    return row | shown_scores(entry.get("lm_eval") or {})

@@ -13,8 +13,6 @@ from spin_plugin.objective.decline import CHECKS, NEGLIGIBLE, read_check
 
 START = -1
 """The model that the run started from, among the iterations."""
-LOWER_IS_BETTER = {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter"}
-"""Metrics of lm-eval of which less is better."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +25,12 @@ class Measured:
     """By iteration, ascending, without those that were not measured; START if it was."""
     noise: dict[int, float]
     """Half-width of the 95% interval of an iteration's change, where it is known."""
+    lower_is_better: bool = False
 
     def gain(self, earlier: int, later: int) -> float:
         """Return by how much the later of two iterations is better."""
         difference = self.values[later] - self.values[earlier]
-        return difference if LOWER_IS_BETTER.isdisjoint(self.metric.split("/")) else -difference
+        return -difference if self.lower_is_better else difference
 
     def noise_between(self, earlier: int, later: int) -> float:
         """Return how large a difference between two iterations can be by chance; 0 if unknown."""
@@ -79,7 +78,8 @@ def measured(entries: Sequence[Mapping[str, Any]], metric: str) -> Measured:
         entries: the finished iterations, in order.
         metric: `held_out`, `judge`, or `task/metric` of lm-eval.
     """
-    found = Measured(metric, {}, {})
+    falling = any(metric in entry.get("lower_is_better", ()) for entry in entries)  # as lm-eval says of its metrics
+    found = Measured(metric, {}, {}, falling)
     for number, entry in enumerate(entries):
         if metric not in CHECKS:
             if (value := (entry.get("lm_eval") or {}).get(metric)) is not None:

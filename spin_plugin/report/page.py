@@ -17,6 +17,7 @@ from spin_plugin.objective.metrics import METRICS
 from spin_plugin.report.chart import Band, Line, Point, line_chart, number, sparkline
 from spin_plugin.report.curves import Curve
 from spin_plugin.report.measures import GROUPS, Measure, lm_eval_measures, look_up
+from spin_plugin.run.stop import Best
 
 LONGEST_TEXT = 3000
 """Characters of a text in the page; report.jsonl has all of it."""
@@ -107,7 +108,7 @@ def render(content: Mapping[str, Any], curves: Sequence[Curve], rows: Sequence[M
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template.filters |= {"code": _code, "sentence": _sentence}
     return template.from_string(html).render(
-        **content,
+        **{**content, "best": content["best"] and Best(**content["best"])},
         finished=finished,
         shown=shown,
         tiles=_tiles(finished),

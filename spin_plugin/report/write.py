@@ -3,12 +3,14 @@
 import json
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from spin_plugin import __version__
+from spin_plugin.args import SpinArgs
 from spin_plugin.console import SpinError, warn
 from spin_plugin.report.curves import read_curves
 from spin_plugin.report.decoder import decoder
@@ -18,19 +20,20 @@ from spin_plugin.run.atomic import write_atomically
 from spin_plugin.run.directory import RunDir
 from spin_plugin.run.iteration import IterationDir
 from spin_plugin.run.overview import list_iterations
+from spin_plugin.run.stop import find_best, find_stop
 
 PROMPTS = 300
 """Prompts in the grid, by default."""
 
 
-def write_report(run: RunDir, iterations: int, prompts: int = PROMPTS) -> Path:
+def write_report(run: RunDir, spin: SpinArgs, prompts: int = PROMPTS) -> Path:
     """Write the report of a run and return the page's path.
 
     Reads the run directory without its lock, so it may be called while another process trains.
 
     Args:
         run: the run directory.
-        iterations: `spin.iterations`.
+        spin: the `spin:` block of the run.
         prompts: how many prompts the grid shows at most.
 
     Raises:
@@ -47,15 +50,17 @@ def write_report(run: RunDir, iterations: int, prompts: int = PROMPTS) -> Path:
         "output_dir": str(run.root),
         "written_at": time.strftime("%Y-%m-%d %H:%M %Z"),
         "version": __version__,
-        "total": iterations,
+        "total": spin.iterations,
         "iterations": [
-            _finite(entry | {"config": _read_config(run.iteration(entry["iteration"]))})
-            for entry in list_iterations(run, iterations)
+            _finite(entry | {"config": _shown(_read_config(run.iteration(entry["iteration"])))})
+            for entry in list_iterations(run, spin.iterations)
         ],
         "curves": [{"iteration": curve.iteration, "points": curve.points} for curve in curves],
+        "best": asdict(best) if (best := find_best(state.finished, spin.stop)) else None,
+        "stopped": stopped.message if (stopped := find_stop(state.finished, spin)) else None,
         "prompts": {"shown": len(rows), "all": grid.prompts},
         "notes": grid.notes,
-        "config": state.config,
+        "config": _shown(state.config),
     }
     page = run.report
     write_atomically(page.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
@@ -65,10 +70,10 @@ def write_report(run: RunDir, iterations: int, prompts: int = PROMPTS) -> Path:
     return page
 
 
-def try_report(run: RunDir, iterations: int) -> None:
+def try_report(run: RunDir, spin: SpinArgs) -> None:
     """Write the report of a run that must not fail with it: an error becomes one warning."""
     try:
-        write_report(run, iterations)
+        write_report(run, spin)
     except Exception as error:  # noqa: BLE001 - whatever it is, what was trained must not be lost for it
         reason = str(error) or type(error).__name__
         warn(f"the report was not written ({reason}); `axolotl spin report CONFIG` writes it")
@@ -81,6 +86,20 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _shown(config: Any) -> Any:
+    """Return a configuration without what a judge is given: names of files, addresses, secrets under any name."""
+    if isinstance(config, list):
+        return [_shown(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: {option: item for option, item in value.items() if option != "kwargs"}
+        if key == "judge" and isinstance(value, dict)
+        else _shown(value)
+        for key, value in config.items()
+    }
 
 
 def _read_config(directory: IterationDir) -> dict[str, Any]:

@@ -108,9 +108,12 @@ class RunDir:
     def unevaluated(self) -> list[int]:
         """Return the finished iterations that lm-evaluation-harness has yet to score: it did not fail there."""
         state = self.read_state()
-        lacking = (number for number, entry in enumerate(state.finished if state else []) if "lm_eval" not in entry)
-        found = ((number, self.iteration(number)) for number in lacking)
-        return [number for number, one in found if any(one.weights()) and not one.lm_eval_failure.exists()]
+        lacking = (
+            (number, self.iteration(number))
+            for number, entry in enumerate(state.finished if state else [])
+            if "lm_eval" not in entry and has_model(entry)
+        )
+        return [number for number, one in lacking if any(one.weights()) and not one.lm_eval_failure.exists()]
 
     @contextmanager
     def locked(self) -> Iterator[None]:

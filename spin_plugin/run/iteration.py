@@ -9,6 +9,9 @@ from typing import Any
 
 from spin_plugin.run.atomic import REPLACED, remove_atomically, set_aside
 
+COUNTS = ("pairs", "tokens", "seconds")
+"""What an entry of the training log counts beside its metrics."""
+
 
 @dataclass(frozen=True)
 class IterationDir:
@@ -116,7 +119,7 @@ class IterationDir:
             # entries of a version without this metric are left out
             having = [entry for entry in last_epoch if name in entry]
             merged[name] = sum(entry[name] * entry["pairs"] for entry in having) / sum(e["pairs"] for e in having)
-        return {name: value for name, value in merged.items() if name not in ("pairs", "seconds", "tokens")}
+        return {name: value for name, value in merged.items() if name not in COUNTS}
 
     def checkpoints(self) -> list[Path]:
         """Return Axolotl's checkpoints, oldest first, including incomplete ones."""

@@ -36,7 +36,8 @@ class Stop:
     message: str
     """One line: the reason, the best iteration, and how to go on."""
     failed: bool
-    """Whether even the best iteration is worse than the model that the run started from."""
+    """Whether that is an error: even the best iteration is worse than the model that the run started from, or none was
+    measured."""
 
 
 def find_best(finished: Entries, stop: StopArgs) -> Best | None:
@@ -77,38 +78,38 @@ def end_if_stopped(run: RunDir, spin: SpinArgs) -> None:
 
     Raises:
         SpinError: the run has stopped without a model better than its first, or its metric was not measured.
-        SystemExit: the run has stopped; with code 0 if it has such a model.
+        SystemExit: the run has stopped; with code 0, also in every rank but the first, whose exit code counts: at
+            another one, a launcher would terminate the first rank at once.
     """
-    state = run.read_state()
-    if state is None:
-        return
-    _require_measured(state.finished, spin.stop)
-    if stopped := find_stop(state.finished, spin):
+    if stopped := read_stop(run, spin):
         if rank() == 0 and stopped.failed:
             raise SpinError(stopped.message)
         if rank() == 0:
             say(stopped.message)
-        raise SystemExit(int(stopped.failed))
+        raise SystemExit(0)
 
 
-def _require_measured(finished: Entries, stop: StopArgs) -> None:
-    """Refuse to go on if the metric of `spin.stop` cannot stop the run, because no iteration has it.
+def read_stop(run: RunDir, spin: SpinArgs) -> Stop | None:
+    """Say why the run cannot go on; None if it can."""
+    state = run.read_state()
+    return (_unmeasured(state.finished, spin.stop) or find_stop(state.finished, spin)) if state else None
 
-    Raises:
-        SpinError: no finished iteration was measured by it.
-    """
+
+def _unmeasured(finished: Entries, stop: StopArgs) -> Stop | None:
+    """Refuse to go on if the metric of `spin.stop` cannot stop the run, because no iteration has it."""
     if stop.metric in (AUTO, OFF) or not finished:
-        return
+        return None
     # the last one is judged by the next, and an evaluation that was interrupted is repeated
     key = stop.metric if stop.metric in CHECKS else "lm_eval"
     settled = finished[:-1] if key != "held_out" and key not in finished[-1] else finished
     if not settled or measured(settled, stop.metric).values:
-        return
+        return None
     known = {*(settled[-1].keys() & CHECKS.keys()), *(settled[-1].get("lm_eval") or {})}
     known = {name for name in known if "_stderr" not in name}
-    raise SpinError(
+    return Stop(
         f"spin.stop.metric: {stop.metric} was not measured in iteration {len(settled) - 1}; use "
-        f"{' or '.join(sorted(known)) or 'another metric'}, or `spin.stop: off`"
+        f"{' or '.join(sorted(known)) or 'another metric'}, or `spin.stop: off`",
+        failed=True,
     )
 
 

@@ -9,22 +9,24 @@ long as its log is there.
 
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
+import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import yaml
 from axolotl.utils.dict import DictDefault
 
 from spin_plugin.config.specs import LmEvalSpec, read_opponent
-from spin_plugin.console import SpinError, say, warn
+from spin_plugin.console import DISK_ERRORS, SpinError, say, warn
 from spin_plugin.generation.engine import without_launcher
 from spin_plugin.opponent.merge import merge, vllm_can_serve
 from spin_plugin.run.atomic import remove_atomically
@@ -37,6 +39,17 @@ LM_EVAL = (
     "import os; from spin_plugin.run.processes import exit_with_parent; exit_with_parent(os.getppid()); "
     "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
 )
+DEFAULT_SHOTS = "default"
+
+
+class Scores(NamedTuple):
+    """What an evaluation adds to an iteration's entry in run.json."""
+
+    lm_eval: dict[str, float]
+    """By `task/metric`, or `task/metric/filter` where the task has filters; a standard error by `task/metric_stderr`.
+    The task is named as it is listed: `gsm8k:5`, if with the number of examples in the prompt."""
+    lower_is_better: list[str]
+    """The names of those that should fall."""
 
 
 def require_tasks(spec: LmEvalSpec) -> None:
@@ -62,7 +75,7 @@ def require_tasks(spec: LmEvalSpec) -> None:
 
 
 def evaluate_finished(run: RunDir, spec: LmEvalSpec | None) -> None:
-    """Add scores (`lm_eval`) to every finished iteration in run.json that has none.
+    """Add scores to every finished iteration in run.json that has none.
 
     Args:
         run: the run directory, locked.
@@ -82,16 +95,17 @@ def evaluate_finished(run: RunDir, spec: LmEvalSpec | None) -> None:
                 f"delete {directory.lm_eval_failure}"
             )
             continue
-        state.finished[number]["lm_eval"] = scores
+        state.finished[number] |= scores._asdict()
         run.write_state(state)
-        say(f"iteration {number}: {', '.join(f'{name} {score}' for name, score in shown_scores(scores).items())}")
+        shown = shown_scores(scores.lm_eval)
+        say(f"iteration {number}: {', '.join(f'{name} {score}' for name, score in shown.items())}")
 
 
-def _evaluate(directory: IterationDir, spec: LmEvalSpec) -> dict[str, float]:
-    """Return an iteration's scores by `task/metric`.
+def _evaluate(directory: IterationDir, spec: LmEvalSpec) -> Scores:
+    """Return an iteration's scores.
 
     Raises:
-        SpinError: lm-evaluation-harness failed.
+        SpinError: lm-evaluation-harness failed, or what is done for it.
     """
     remove_atomically(directory.lm_eval)
     gc.collect()  # the trained model is in reference cycles, and its memory is needed
@@ -101,10 +115,16 @@ def _evaluate(directory: IterationDir, spec: LmEvalSpec) -> dict[str, float]:
         with open(directory.lm_eval_log, "wb") as log, _model(directory) as model:
             for arguments in commands(spec, model, directory.lm_eval):
                 _run(arguments, log)
-    except SpinError:
+        return read_scores(directory.lm_eval)
+    except Exception as error:  # a merge can run out of memory, a results file can lack anything
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise
         os.replace(directory.lm_eval_log, directory.lm_eval_failure)
-        raise
-    return read_scores(directory.lm_eval)
+        if isinstance(error, SpinError):
+            raise
+        with open(directory.lm_eval_failure, "a", encoding="utf-8") as log:
+            log.write(traceback.format_exc())
+        raise SpinError(f"{type(error).__name__}: {str(error)[:300]}") from None
 
 
 @contextmanager
@@ -135,7 +155,7 @@ def commands(spec: LmEvalSpec, model: Mapping[str, Any], results: Path) -> Itera
     Args:
         spec: the tasks.
         model: `model_args`.
-        results: the directory for the results.
+        results: the directory for the results, in which each number of shots has its own.
     """
     together: dict[tuple[str | None, str | None], list[str]] = defaultdict(list)
     for task in spec.tasks:
@@ -146,7 +166,8 @@ def commands(spec: LmEvalSpec, model: Mapping[str, Any], results: Path) -> Itera
             together[None, shots].append(name)
     for (directory, shots), names in together.items():
         arguments = ["run", "--model", "hf", "--model_args", json.dumps(model), "--tasks", ",".join(names)]
-        arguments += ["--batch_size", str(spec.batch_size), "--output_path", str(results)]
+        output = results / (shots or DEFAULT_SHOTS)
+        arguments += ["--batch_size", str(spec.batch_size), "--output_path", str(output)]
         arguments += ["--include_path", directory] if directory else []
         arguments += ["--num_fewshot", shots] if shots else []
         arguments += ["--apply_chat_template"] if spec.chat_template else []
@@ -154,22 +175,25 @@ def commands(spec: LmEvalSpec, model: Mapping[str, Any], results: Path) -> Itera
         yield arguments
 
 
-def read_scores(results: Path) -> dict[str, float]:
-    """Read the results files below a directory.
-
-    Returns:
-        the value of each `task/metric`, or `task/metric/filter` where the task has several, and of its standard error
-        as `task/metric_stderr`.
-    """
-    scores = {}
+def read_scores(results: Path) -> Scores:
+    """Read the results files that `commands` wrote; scores that are not finite are left out, since none ranks them."""
+    scores: dict[str, float] = {}
+    falling = []
     for file in sorted(results.rglob("results_*.json")):
-        for task, values in json.loads(file.read_text(encoding="utf-8"))["results"].items():
+        shots = file.relative_to(results).parts[0]
+        content = json.loads(file.read_text(encoding="utf-8"))
+        for task, values in content["results"].items():
+            listed = task if shots == DEFAULT_SHOTS else f"{task}:{shots}"
             for key, value in values.items():
                 metric, _, chosen = key.partition(",")
                 # without a filter it is the task's alias or size; an error that is not estimated is "N/A"
-                if chosen and isinstance(value, int | float):
-                    scores["/".join([task, metric] + ([chosen] if chosen != "none" else []))] = float(value)
-    return scores
+                if chosen and isinstance(value, int | float) and math.isfinite(value):
+                    name = "/".join([listed, metric] + ([chosen] if chosen != "none" else []))
+                    scores[name] = float(value)
+                    # None where the tasks of a group disagree
+                    if content["higher_is_better"].get(task, {}).get(metric) is False:
+                        falling.append(name)
+    return Scores(scores, falling)
 
 
 def _run(arguments: list[str], log: BinaryIO) -> None:

@@ -29,7 +29,7 @@ from spin_plugin.run.checkpoint import check_model_dir, incomplete_reason
 from spin_plugin.run.iteration import IterationDir
 from spin_plugin.run.processes import Ranks, exit_with_launcher, rank, shared_start_id
 from spin_plugin.run.state import RunState
-from spin_plugin.run.stop import end_if_stopped
+from spin_plugin.run.stop import end_if_stopped, read_stop
 from spin_plugin.training.finish import announce_finished, complete_finished, finish_iteration, write_card
 from spin_plugin.training.judged import require_loadable
 from spin_plugin.training.measured import add_measured, measured
@@ -79,6 +79,8 @@ class Iteration:
             self._claim()
             self.ranks.remove_earlier_starts()
             complete_finished(run, self.lm_eval, self.trackers)
+            with self._released_at_the_end_of_the_run():
+                end_if_stopped(run, self.spin)  # by scores that were added just now
             if not run.holds_responses():
                 require_loadable(self.lowered.spin.judges)
             with self._released_at_the_end_of_the_run():
@@ -103,12 +105,16 @@ class Iteration:
 
     @contextmanager
     def _released_at_the_end_of_the_run(self) -> Iterator[None]:
-        """Let every rank exit by itself where the judge's scores have ended the run."""
+        """Let every rank exit by itself where new scores have ended the run, and show them."""
         try:
             yield
-        except SystemExit:
-            self.ranks.signal_prepared()
-            self.ranks.leave()
+        except (SpinError, SystemExit):
+            if read_stop(self.lowered.run, self.spin):
+                self.ranks.signal_prepared()
+                self.ranks.leave()
+                if self.first:
+                    self.trackers.send_results()
+                    self.report()
             raise
 
     def _claim(self) -> None:
@@ -269,7 +275,7 @@ class Iteration:
     def report(self) -> None:
         """Write the report of the run as it is, also where training fails."""
         if self.first:
-            try_report(self.lowered.run, self.lowered.spin.iterations)
+            try_report(self.lowered.run, self.lowered.spin)
 
     def _require_no_watchdog(self) -> None:
         """Refuse training that Axolotl's loss watchdog stopped, which otherwise looks complete."""

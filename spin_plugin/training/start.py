@@ -7,7 +7,8 @@ from spin_plugin.config.announce import announce
 from spin_plugin.config.lower import Lowered
 from spin_plugin.config.refuse import refuse_other_trainers
 from spin_plugin.config.specs import read_lm_eval, read_opponent, read_training
-from spin_plugin.console import say, warn
+from spin_plugin.console import SpinError, say, warn
+from spin_plugin.report.write import try_report
 from spin_plugin.run.processes import rank
 from spin_plugin.run.stop import end_if_stopped
 from spin_plugin.training.evaluation import require_tasks
@@ -33,17 +34,28 @@ def start_iteration(cfg: Any, lowered: Lowered, other_plugins: Iterable[Any], *,
     first = rank() == 0
     lm_eval, trackers = read_lm_eval(cfg), Trackers(cfg, lowered.config, lowered.run)
     cfg.lm_eval_post_train = False  # Axolotl's own hook must not evaluate again
-    if lowered.all_finished:
+
+    def complete() -> None:
+        """Make up for what a kill at the end has interrupted, for no iteration follows that would."""
         if first:
             with lowered.run.locked():
                 complete_finished(lowered.run, lm_eval, trackers)
+            try_report(lowered.run, lowered.spin)
+
+    if lowered.all_finished:
+        complete()
+        if first:
             say(
                 f"all {lowered.iteration} iterations are finished (spin.iterations: {lowered.spin.iterations}); the "
                 f"model is in {lowered.run.root}"
             )
         raise SystemExit(0)
     refuse_other_trainers(cfg, other_plugins)
-    end_if_stopped(lowered.run, lowered.spin)
+    try:
+        end_if_stopped(lowered.run, lowered.spin)
+    except (SpinError, SystemExit):
+        complete()
+        raise
     if first:
         if lm_eval:
             require_tasks(lm_eval)

@@ -22,7 +22,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from spin_plugin.console import warn
 from spin_plugin.run.atomic import remove_atomically, write_atomically
 from spin_plugin.run.directory import RunDir
-from spin_plugin.run.iteration import IterationDir
+from spin_plugin.run.iteration import COUNTS, IterationDir
 from spin_plugin.training.prepare import open_pairs
 from spin_plugin.training.results import COLUMNS, SEND, Results
 
@@ -209,7 +209,7 @@ def _log_once(
 
 def _kind(entry: Mapping[str, Any]) -> str:
     """Return the first metric of a log entry, which tells a training step from an evaluation at the same step."""
-    return next((name for name in entry if name not in ("step", "epoch", "pairs")), "")
+    return next((name for name in entry if name not in ("step", "epoch", *COUNTS)), "")
 
 
 def _numbers(entry: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, float]]:

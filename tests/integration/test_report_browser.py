@@ -11,6 +11,7 @@ import pytest
 from reported import END, Examples, Tokens, add_to_entries, make_run
 from tiny import byte_tokenizer
 
+from spin_plugin.args import SpinArgs
 from spin_plugin.report.write import write_report
 from spin_plugin.run.directory import RunDir
 
@@ -62,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     }
     stages = {"generate": {"seconds": 75.0, "tokens": 1500}, "train": {"seconds": 7500.0, "tokens": 150_000}}
     add_to_entries(run, held_out=comparison, findings=[finding], stages=stages, precision="bf16 with fp32 masters")
-    write_report(run, 6)
+    write_report(run, SpinArgs(iterations=6))
     return run
 
 
@@ -75,7 +76,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     run = make_run(
         tmp_path_factory.mktemp("hostile") / "run", TOKENIZER, examples, lambda _s, n, _t: [shuffled[n]], iterations=2
     )
-    write_report(run, 2)
+    write_report(run, SpinArgs(iterations=2))
     return run
 
 
@@ -207,7 +208,7 @@ def test_orders_by_rewards_are_off_without_rewards(run: RunDir, tmp_path: Path, 
     copy = RunDir(shutil.copytree(run.root, tmp_path / "run"))
     for file in copy.root.glob("iteration-*/pairs/rewards-*"):
         file.unlink()
-    write_report(copy, 5)
+    write_report(copy, SpinArgs(iterations=5))
     page = open_page(copy)
     assert page.locator("#sort option:disabled").count() == 2
     assert page.locator(".rewards span").count() == 0

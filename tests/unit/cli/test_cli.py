@@ -145,6 +145,33 @@ def test_run_that_its_first_iteration_made_worse_is_an_error(config: Path) -> No
         assert len(calls(config)) == 1
 
 
+def test_ruined_model_is_an_error_also_if_no_further_iteration_was_asked_for(config: Path) -> None:
+    config.with_name("held-out-0").write_text(json.dumps(WORSE.as_dict()))
+    done = invoke("train", config, "--iterations", "1")
+    assert done.exit_code == 1
+    assert "spin: error: iteration 0 made held-out real responses less likely" in done.output
+
+
+def test_stopped_run_is_evaluated_by_axolotl_train(config: Path) -> None:
+    """A kill has interrupted the evaluation of the iteration after which the run stops."""
+    for number, result in enumerate((UNCLEAR, WORSE)):
+        config.with_name(f"held-out-{number}").write_text(json.dumps(result.as_dict()))
+    settings = yaml.safe_load(config.read_text())
+    settings["plugins"].append("axolotl.integrations.lm_eval.LMEvalPlugin")
+    write_config(config.parent, settings | {"lm_eval_tasks": ["tiny"]})
+    assert invoke("train", config).exit_code == 0
+    assert len(calls(config)) == 2
+    config.with_name("behavior").write_text("nothing")
+    _, run = read_config(config)
+    run.iteration(1).path.mkdir(parents=True)
+    (run.iteration(1).path / "model.safetensors").touch()
+    assert invoke("train", config).exit_code == 0
+    assert len(calls(config)) == 3
+    run.iteration(1).lm_eval_failure.touch()
+    assert invoke("train", config).exit_code == 0
+    assert len(calls(config)) == 3
+
+
 def test_run_without_improvement_for_patience_iterations_ends(config: Path) -> None:
     for number, after in enumerate((-0.3, -0.305)):
         before = -0.4 if not number else -0.3

@@ -53,11 +53,14 @@ def test_scores_without_intervals_are_compared_as_they_are() -> None:
     assert not found.worse_than_start(3), "the start was not measured"
 
 
-@pytest.mark.parametrize("metric", ["wikitext/word_perplexity", "mine/perplexity/first-line"])
-def test_less_perplexity_is_better(metric: str) -> None:
-    entries = scored(9.0, 7.0, 8.0, metric=metric)
-    assert measured(entries, metric).best() == 1
-    assert measured(entries, "wikitext/acc").best() is None
+def test_lower_is_better_where_lm_eval_says_so() -> None:
+    entries = scored(9.0, 7.0, 8.0, metric="mine/wer")
+    assert measured(entries, "mine/wer").best() == 0
+    falling = [entry | {"lower_is_better": ["mine/wer"]} for entry in entries]
+    found = measured(falling, "mine/wer")
+    assert found.best() == 1
+    assert found.last_improvement() == (1, 1)
+    assert measured(falling, "mine/acc").best() is None
 
 
 def test_iterations_that_are_left_out_are_best_only_if_no_other_is() -> None:

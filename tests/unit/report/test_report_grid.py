@@ -12,6 +12,7 @@ from conftest import ROOT
 from reported import END, Examples, Tokens, make_run, reward_of, write_rewards
 from tiny import byte_tokenizer
 
+from spin_plugin.args import SpinArgs
 from spin_plugin.console import SpinError
 from spin_plugin.report.write import try_report, write_report
 from spin_plugin.run.directory import RunDir
@@ -43,7 +44,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def rows(run: RunDir, **options: Any) -> dict[tuple[str, int], dict[str, Any]]:
-    write_report(run, 2, **options)
+    write_report(run, SpinArgs(iterations=2), **options)
     lines = run.report.with_suffix(".jsonl").read_text().splitlines()
     return {(row["split"], row["example"]): row for row in map(json.loads, lines)}
 
@@ -132,7 +133,7 @@ def test_run_that_diverged(run: RunDir) -> None:
     assert state is not None
     state.finished = [entry | {"metrics": run.iteration(0).last_metrics()} for entry in state.finished[:1]]
     run.write_state(state)
-    write_report(run, 2)
+    write_report(run, SpinArgs(iterations=2))
     text = run.report.with_suffix(".json").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
@@ -143,7 +144,7 @@ def test_run_that_diverged(run: RunDir) -> None:
 def test_reading_takes_no_lock_and_changes_nothing_else(run: RunDir) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.root.rglob("*") if path.is_file()}
     with run.locked():
-        write_report(run, 2)
+        write_report(run, SpinArgs(iterations=2))
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -165,18 +166,18 @@ def test_tokens_are_shown_without_a_tokenizer(run: RunDir, capsys: pytest.Captur
 
 def test_no_run_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(SpinError, match="holds no run yet; start it with"):
-        write_report(RunDir(tmp_path), 1)
+        write_report(RunDir(tmp_path), SpinArgs(iterations=1))
 
 
 def test_a_report_that_fails_is_one_warning(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     run.report.mkdir()  # so it cannot be replaced by a file
-    try_report(run, 2)
+    try_report(run, SpinArgs(iterations=2))
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("spin: warning: the report was not written (")
 
 
 def test_reset_removes_the_report(run: RunDir) -> None:
-    write_report(run, 2)
+    write_report(run, SpinArgs(iterations=2))
     with run.locked():
         run.reset(1)
     assert not list(run.root.glob("report.*"))

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from reported import END, Examples, add_to_entries, make_run
 from tiny import byte_tokenizer
 
+from spin_plugin.args import SpinArgs
+from spin_plugin.objective.decline import Comparison
 from spin_plugin.report import page
 from spin_plugin.report.page import embedded
 from spin_plugin.report.write import write_report
@@ -56,7 +58,7 @@ class Text(HTMLParser):
 
 
 def shown(run: RunDir) -> Text:
-    write_report(run, 2)
+    write_report(run, SpinArgs(iterations=2))
     return Text(run.report.read_text(encoding="utf-8"))
 
 
@@ -94,17 +96,48 @@ def test_names_and_configuration_are_escaped(run: RunDir) -> None:
     assert found.elements.count("script") == 3
 
 
+def test_what_a_judge_is_given_is_not_shown(run: RunDir) -> None:
+    """It can hold a secret under any name."""
+    state = run.read_state()
+    assert state is not None
+    spin = {"judge": {"function": "own:judge", "kwargs": {"pin": "one-two-three"}}}
+    state.config["spin"] |= spin | {"schedule": [spin]}
+    run.write_state(state)
+    run.iteration(0).config.write_text(json.dumps({"spin": spin}))
+    text = shown(run).text
+    assert "own:judge" in text
+    for name in ("html", "json", "jsonl"):
+        assert "one-two-three" not in run.report.with_suffix(f".{name}").read_text()
+
+
+def test_best_iteration_and_why_the_run_has_stopped_are_named(run: RunDir) -> None:
+    found = shown(run).text
+    assert "Best:" not in found
+    state = run.read_state()
+    assert state is not None
+    for entry, before, after in zip(state.finished, (-0.4, -0.3), (-0.3, -0.5), strict=True):
+        change = Comparison(64, before, after, after - before, (after - before - 0.01, after - before + 0.01))
+        entry["held_out"] = change.as_dict()
+    run.write_state(state)
+    write_report(run, SpinArgs(iterations=3))
+    text = Text(run.report.read_text()).text
+    assert "Best: iteration 0 (held_out −0.3000)." in text
+    assert "Iteration 1 made held-out real responses less likely" in text
+    assert "so iteration 2 is not trained; best: iteration 0" in text
+    assert json.loads(run.report.with_suffix(".json").read_text())["best"]["iteration"] == 0
+
+
 def test_long_texts_are_cut_in_the_page_only(tmp_path: Path) -> None:
     long = [65] * 100_000
     examples = Examples([(REAL, [*long, END])], [])
     run = make_run(tmp_path / "run", TOKENIZER, examples, lambda *_: [long], iterations=1)
-    write_report(run, 1)
+    write_report(run, SpinArgs(iterations=1))
     assert len(run.report.read_text()) < 200_000
     assert len(json.loads(run.report.with_suffix(".jsonl").read_text())["iterations"]["0"][0]["text"]) == 100_000
 
 
 def test_a_page_holds_as_many_prompts_as_fit(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_report(run, 2)
+    write_report(run, SpinArgs(iterations=2))
     line = len(run.report.with_suffix(".jsonl").read_text().splitlines()[0])
     monkeypatch.setattr(page, "GRID_BYTES", 3 * line)
     match = re.search(r"(\d+) of 6 prompts: the extremes", shown(run).text)

@@ -422,6 +422,8 @@ def test_secrets_are_left_out_at_every_depth() -> None:
         "client_secret": "secret",
         "spin": {"generation": {"vllm_kwargs": {"api_key": "secret", "max_num_seqs": 4}}},
         "datasets": [{"path": "d", "storage_options": {"aws_secret": "secret", "key": 1}}],
+        "headers": {"Authorization": "Bearer secret", "X-Api-Key": "secret", "key": "secret", "Accept": "text"},
+        "urls": ["postgresql://me:secret@host:5432/db", "https://:secret@host/a@b", "http://host:80/a:b@c"],
     }
     kept = without_secrets(config)
     assert "secret" not in json.dumps(list(_values(kept)))
@@ -429,6 +431,8 @@ def test_secrets_are_left_out_at_every_depth() -> None:
         "base_model": "m",
         "spin": {"generation": {"vllm_kwargs": {"max_num_seqs": 4}}},
         "datasets": [{"path": "d", "storage_options": {"key": 1}}],
+        "headers": {"Accept": "text"},
+        "urls": ["postgresql://me:***@host:5432/db", "https://:***@host/a@b", "http://host:80/a:b@c"],
     }
     assert config["hf_token"] == "hf_secret", "the caller's configuration was modified"
 

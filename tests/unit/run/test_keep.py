@@ -11,7 +11,7 @@ from tiny import write_config
 
 import spin_plugin.run.directory as directory_module
 import spin_plugin.run.iteration as iteration_module
-from spin_plugin.args import SpinArgs
+from spin_plugin.args import SpinArgs, StopArgs
 from spin_plugin.cli import spin as commands
 from spin_plugin.data.pairs import PairStats
 from spin_plugin.run.directory import RunDir
@@ -74,6 +74,14 @@ def models(run: RunDir) -> list[int]:
 
 def checkpoints(run: RunDir) -> list[int]:
     return [number for number in run.started() if run.iteration(number).checkpoints()]
+
+
+def test_iteration_whose_model_is_to_be_removed_is_not_evaluated(tmp_path: Path) -> None:
+    """Also if a kill has left its files."""
+    run = RunDir(tmp_path / "run")
+    finish(run, SpinArgs(keep="last", stop=StopArgs(metric="off")), -0.9, -0.8)
+    (run.iteration(0).path / "model.safetensors").touch()
+    assert run.unevaluated() == [1]
 
 
 @pytest.mark.parametrize(

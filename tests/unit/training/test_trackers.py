@@ -108,9 +108,10 @@ def test_entries_sent_before_a_kill_are_not_sent_again(run: RunDir, tmp_path: Pa
     kill was not sent."""
     used = trackers(run, use_tensorboard=True)
     used.begin(0)
-    log(run, *({"step": step, "epoch": 0, "pairs": 4, "loss": 1.0} for step in (1, 2, 3)))
+    counts = {"pairs": 4, "tokens": 90, "seconds": 0.5}  # in the order of `SpinTrainer.log`
+    log(run, *({"step": step, "epoch": 0, **counts, "loss": 1.0} for step in (1, 2, 3)))
     used.begin(0)
-    log(run, {"step": 1, "epoch": 0, "loss": 1.0}, {"step": 2, "epoch": 0, "eval_loss": 1.0})
+    log(run, {"step": 1, "epoch": 0, **counts, "loss": 1.0}, {"step": 2, "epoch": 0, "eval_loss": 1.0})
     used.begin(0)
     tracked = TrackedRun.read(run.iteration(0))
     assert tracked is not None
