@@ -51,6 +51,8 @@ def doctor(config: Path, num_processes: int | None, as_json: bool) -> None:
             if not as_json:
                 _show(result)
         numbers = message.get("numbers", numbers)
+    if not results:
+        raise SpinError("the examination reported no check; reinstall spin-plugin, whose parts do not fit together")
     if as_json:
         click.echo(json.dumps({"config": str(config), "checks": results, **numbers}))
     else:
@@ -134,10 +136,10 @@ def _conclude(results: list[dict[str, str]], numbers: dict[str, Any]) -> None:
         parts.append(f"{numbers['parameters'] / 1e6:,.2f}M parameters")
     if numbers.get("training_bytes"):
         parts.append(f"{decimal(numbers['training_bytes'])} to train, without activations")
-    if schedule := numbers.get("schedule"):
+    if left := [one for one in numbers.get("schedule", ()) if one["iteration"] >= numbers["iteration"]]:
         parts += [
-            f"{sum(one['generated'] for one in schedule):,} tokens to generate",
-            f"{sum(one['trained'] for one in schedule):,} to train",
+            f"{sum(one['generated'] for one in left):,} tokens to generate",
+            f"{sum(one['trained'] for one in left):,} to train",
         ]
     if numbers.get("hours"):
         parts.append(f"{numbers['hours']:.2g} h")

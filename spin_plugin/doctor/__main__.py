@@ -1,7 +1,7 @@
 """Examine a configuration: `python -m spin_plugin.doctor PROCESSES`, run by `axolotl spin doctor`.
 
 Standard input is the configuration as JSON; PROCESSES is a number, 0 for one per GPU. Standard output has one JSON
-object per line: `{"finding": …}` as soon as it is known, at the end `{"numbers": …}`. A process of its own, because
+object per line: `{"result": …}` as soon as it is known, at the end `{"numbers": …}`. A process of its own, because
 Axolotl and its dependencies print, log and read their environment when they are imported.
 """
 
@@ -22,8 +22,8 @@ def main() -> None:
         def write(**content: Any) -> None:
             out.write(json.dumps(content) + "\n")
 
-        def report(finding: Result) -> None:
-            write(finding=asdict(finding))
+        def report(result: Result) -> None:
+            write(result=asdict(result))
 
         write(numbers=examine(json.load(sys.stdin), int(sys.argv[1]) or None, report))
 

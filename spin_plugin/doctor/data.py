@@ -2,11 +2,10 @@
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -45,10 +44,12 @@ class Lengths:
         return round(self.scale * len(self.prompt))
 
 
-@contextmanager
-def real_data(settings: Settings) -> Iterator[tuple[Real, float]]:
-    """Yield the run's examples, those of a new run tokenized in a temporary directory, and the factor that a sample
+def real_data(settings: Settings) -> tuple[Real, float]:
+    """Return the run's examples, those of a new run tokenized in a temporary directory, and the factor that a sample
     stands for.
+
+    Args:
+        settings: the configuration, with a temporary directory as `cfg.output_dir`.
 
     Raises:
         SpinError: the data is unusable.
@@ -57,47 +58,54 @@ def real_data(settings: Settings) -> Iterator[tuple[Real, float]]:
     lowered = settings.lowered
     spin = lowered.spin.at(0)
     if lowered.run.holds_responses():
-        yield prepare_real(AxolotlSource(settings.cfg), lowered.run, spin, settings.data), 1.0
-        return
+        if (lowered.run.real / "meta.json").exists():
+            return prepare_real(AxolotlSource(settings.cfg), lowered.run, spin, settings.data), 1.0
+        warn(f"{lowered.run.real}: missing although there are responses; training will tokenize the data again")
     require_reachable(settings)
     cfg, scale = sampled(settings.cfg)
-    with TemporaryDirectory(prefix="spin-doctor-") as directory:
-        try:
-            real = prepare_real(AxolotlSource(cfg), RunDir(Path(directory) / "run"), spin, settings.data)
-        except SpinError as error:
-            if elsewhere := remote_paths(cfg):
-                raise Skipped(f"{', '.join(elsewhere)}: not in the cache, and not downloaded here ({error})") from None
-            raise
-        if scale > 1:
-            say(f"a sample: 1 of {scale:.0f} rows was looked at, so numbers of prompts are estimates")
-        yield real, scale
+    try:
+        real = prepare_real(AxolotlSource(cfg), RunDir(Path(cfg.output_dir)), spin, settings.data)
+    except SpinError as error:
+        if elsewhere := remote_paths(cfg):
+            raise Skipped(f"{', '.join(elsewhere)}: not in the cache, and not downloaded here ({error})") from None
+        raise
+    if scale > 1:
+        say(f"a sample: 1 of {scale:.0f} rows was looked at, so numbers of prompts are estimates")
+    return real, scale
 
 
 def sampled(cfg: Any) -> tuple[Any, float]:
     """Return a configuration that loads at most about `SAMPLE` bytes of each local dataset, and the factor that
     numbers of rows must be multiplied by."""
-    entries = [*(cfg.datasets or []), *(cfg.test_datasets or [])]
-    size = sum(local_bytes(str(entry["path"])) for entry in entries)
+    size = sum(local_bytes(plain(entry)) for entry in [*(cfg.datasets or []), *(cfg.test_datasets or [])])
     factor = math.ceil(size / SAMPLE)
     if factor <= 1:
         return cfg, 1.0
     smaller = copy.deepcopy(cfg)
     for entry in [*(smaller.datasets or []), *(smaller.test_datasets or [])]:
         entry["shards"] = factor * (entry.get("shards") or 1)
+    if smaller.val_set_size and smaller.val_set_size > 1:  # a number of rows, not a fraction
+        smaller.val_set_size = max(2, round(smaller.val_set_size / factor))  # 1 would be all rows
     return smaller, float(factor)
 
 
-def local_bytes(path: str) -> int:
-    """Return the size of a file or directory; 0 if it is elsewhere."""
-    place = Path(path)
-    files = [place] if place.is_file() else place.rglob("*") if place.is_dir() else []
+def local_bytes(dataset: Mapping[str, Any]) -> int:
+    """Return the size of a dataset's files, those of its directory unless `data_files` names some; 0 if they are
+    elsewhere."""
+    place, named = Path(dataset["path"]), dataset.get("data_files") or []
+    if named:
+        base = place if place.is_dir() else Path()  # else `path` is a format, as `json`
+        patterns = [str(base / name) for name in ([named] if isinstance(named, str) else named)]
+        files: Iterable[Path] = [Path(file) for pattern in patterns for file in glob(pattern, recursive=True)]
+    else:
+        files = [place] if place.is_file() else place.rglob("*")
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def remote_paths(cfg: Any) -> list[str]:
     """Return the datasets that are not on this machine's disk."""
-    paths = [str(plain(entry)["path"]) for entry in [*(cfg.datasets or []), *(cfg.test_datasets or [])]]
-    return [path for path in paths if not Path(path).exists()]
+    entries = [plain(entry) for entry in [*(cfg.datasets or []), *(cfg.test_datasets or [])]]
+    return [str(entry["path"]) for entry in entries if not (Path(entry["path"]).exists() or local_bytes(entry))]
 
 
 def check_lengths(settings: Settings, real: Real, scale: float) -> Lengths:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from spin_plugin.console import say
@@ -12,9 +13,9 @@ from spin_plugin.doctor.machine import VllmProbe, check_devices, check_packages,
 from spin_plugin.doctor.memory import ModelSize
 from spin_plugin.doctor.model import (
     check_generation_memory,
+    check_opponent,
     check_tokenizer,
     check_training_memory,
-    check_weights,
     measure,
 )
 from spin_plugin.doctor.schedule import plan
@@ -31,11 +32,12 @@ def examine(raw: dict[str, Any], processes: int | None, report: Callable[[Result
     Args:
         raw: the content of the YAML file.
         processes: training processes; None: one for each visible GPU.
-        report: called with each finding as soon as it is known.
+        report: called with each result as soon as it is known.
 
     Returns:
         What was counted, as far as it could be: `parameters`, `trained`, `processes`, `training_bytes`, `prompts`,
-        `schedule` (one mapping per iteration), `hours`, and `pair`, an example in full.
+        `iteration` (the next one), `schedule` (one mapping per iteration), `hours` (of all that is left), and `pair`,
+        an example in full.
     """
     checkup, numbers = Checkup(report), Numbers()
     with ExitStack() as stack:
@@ -47,6 +49,8 @@ def examine(raw: dict[str, Any], processes: int | None, report: Callable[[Result
         numbers["processes"] = processes = processes or sum(device.gpu for device in devices()) or 1
         settings = checkup.run("configuration", read_settings, raw, processes)
         if settings:
+            # Axolotl writes a tokenizer with other added tokens, and we the examples, into output_dir
+            settings.cfg.output_dir = stack.enter_context(TemporaryDirectory(prefix="spin-doctor-"))
             _examine_run(checkup, settings, numbers)
         if probe:
             checkup.run("vLLM", probe.check)
@@ -67,7 +71,7 @@ def _examine_run(checkup: Checkup, settings: Settings, numbers: Numbers) -> None
     checkup.run("output_dir", check_output_dir, settings)
     checkup.run("engines", check_engines, settings)
     checkup.run("judge", _load_judges, settings)
-    checkup.run("weights", check_weights, settings)
+    checkup.run("weights", check_opponent, settings)
     size = checkup.run("model", measure, settings)
     if size:
         numbers |= {"parameters": size.parameters, "trained": size.adapter or size.parameters}
@@ -76,21 +80,20 @@ def _examine_run(checkup: Checkup, settings: Settings, numbers: Numbers) -> None
     tokenizer = checkup.run("tokenizer", check_tokenizer, settings)
     if not tokenizer:
         return checkup.skip("data", "needs the tokenizer, as lengths and schedule do")
-    with ExitStack() as stack:
-        data = checkup.run("data", stack.enter_context, real_data(settings))
-        real, scale = data or (None, 1.0)
-        found = checkup.run("lengths", check_lengths, settings, real, scale) if real else None
-        if size:
-            checkup.run("disk", check_space, settings, size, real, found)
-        if real and found:
-            _examine_data(checkup, settings, numbers, found, size)
-            numbers["pair"] = checkup.run("pair", one_pair, settings, real, tokenizer)
+    data = checkup.run("data", real_data, settings)
+    real, scale = data or (None, 1.0)
+    found = checkup.run("lengths", check_lengths, settings, real, scale) if real else None
+    if size:
+        checkup.run("disk", check_space, settings, size, real, found)
+    if real and found:
+        _examine_data(checkup, settings, numbers, found, size)
+        numbers["pair"] = checkup.run("pair", one_pair, settings, real, tokenizer)
 
 
 def _examine_data(
     checkup: Checkup, settings: Settings, numbers: Numbers, found: Lengths, size: ModelSize | None
 ) -> None:
-    numbers["prompts"] = found.prompts
+    numbers |= {"prompts": found.prompts, "iteration": settings.lowered.iteration}
     planned = checkup.run("schedule", plan, settings, found, _synthetic_length(settings, found))
     if planned:
         numbers["schedule"] = [one.as_dict() for one in planned]

@@ -6,11 +6,12 @@ from spin_plugin.config.specs import TrainingSpec
 
 # Bytes per trained parameter of an optimizer's state; AdamW's two fp32 moments where an optimizer is not listed.
 STATE_BYTES = {
-    "rmsprop": 4, "sgd": 4, "adafactor": 0, "lion_pytorch": 4, "muon": 4, "adamw_torch_8bit": 2, "adamw_torch_4bit": 1,
+    "rmsprop": 4, "sgd": 0, "adafactor": 0, "lion_pytorch": 4, "muon": 4, "adamw_torch_8bit": 2, "adamw_torch_4bit": 1,
     "ao_adamw_fp8": 2, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1,
     "paged_lion_8bit": 1, "optimi_adamw": 6,
 }  # fmt: skip
 ADAMW = 8
+MOMENTUM = 4  # of SGD, if `optim_args` sets it
 
 
 class ModelSize(NamedTuple):
@@ -35,6 +36,12 @@ class Sharing(NamedTuple):
     bits: int = 16
     """Bits of a frozen base model's weights: 4 or 8 if it is quantized, else those of its dtype."""
 
+    @property
+    def ddp(self) -> bool:
+        """Whether every process holds the whole model, and DDP a second copy of its gradients: the buckets that it
+        reduces, since torch's `gradient_as_bucket_view` is off unless set, and neither accelerate nor Axolotl does."""
+        return self.processes > 1 and not (self.fsdp or self.zero_stage)
+
 
 def training_bytes(size: ModelSize, training: TrainingSpec, sharing: Sharing, *, masters: bool) -> int:
     """Return the bytes of weights, gradients and optimizer state on each device, without activations.
@@ -46,9 +53,11 @@ def training_bytes(size: ModelSize, training: TrainingSpec, sharing: Sharing, *,
         masters: whether fp32 masters of a 16-bit model are trained.
     """
     state = STATE_BYTES.get(training.optimizer, ADAMW)
+    if training.optimizer == "sgd" and float(training.optim_args.get("momentum", 0)):
+        state = MOMENTUM
     if size.adapter:
         frozen = _frozen_bytes(size, sharing) / (sharing.processes if sharing.fsdp or sharing.zero_stage == 3 else 1)
-        return round(frozen + size.adapter * (4 + 4 + state))
+        return round(frozen + size.adapter * (4 + 4 + state + (4 if sharing.ddp else 0)))
     return round(size.parameters * _bytes_per_trained(state, training, sharing, masters=masters))
 
 
@@ -65,11 +74,10 @@ def _bytes_per_trained(state: int, training: TrainingSpec, sharing: Sharing, *, 
         sharded = [master + state, gradient, weight]  # stage 1 shards the optimizer, 2 gradients too, 3 all
         stage = sharing.zero_stage
         return sum(sharded[:stage]) / sharing.processes + sum(sharded[stage:])
-    if not training.in_16_bits or masters:
-        copies = 2 if masters else 0  # autocast's 16-bit weights; FSDP2 accumulates unsharded 16-bit gradients instead
-        shared = 4 + 4 + state
-        return shared / (sharing.processes if sharing.fsdp else 1) + copies
-    return (2 + 2 + state) / (sharing.processes if sharing.fsdp else 1)
+    width = 4 if masters or not training.in_16_bits else 2
+    copies = 2 if masters else 0  # autocast's 16-bit weights; FSDP2 accumulates unsharded 16-bit gradients instead
+    buckets = width if sharing.ddp else 0
+    return (width + width + state) / (sharing.processes if sharing.fsdp else 1) + buckets + copies
 
 
 class Cache(NamedTuple):

@@ -13,7 +13,7 @@ from spin_plugin.generation.vllm_worker import GPU_SHARE
 from spin_plugin.opponent.weights import model_class
 from spin_plugin.training.generate import require_intact_opponent
 from spin_plugin.training.loading import AxolotlSource
-from spin_plugin.training.precision import keeps_masters, zero_stage
+from spin_plugin.training.precision import keeps_masters, offloads, zero_stage
 
 READ_AT_MOST = 8e9  # bytes of weights, a few seconds on a core
 NEARLY_FULL = 0.8  # beyond this share little is left for activations
@@ -29,7 +29,7 @@ def require_reachable(settings: Settings) -> None:
         raise Skipped(f"base_model: {settings.opponent.base_model} is no directory here, and the hub cannot be reached")
 
 
-def check_weights(settings: Settings) -> None:
+def check_opponent(settings: Settings) -> None:
     """Whether a local opponent's weights are complete and, unless reading them takes long, finite."""
     opponent = settings.opponent
     require_reachable(settings)
@@ -103,7 +103,7 @@ def _itemsize(dtype: str) -> int:
 def check_training_memory(settings: Settings, size: ModelSize) -> int:
     """Whether weights, gradients and optimizer state fit; returns their bytes on each device."""
     cfg, training = settings.cfg, settings.training
-    if (cfg.fsdp_config or {}).get("offload_params") or "offload" in str(training.deepspeed):
+    if (cfg.fsdp_config or {}).get("offload_params") or offloads(training):
         raise Skipped("weights or optimizer state are offloaded to the CPU, whose share is not estimated")
     bits = 4 if cfg.load_in_4bit else 8 if cfg.load_in_8bit else 8 * _itemsize(training.dtype)
     sharing = Sharing(training.world_size, training.fsdp, zero_stage(training), bits)

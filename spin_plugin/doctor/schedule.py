@@ -54,12 +54,18 @@ def plan(settings: Settings, found: Lengths, synthetic: float) -> list[Planned]:
             warn_of_learning_rate(one.learning_rate, adapter=settings.training.adapter)
         before = one.learning_rate
         warn_of_warmup(one.warmup_steps, one.steps, one.learning_rate)
-    generated, trained = (sum(getattr(one, name) for one in planned) for name in ("generated", "trained"))
+    left = planned[settings.lowered.iteration :]
+    generated, trained = (sum(getattr(one, name) for one in left) for name in ("generated", "trained"))
     say(
-        f"{sum(one.steps for one in planned):,} steps of {_pairs_per_step(settings.training)} pairs in "
-        f"{len(planned)} iterations; about {generated:,} tokens to generate and {trained:,} to train"
+        f"{sum(one.steps for one in left):,} steps of {_pairs_per_step(settings.training)} pairs in "
+        f"{iterations(len(left))}; about {generated:,} tokens to generate and {trained:,} to train"
     )
     return planned
+
+
+def iterations(number: int) -> str:
+    """Return a number of iterations in words."""
+    return f"{number} iteration{'' if number == 1 else 's'}"
 
 
 def tokens_per_epoch(prompt: float, real: float, synthetic: float, pairs: int, *, grouped: bool) -> float:

@@ -42,7 +42,7 @@ class Settings:
     """A configuration that `axolotl train` accepts."""
 
     cfg: Any
-    """Axolotl's validated configuration of the next iteration."""
+    """Axolotl's validated configuration of the next iteration; the checks give it a temporary output_dir."""
     lowered: Lowered
     reachable: bool
     """Whether the base model's configuration could be read."""

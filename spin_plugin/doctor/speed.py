@@ -9,7 +9,7 @@ from spin_plugin.console import say
 from spin_plugin.doctor.checkup import Skipped
 from spin_plugin.doctor.machine import devices
 from spin_plugin.doctor.memory import ModelSize
-from spin_plugin.doctor.schedule import Planned
+from spin_plugin.doctor.schedule import Planned, iterations
 from spin_plugin.doctor.settings import Settings
 from spin_plugin.generation.python import CHECKOUT
 
@@ -26,7 +26,10 @@ class Speed(NamedTuple):
 
 
 def hours(settings: Settings, size: ModelSize, planned: list[Planned]) -> float | None:
-    """Say how many hours the unfinished iterations take, as far as a speed was measured, and return them.
+    """Say how many hours the unfinished iterations take, as far as a speed was measured.
+
+    Returns:
+        Their sum; None if the speed of generating or that of training was not measured.
 
     Raises:
         Skipped: none was.
@@ -43,8 +46,8 @@ def hours(settings: Settings, size: ModelSize, planned: list[Planned]) -> float 
         f"{name} {value:.2g} h" if value is not None else f"{name} not measured"
         for name, value in (("generating", generate), ("training", train))
     ]
-    say(f"hours of the remaining {len(left)} iterations: {', '.join(parts)} ({speed.source}); loading comes on top")
-    return sum(filter(None, (generate, train)))
+    say(f"hours of {iterations(len(left))}: {', '.join(parts)} ({speed.source}); loading comes on top")
+    return None if generate is None or train is None else generate + train
 
 
 def _of_this_run(settings: Settings) -> Speed | None:

@@ -31,15 +31,19 @@ def read_base(config: Mapping[str, Any]) -> Base:
     data = _card_data(model, config.get("revision_of_model"), on_hub=hub_name is not None)
     named = data.get("base_model")
     known = {name: data[name] for name in LICENSE_FIELDS if data.get(name)}
-    return Base(shown(model), hub_name or (named if isinstance(named, str) else None), known)
+    return Base(shown(model), hub_name or (hub_name_of(named) if isinstance(named, str) else None), known)
 
 
 def hub_name_of(name: str) -> str | None:
-    """Return a name of a model or data set if it can be one on the hub; None for a local path or a URL."""
+    """Return a name of a model or data set if it can be one on the hub; None for a path or a URL.
+
+    A name whose first part is a directory here is a path, too, even if nothing is there any more: `outputs/sft`.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    if Path(name).exists() or Path(name).suffix in (".json", ".jsonl", ".parquet", ".csv", ".txt", ".arrow"):
+    here = Path(name).exists() or ("/" in name and Path(name).parent.exists())
+    if here or Path(name).suffix in (".json", ".jsonl", ".parquet", ".csv", ".txt", ".arrow"):
         return None
     try:
         validate_repo_id(name)
@@ -51,6 +55,18 @@ def hub_name_of(name: str) -> str | None:
 def shown(name: str) -> str:
     """Return a name on the hub unchanged, and the last part of a path."""
     return hub_name_of(name) or Path(name).name
+
+
+def data_names(config: Mapping[str, Any]) -> dict[str, bool]:
+    """Return the names of a configuration's data sets as a card shows them, and whether each can be one on the hub."""
+    names: dict[str, bool] = {}
+    for entry in config.get("datasets") or []:
+        path, files = str(entry.get("path") or ""), entry.get("data_files") or []
+        if files and "/" not in path:  # a format, as `json`
+            names |= {Path(file).name: False for file in ([files] if isinstance(files, str) else files)}
+        elif path:
+            names[shown(path)] = hub_name_of(path) is not None
+    return names
 
 
 def _card_data(model: str, revision: str | None, *, on_hub: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from spin_plugin.args import SpinArgs
-from spin_plugin.export.base import hub_name_of, read_base, shown
+from spin_plugin.export.base import data_names, read_base, shown
 from spin_plugin.objective.decline import read_check
 from spin_plugin.run.overview import newest_stats
 from spin_plugin.run.scores import shown_scores
@@ -42,22 +42,22 @@ def model_card(state: RunState, number: int, *, adapter: bool) -> str:
 
     config = state.config
     base = read_base(config)
-    datasets = [str(entry["path"]) for entry in config.get("datasets") or [] if entry.get("path")]
+    datasets = data_names(config)
     data = ModelCardData(
         base_model=base.on_hub,
-        datasets=[name for name in datasets if hub_name_of(name)] or None,
+        datasets=[name for name, on_hub in datasets.items() if on_hub] or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["spin", "self-play", "axolotl", *(["lora"] if adapter else [])],
         base_model_relation=("adapter" if adapter else "finetune") if base.on_hub else None,
         **base.license,
     )
-    name = f"{Path(config['output_dir']).name}, iteration {number}"
+    name = f"{Path(config['output_dir']).resolve().name}, iteration {number}"
     origin = f"[{base.name}](https://huggingface.co/{base.name})" if base.name == base.on_hub else f"`{base.name}`"
     if start := config.get("lora_model_dir"):
         origin += f" with the adapter `{shown(str(start))}`"
     trained = "An adapter for" if adapter else "A fine-tune of"
-    data_named = " and ".join(f"`{shown(path)}`" for path in datasets)
+    data_named = " and ".join(f"`{name}`" for name in datasets)
     return f"""---
 {data.to_yaml().strip()}
 ---

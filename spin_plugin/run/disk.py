@@ -12,6 +12,10 @@ class Space(NamedTuple):
 
     minimum: int
     expected: int
+    finished: int = 0
+    """What of it is left at its end, with checkpoints."""
+    data: int = 0
+    """Of that, responses and pairs."""
 
 
 def require_space(directory: Path, needed: Space) -> None:

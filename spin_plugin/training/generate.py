@@ -260,8 +260,12 @@ def bytes_needed(generation: Generation, responses: int, model: int) -> Space:
     pairs = responses * (1 + spin.history_iterations) * sequences * generation.data.sequence_len
     trained = 2 * model if generation.has_masters else model
     optimizer = 2 * trained if training.saves_optimizer else 0  # Adam's two moments
+    data, checkpoint = 8 * tokens + 4 * pairs, trained + optimizer
     # 32-bit weights are saved first and then rewritten in 16 bits, except with DeepSpeed
     minimum = trained + model if generation.has_masters and not training.deepspeed else model
     return Space(
-        minimum=minimum, expected=minimum + 8 * tokens + 4 * pairs + training.checkpoints * (trained + optimizer)
+        minimum=minimum,
+        expected=minimum + data + training.checkpoints * checkpoint,
+        finished=model + data + max(0, training.checkpoints - 1) * checkpoint,  # the oldest one is removed
+        data=data,
     )

@@ -100,6 +100,13 @@ def zero_stage(training: TrainingSpec) -> int:
     return int((config.get("zero_optimization") or {}).get("stage", 0))
 
 
+def offloads(training: TrainingSpec) -> bool:
+    """Whether DeepSpeed keeps weights or optimizer state on the CPU or a disk."""
+    zero = (_deepspeed(training.deepspeed) if training.deepspeed else {}).get("zero_optimization") or {}
+    places = (zero.get(f"offload_{part}") or {} for part in ("param", "optimizer"))
+    return any(place.get("device", "none") != "none" for place in places)
+
+
 def needs_no_masters(training: TrainingSpec) -> bool:
     """Whether the optimizer trains 16-bit weights without losing small updates."""
     if training.optimizer not in WITHOUT_MASTERS:

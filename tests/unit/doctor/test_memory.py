@@ -1,5 +1,6 @@
 """Estimated memory: the guide's table, and a real model's and optimizer's bytes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from spin_plugin.config.specs import TrainingSpec
 from spin_plugin.doctor.memory import ModelSize, Sharing, generation_bytes, training_bytes
+from spin_plugin.training.precision import offloads
 
 BILLION = 10**9
 MODEL = ModelSize(BILLION, 10**8, 0, 65_536)
@@ -30,8 +32,9 @@ def training(**changes: Any) -> TrainingSpec:
     ("sharing", "optimizer", "masters", "expected"),
     [  # bytes per trained parameter, as in docs/guide.md, "Precision and memory"
         (Sharing(), "adamw_torch", True, 18),
-        (Sharing(8), "adamw_torch", True, 18),
+        (Sharing(8), "adamw_torch", True, 22),
         (Sharing(), "rmsprop", True, 14),
+        (Sharing(8), "rmsprop", True, 18),
         (Sharing(8, fsdp=True), "adamw_torch", True, 16 / 8 + 2),
         (Sharing(8, fsdp=True), "rmsprop", True, 12 / 8 + 2),
         (Sharing(8, zero_stage=3), "adamw_torch", True, 16 / 8),
@@ -39,12 +42,46 @@ def training(**changes: Any) -> TrainingSpec:
         (Sharing(8, zero_stage=2), "adamw_torch", True, 14 / 8 + 2),
         (Sharing(8, zero_stage=1), "adamw_torch", True, 12 / 8 + 4),
         (Sharing(), "adamw_torch_8bit", False, 6),
+        (Sharing(8), "adamw_torch_8bit", False, 8),
         (Sharing(), "optimi_adamw", False, 10),
+        (Sharing(), "sgd", True, 10),
     ],
 )
 def test_bytes_per_trained_parameter(sharing: Sharing, optimizer: str, masters: bool, expected: float) -> None:
     found = training_bytes(MODEL, training(optimizer=optimizer), sharing, masters=masters)
     assert found == pytest.approx(expected * BILLION)
+
+
+def test_momentum_of_sgd_is_only_what_optim_args_sets() -> None:
+    for momentum, expected in (("0.9", 14), ("0", 10)):
+        sgd = training(optimizer="sgd", optim_args={"momentum": momentum})
+        assert training_bytes(MODEL, sgd, Sharing(), masters=True) == expected * BILLION
+
+
+def test_ddp_holds_a_second_copy_of_the_gradients_by_default() -> None:
+    """What the estimate assumes of accelerate, which passes transformers' arguments on to torch."""
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    assert not DistributedDataParallelKwargs().gradient_as_bucket_view
+
+
+@pytest.mark.parametrize(
+    ("zero", "offloaded"),
+    [
+        ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, True),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, True),
+        ({"stage": 3, "offload_optimizer": {"device": "none"}, "offload_param": {"pin_memory": True}}, False),
+        ({"stage": 2}, False),
+    ],
+)
+def test_offloading_is_what_deepspeed_s_configuration_says(
+    tmp_path: Path, zero: dict[str, Any], offloaded: bool
+) -> None:
+    file = tmp_path / "without-offload.json"
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    assert offloads(training(deepspeed={"zero_optimization": zero})) is offloaded
+    assert offloads(training(deepspeed=str(file))) is offloaded
+    assert not offloads(training())
 
 
 SHAPES: dict[str, tuple[str, dict[str, Any], Sharing, str]] = {
@@ -98,7 +135,6 @@ def test_training_in_32_bits_is_what_torch_allocates() -> None:
     ("sharing", "frozen"),
     [
         (Sharing(bits=16), 2.0),
-        (Sharing(8, bits=16), 2.0),
         (Sharing(8, zero_stage=3), 2 / 8),
         (Sharing(bits=4), 0.9 * 0.5 + 0.1 * 4),  # the recipe's estimate: embeddings stay in fp32
         (Sharing(bits=8), 0.9 + 0.1 * 4),
@@ -108,6 +144,12 @@ def test_adapter_takes_16_bytes_a_parameter_beside_the_frozen_model(sharing: Sha
     size = MODEL._replace(adapter=10**7)
     found = training_bytes(size, training(adapter=True), sharing, masters=False)
     assert found == pytest.approx(frozen * BILLION + 16 * 10**7)
+
+
+def test_adapter_under_ddp_has_its_gradients_twice() -> None:
+    size = MODEL._replace(adapter=10**7)
+    found = training_bytes(size, training(adapter=True), Sharing(8), masters=False)
+    assert found == 2 * BILLION + 20 * 10**7
 
 
 def test_generation_counts_sequences_beside_the_weights() -> None:

@@ -1,9 +1,11 @@
 """`axolotl spin doctor` finds each planted fault, and nothing in a healthy configuration."""
 
+import itertools
 import json
 import math
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,22 @@ import pytest
 import torch
 import yaml
 from axolotl.integrations.base import PluginManager
+from click.testing import CliRunner
 from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import SMALL, byte_tokenizer, chat_rows, spin_config, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from spin_plugin.args import SpinArgs
+from spin_plugin.cli import spin as commands
 from spin_plugin.doctor.checkup import Checkup, Result, Skipped, Verdict
+from spin_plugin.doctor.disk import whole_run
 from spin_plugin.doctor.examine import examine
 from spin_plugin.doctor.machine import Device
 from spin_plugin.run.directory import RunDir
+from spin_plugin.run.disk import Space
+from spin_plugin.run.keep import mark_removed
 from spin_plugin.run.state import RunState
 
 Results = list[Result]
@@ -274,7 +282,20 @@ def test_run_in_progress_is_examined_and_left_as_it_is(frozen: dict[str, Any]) -
     assert numbers["pair"]["real"]["text"].endswith("<|im_end|>")
     assert [side["trained"] for side in numbers["pair"].values()] == [False, True, True]
     assert [one["steps"] for one in numbers["schedule"]] == [2, 4]
+    assert any(one.message.startswith("4 steps of") for one in results), "of the iteration that is left"
+    assert numbers["iteration"] == 1
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_missing_examples_of_a_run_are_not_written(frozen: dict[str, Any]) -> None:
+    frozen["spin"]["generation"]["vllm_python"] = "/nowhere/python"
+    (real,) = Path().rglob("real")
+    shutil.rmtree(real)
+    results: Results = []
+    PluginManager._instance = None
+    examine(frozen, None, results.append)
+    assert any("training will tokenize the data again" in one for one in serious(results, Verdict.WARNING))
+    assert not real.exists()
 
 
 RECIPES = [path for path in sorted((ROOT / "yaml_examples").glob("spin-*.yml")) if path.name != "spin-tiny.yml"]
@@ -316,6 +337,89 @@ def test_large_dataset_is_sampled(found: Examine, monkeypatch: pytest.MonkeyPatc
     assert any("a sample: 1 of 4 rows" in one.message for one in results)
     assert any("20 prompts from 20 rows" in one.message for one in results)
     assert any(one.message.startswith("60 steps of 4 pairs") for one in results), whole
+
+
+def test_number_of_held_out_rows_and_files_of_a_format_are_sampled(
+    found: Examine, monkeypatch: pytest.MonkeyPatch, rows: Path
+) -> None:
+    """`val_set_size` may be a number of rows, more than the sample has, and `path` a format."""
+    from spin_plugin.doctor import data
+
+    monkeypatch.chdir(rows.parent)
+    monkeypatch.setattr(data, "SAMPLE", rows.stat().st_size // 4 + 1)
+    results = found(datasets=[{"path": "json", "data_files": [rows.name], "type": "chat_template"}], val_set_size=40)
+    assert serious(results) == []
+    assert any("a sample: 1 of 4 rows" in one.message for one in results)
+    assert any("10 prompts from 10 rows" in one.message for one in results)
+    (steps,) = [one.message for one in results if "steps of" in one.message]
+    assert steps.startswith("30 steps of 4 pairs"), "40 of 80 rows, once and twice"
+
+
+def test_tokenizer_with_other_added_tokens_is_written_elsewhere(found: Examine, tmp_path: Path) -> None:
+    token = byte_tokenizer().convert_tokens_to_ids("<unk>")
+    results = found(added_tokens_overrides={token: "<|other|>"})
+    assert "tokenizer" in {one.check for one in results if one.verdict is Verdict.OK}, serious(results)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("keep", ["all", "best", "last"])
+@pytest.mark.parametrize("judged", [False, True])
+def test_disk_suffices_for_what_a_run_keeps(keep: str, judged: bool) -> None:
+    """Runs in which any iteration is best, or made the model worse, never take more than was announced."""
+    judge = {"judge": {"function": "exact"}} if judged else {}
+    spin = SpinArgs.model_validate({"iterations": 5, "keep": keep, **judge})
+    space, most = Space(minimum=0, expected=1000, finished=700, data=10), 0
+    for changes in itertools.product([-0.1, 0.1], repeat=4):
+        finished: list[dict[str, Any]] = []
+        for number, change in enumerate(changes):
+            check = {"prompts": 40, "before": -1.0, "after": -1 + change, "difference": change}
+            check["interval"] = [change - 0.01, change + 0.01]
+            finished.append({"iteration": number, "held_out": check} | ({"judge": check} if judged else {}))
+            mark_removed(finished, spin)
+            removed = [entry.get("removed", ()) for entry in finished]
+            left = [10 + 90 * ("model" not in one) + 600 * ("checkpoints" not in one) for one in removed]
+            most = max(most, sum(left) + space.expected)
+    assert most <= whole_run(space, 90, spin, 5, measured=True) <= most + 90 * judged
+
+
+def test_nothing_is_removed_without_a_measure() -> None:
+    space = Space(minimum=0, expected=1000, finished=700, data=10)
+    every = whole_run(space, 90, SpinArgs(iterations=5), 5, measured=True)
+    assert every == 4 * 700 + 1000
+    assert whole_run(space, 90, SpinArgs(iterations=5, keep="best"), 5, measured=False) == every
+    assert whole_run(space, 90, SpinArgs(iterations=5, keep="last"), 1, measured=False) == 1000
+
+
+def test_disk_counts_the_checkpoints_that_stay(found: Examine, llama: Path) -> None:
+    """Two fp32 iterations: models, and four checkpoints with AdamW's moments of the one, five while the other runs."""
+    (line,) = [one.message for one in found(save_total_limit=4) if one.check == "disk"]
+    size = sum(file.stat().st_size for file in llama.glob("*.safetensors"))
+    amount, unit, rest = line.split(" ", 2)
+    assert float(amount) * {"kB": 1e3, "MB": 1e6}[unit] >= (2 + 9 * 3) * size
+    assert rest.startswith("at most for 2 iterations (spin.keep: all)")
+    (line,) = [one.message for one in found(spin={"iterations": 1}) if one.check == "disk"]
+    assert "for 1 iteration (" in line
+
+
+def test_command_shows_what_its_process_finds(tmp_path: Path, llama: Path, rows: Path) -> None:
+    """The command and its process, which must agree on what they say to each other."""
+    file = tmp_path / "config.yml"
+    file.write_text(yaml.safe_dump(spin_config(tmp_path, llama, rows, spin={"iterations": -3} | NO_VLLM)))
+    done = CliRunner().invoke(commands, ["doctor", str(file)])
+    assert done.exit_code == 1, done.output
+    assert "✗ configuration" in done.output
+    assert "spin.iterations" in done.output
+    assert "2 wrong" in done.output
+
+
+def test_process_that_reports_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "config.yml"
+    file.write_text("rl: spin\nspin: {iterations: 1}\n")
+    monkeypatch.setattr(sys, "executable", shutil.which("true"))
+    done = CliRunner().invoke(commands, ["doctor", str(file)])
+    assert done.exit_code == 1
+    assert "reported no check" in done.output
+    assert "0 wrong" not in done.output
 
 
 def test_checkup_goes_on_after_a_library_s_error_but_not_after_a_bug() -> None:

@@ -63,6 +63,29 @@ def test_front_matter_names_base_and_licence(config: dict[str, Any]) -> None:
     }  # fmt: skip
 
 
+def test_paths_are_not_names_on_the_hub(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base model's own base, a format with files, and a directory that has been moved since."""
+    (Path(config["base_model"]) / "README.md").write_text("---\nbase_model: /home/me/secret/base\n---\n")
+    config["datasets"] = [{"path": "json", "data_files": ["secret/chat.json.gz"], "type": "chat_template"}]
+    monkeypatch.chdir(tmp_path)
+    Path("outputs").mkdir()
+    for base in (config["base_model"], "outputs/sft"):
+        card = model_card(RunState(config | {"base_model": base}, ENTRIES, "0.2.0"), 1, adapter=False)
+        assert front_matter(card).keys() & {"base_model", "base_model_relation", "datasets"} == set()
+        assert "secret" not in card
+        assert "huggingface.co" not in card
+        assert "trained on `chat.json.gz`" in card
+        assert f"`{Path(base).name}`" in card
+
+
+def test_title_is_the_directory_s_name(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    card = model_card(RunState(config | {"output_dir": "."}, ENTRIES, "0.2.0"), 1, adapter=False)
+    assert f"# {tmp_path.name}, iteration 1\n" in card
+
+
 def test_adapter_is_one(config: dict[str, Any], tmp_path: Path) -> None:
     config |= {"base_model": "org/llama", "lora_model_dir": str(tmp_path / "sft-lora"), "adapter": "lora"}
     card = model_card(RunState(config, ENTRIES, "0.2.0"), 0, adapter=True)
