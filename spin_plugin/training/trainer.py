@@ -71,7 +71,7 @@ class SpinTrainer(AxolotlTrainer):
         self._tokens: int | Tensor = 0
         self._last_log = time.monotonic()
         stats = {split: value.as_dict() for split, value in self.task.pairs.stats.items()}
-        # What the log up to the checkpoint shows was already reported.
+        # What the log up to the checkpoint shows was already reported. Steps after it are repeated, and so are theirs.
         self._watch = LogWatch(stats, self.task.directory.read_log())
         for shown in (ProgressCallback, PrinterCallback):  # progress.py replaces them
             self.remove_callback(shown)
