@@ -204,7 +204,6 @@ class Iteration:
             self.lowered.iteration,
             self._check_agreement,
             self.outcome.__setitem__,
-            self.report,
             partial(write_card, self.lowered.run, self.lowered.iteration, self.pairs.stats, self.outcome),
             tuple(callbacks),
         )
@@ -264,12 +263,7 @@ class Iteration:
         announce_finished(run, number, self.lowered.spin)
         for finding in findings:
             warn(str(finding))
-        self.report()
-
-    def report(self) -> None:
-        """Write the report of the run as it is, also where training fails."""
-        if self.first:
-            try_report(self.lowered.run, self.lowered.spin.iterations)
+        try_report(run, self.lowered.spin.iterations)
 
     def _require_no_watchdog(self) -> None:
         """Refuse training that Axolotl's loss watchdog stopped, which otherwise looks complete."""

@@ -206,17 +206,6 @@ class SpinTrainer(AxolotlTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; if that fails or is interrupted, write the report of what there is. The error stays the error.
-
-        Not in `post_train_unload`, which Axolotl 0.19 calls only after success.
-        """
-        try:
-            return super().train(*args, **kwargs)
-        except BaseException:
-            self.task.report()
-            raise
-
     # --- saving ------------------------------------------------------------------------------
 
     @exit_on_error
