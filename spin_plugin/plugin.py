@@ -82,7 +82,11 @@ class SpinPlugin(BasePlugin):
     def post_train_unload(self, cfg: Any) -> None:
         """Finish the iteration: model, tokenizer and metrics are on disk.
 
-        Since 0.20 Axolotl also calls this hook after training failed or was interrupted, hence the exception check.
+        Since 0.20 Axolotl also calls this hook after training failed, when only the report is written, or was
+        interrupted.
         """
-        if self.iteration and sys.exc_info()[0] is None:
+        error = sys.exc_info()[0]
+        if self.iteration and error is None:
             self.iteration.finish()
+        elif self.iteration and error is not KeyboardInterrupt:
+            self.iteration.report()

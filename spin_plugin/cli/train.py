@@ -79,8 +79,13 @@ def _axolotl_train(config: Path, run: RunDir, iteration: int, arguments: tuple[s
     command = [_axolotl(), "train", str(config), *(arguments or QUIET)]
     with (None if verbose else _screen(run, iteration)) or nullcontext() as screen:
         code = _run(command, screen)
-    if screen and code not in (0, INTERRUPTED, TERMINATED):
+    failed = code not in (0, INTERRUPTED, TERMINATED)
+    if screen and failed:
         screen.explain()
+    if failed and run.iteration(iteration).metrics.exists():  # it failed in training
+        from spin_plugin.report.write import try_report
+
+        try_report(run, read_config(config)[0])  # here, where no other rank waits for it
     if code:
         _name_report(run)
         raise SystemExit(code)

@@ -88,7 +88,11 @@ class Shards:
         write_atomically(self.shard(number), "\n".join([*lines, _seal(lines)]) + "\n")
 
     def read(self, number: int) -> list[dict[str, Any]]:
-        """Return the responses of one shard.
+        """Return the responses of one shard; raises what `lines` raises."""
+        return [json.loads(line) for line in self.lines(number)]
+
+    def lines(self, number: int) -> list[str]:
+        """Return the responses of one shard as JSON, which takes much longer to parse than to read.
 
         Raises:
             SpinError: the shard is missing, truncated or altered.
@@ -102,7 +106,7 @@ class Shards:
             raise SpinError(f"{path} is damaged; {RESTORE}") from None
         if seal != _seal(lines):
             raise SpinError(f"{path} is damaged (its checksum does not match); {RESTORE}")
-        return [json.loads(line) for line in lines]
+        return lines
 
     def missing(self, job: Job) -> list[int]:
         """Return the numbers of missing and damaged shards; deletes the damaged ones."""

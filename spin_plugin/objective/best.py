@@ -22,7 +22,8 @@ class Measured:
     metric: str
     """Its name in run.json: a check, or `task/metric` of lm-eval."""
     values: dict[int, float]
-    """By iteration, ascending, without those that were not measured; START if it was."""
+    """By iteration, ascending, without those that were not measured; START if it was. Of a check: its first mean, then
+    each change added to it, because the prompts that count are not the same in every iteration."""
     noise: dict[int, float]
     """Half-width of the 95% interval of an iteration's change, where it is known."""
     lower_is_better: bool = False
@@ -85,7 +86,8 @@ def measured(entries: Sequence[Mapping[str, Any]], metric: str) -> Measured:
             if (value := (entry.get("lm_eval") or {}).get(metric)) is not None:
                 found.values[number] = float(value)
         elif check := read_check(entry, metric):
-            found.values.setdefault(number - 1, check.before)
-            found.values[number] = check.after
+            if number - 1 not in found.values:  # the first, or after a gap, over which nothing can be compared
+                found = Measured(metric, {number - 1: check.before}, {})
+            found.values[number] = found.values[number - 1] + check.difference
             found.noise[number] = (check.interval[1] - check.interval[0]) / 2
     return found

@@ -96,22 +96,35 @@ def decline(entry: Mapping[str, Any]) -> str | None:
     return " and ".join(worse) or None
 
 
+def row_means(values: Tensor, rows: Tensor) -> Tensor:
+    """Return the mean of each row's values: turns of one conversation and responses to one prompt are not independent.
+
+    Args:
+        values: [N]
+        rows: [N] number of the row of each, R distinct ones.
+
+    Returns:
+        [R], by ascending number.
+    """
+    _, place, counts = rows.unique(return_inverse=True, return_counts=True)
+    return values.new_zeros(len(counts)).index_add(0, place, values) / counts
+
+
 def compare(before: Tensor, after: Tensor, rows: Tensor | None = None) -> Comparison:
     """Compare two models on the same prompts: the mean paired difference and its interval by Student's t.
 
     Args:
         before: [N] a measurement of each prompt with the opponent, N ≥ 2.
         after: [N] the same with the trained model.
-        rows: [N] number of the SFT row, at least two. Turns of one conversation are not independent, so each row counts
-            with its mean; by default each prompt is a row of its own.
+        rows: [N] number of the SFT row, at least two, each of which counts with its mean (`row_means`); by default each
+            prompt is a row of its own.
     """
     from scipy.special import stdtrit
 
     prompts = len(before)
     before, after = before.double(), after.double()
     if rows is not None:
-        _, place, counts = rows.unique(return_inverse=True, return_counts=True)
-        before, after = (before.new_zeros(len(counts)).index_add(0, place, each) / counts for each in (before, after))
+        before, after = row_means(before, rows), row_means(after, rows)
     differences = after - before
     number, mean = len(differences), float(differences.mean())
     quantile = float(stdtrit(number - 1, (1 + CONFIDENCE) / 2))

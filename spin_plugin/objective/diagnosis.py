@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from spin_plugin.objective.finding import FEWEST_RESPONSES, Entry, Finding, Stats
-from spin_plugin.objective.watch import LogWatch
+from spin_plugin.objective.watch import LogWatch, selects
 
 TRUNCATED = 0.25
 """Share of truncated responses. Tiny run: 0.05% at most; an instruct model without SFT on the data: 76%."""
@@ -132,7 +132,13 @@ def diagnose_result(entry: Entry, before: Entry | None = None) -> list[Finding]:
 
 
 def _overfits_more(entry: Entry, before: Entry) -> Finding | None:
-    """Whether the held-out margin fell beyond noise although that of training rose, and is far below it."""
+    """Whether the held-out margin fell beyond noise although that of training rose, and is far below it.
+
+    Where training leaves out pairs that held-out prompts keep, the two margins are means over different pairs: held-out
+    ones fall as more responses equal the real ones, which is how a healthy run ends.
+    """
+    if any(selects(each.get("pairs", {}).get("train", {})) for each in (entry, before)):
+        return None
     held, held_before = entry.get("held_out_pairs", {}), before.get("held_out_pairs", {})
     trained, trained_before = (each.get("metrics", {}).get("spin/reward_margin", math.nan) for each in (entry, before))
     now, earlier = (each.get("reward_margin", math.nan) for each in (held, held_before))

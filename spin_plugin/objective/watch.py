@@ -4,7 +4,8 @@
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from spin_plugin.objective.decline import REMEDIES
 from spin_plugin.objective.finding import FEWEST_RESPONSES, Entry, Finding, Stats
@@ -26,10 +27,15 @@ FEWEST_DIFFERENT = 0.1
 """Share of pairs whose responses differ; if fewer do, their saturation decides nothing."""
 
 
+def selects(train: Mapping[str, Any]) -> bool:
+    """Whether the training pairs lack equal or right responses, which held-out pairs always keep."""
+    return bool(train.get("equal_dropped")) or "judge" in train
+
+
 def accuracy_limit(pairs: Stats) -> float:
     """Return the highest possible accuracy: pairs of equal responses count as misses."""
     train = pairs["train"]
-    if train["equal_dropped"] or "judge" in train or not train["pairs"]:
+    if selects(train) or not train["pairs"]:
         return 1.0
     return max(0.0, 1 - train["equal"] / train["pairs"])
 
@@ -56,7 +62,10 @@ class LogWatch:
             last = self.trained[-1]["epoch"] if self.trained else 0.0
             self.trained.append(entry)
             if math.floor(entry["epoch"] * CHECKS_PER_EPOCH) > math.floor(last * CHECKS_PER_EPOCH):
-                found = [_saturated(self.trained, self.limit), _real_falls(self.trained)]
+                found = [_saturated(self.trained, self.limit, entry["epoch"]), _real_falls(self.trained)]
+        elif "train_runtime" in entry and self.trained:
+            # the last step need not be logged, and only here is the epoch over
+            found = [_saturated(self.trained, self.limit, entry["epoch"])]
         elif "eval_spin/reward_margin" in entry and self._since < len(self.trained):
             margin = _mean(self.trained[self._since :], "spin/reward_margin")
             self._since = len(self.trained)
@@ -72,10 +81,10 @@ def _mean(entries: Sequence[Entry], name: str) -> float:
     return sum(entry[name] * entry["pairs"] for entry in entries) / pairs
 
 
-def _saturated(entries: Sequence[Entry], limit: float) -> Finding | None:
-    """Whether most pairs are saturated in the second half of the first epoch."""
+def _saturated(entries: Sequence[Entry], limit: float, epoch: float) -> Finding | None:
+    """Whether most pairs are saturated in the second half of the first epoch; `epoch` is now."""
     half = [entry for entry in entries if 0.5 < entry["epoch"] <= 1 and "spin/saturated" in entry]
-    if entries[-1]["epoch"] < 1 or sum(entry["pairs"] for entry in half) < FEWEST_RESPONSES or limit < FEWEST_DIFFERENT:
+    if epoch < 1 or sum(entry["pairs"] for entry in half) < FEWEST_RESPONSES or limit < FEWEST_DIFFERENT:
         return None
     share, accuracy = _mean(half, "spin/saturated") / limit, _mean(half, "spin/accuracy")
     if share < SATURATED:

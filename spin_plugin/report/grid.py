@@ -1,12 +1,19 @@
-"""The grid of prompts and iterations: each real response beside the synthetic ones of every iteration."""
+"""The grid of prompts and iterations: each real response beside the synthetic ones of every iteration.
+
+The prompts are chosen by the numbers of the pairs, which are memory-mapped. Then only the shards that can hold their
+responses are read, once: a run of a million prompts has gigabytes of them.
+"""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
+from pyarrow.compute import list_value_length
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -68,8 +75,8 @@ class Row:
 
 
 class _Response(NamedTuple):
-    split: str
-    example: int
+    place: int
+    """Position of its prompt among those of both splits, training first. Responses are stored in this order."""
     tokens: list[int]
     finish: str
     score: float | None
@@ -95,25 +102,29 @@ class Grid:
         if "train" not in self.examples:
             return
         chosen = choose_prompts(self._stats(), count)
-        trained = len(self.examples["train"])
-        keys = [("train", prompt) if prompt < trained else ("eval", prompt - trained) for prompt in chosen]
-        answers: dict[tuple[str, int], dict[int, list[_Response]]] = {key: {} for key in keys}
+        answers: dict[int, dict[int, list[_Response]]] = {place: {} for place in chosen}
         for number in self.numbers:
-            for response in _responses(self.run.iteration(number), self.notes):
-                if (key := (response.split, response.example)) in answers:
-                    answers[key].setdefault(number, []).append(response)
-        rewards = {number: _rewards_of(self.run.iteration(number), number, keys) for number in self.numbers}
-        for split, example in keys:
+            for response in self._responses(self.run.iteration(number), np.sort(chosen)):
+                answers[response.place].setdefault(number, []).append(response)
+        rewards = {number: self._rewards_of(number, chosen) for number in self.numbers}
+        for place in (place for place in chosen if answers[place]):
+            split = "eval" if place >= self._first["eval"] else "train"
+            example = place - self._first[split]
             stored = self.examples[split][example]
             row = Row(split, example, decode(stored["prompt"]), decode(stored["real"]), len(stored["real"]))
-            for number, responses in answers[split, example].items():
+            for number, responses in answers[place].items():
                 row.iterations[number] = [
                     self._shown(response, stored["real"], rewards[number], decode) for response in responses
                 ]
             yield row
 
+    @property
+    def _first(self) -> dict[str, int]:
+        """The place of each split's first prompt."""
+        return {"train": 0, "eval": len(self.examples["train"])}
+
     def _shown(self, response: _Response, real: list[int], rewards: "_Rewards", decode: Decode) -> Synthetic:
-        reward_real, reward_synthetic = rewards.get((response.split, response.example, tuple(response.tokens)), UNKNOWN)
+        reward_real, reward_synthetic = rewards.get((response.place, tuple(response.tokens)), UNKNOWN)
         return Synthetic(
             text=decode(response.tokens),
             tokens=len(response.tokens),
@@ -125,31 +136,65 @@ class Grid:
         )
 
     def _stats(self) -> PromptStats:
-        first = {"train": 0, "eval": len(self.examples["train"])}
-        stats = PromptStats.empty(first["eval"], len(self.examples.get("eval", ())))
+        stats = PromptStats.empty(self._first["eval"], len(self.examples.get("eval", ())))
         for number in self.numbers:
-            for response in _responses(self.run.iteration(number), self.notes):
-                prompt = first[response.split] + response.example
-                stats.asked[prompt] = True
-                stats.longest[prompt] = max(stats.longest[prompt], len(response.tokens))
             for split in SPLITS:
                 if (pairs := _read_pairs(self.run.iteration(number), number, split)) is not None:
-                    stats.add_rewards(first[split] + pairs.examples, *pairs.rewards.T.astype(float))
+                    tokens = list_value_length(pairs.table.data.column("synthetic")).to_numpy()[pairs.rows]
+                    stats.add_pairs(self._first[split] + pairs.examples, tokens, *pairs.rewards.T.astype(float))
+        if not stats.asked.any():  # the first iteration is generating
+            stats.asked[:] = True
         return stats
 
+    def _responses(self, directory: IterationDir, wanted: np.ndarray) -> Iterator[_Response]:
+        """Yield the responses to the prompts at these ascending places; a damaged shard is left out and noted."""
+        shards, chosen = Shards(directory.synthetic), set(wanted.tolist())
+        numbers = sorted(int(path.stem.rpartition("-")[2]) for path in directory.synthetic.glob("shard-*.jsonl"))
+        # a shard holds what is between its first prompt and that of the next one; of damaged ones that is unknown
+        starts = [self._place_of(_first_line(shards.shard(number))) for number in numbers]
+        for number, start, end in zip(numbers, starts, [*starts[1:], None], strict=False):
+            after = wanted[np.searchsorted(wanted, start or 0) :]
+            if not len(after) or (end is not None and after[0] > end):
+                continue
+            try:
+                lines = shards.lines(number)
+            except SpinError:
+                note = f"{shards.shard(number)} is missing or damaged, so its responses are left out"
+                self.notes.extend([note] if note not in self.notes else [])
+                continue
+            for line, score in zip(lines, _scores(directory, number, len(lines)), strict=True):
+                place = self._place_of(line)
+                if place is not None and place in chosen:
+                    one = json.loads(line)
+                    yield _Response(place, one["tokens"], one["finish"], score)
 
-def _responses(directory: IterationDir, notes: list[str]) -> Iterator[_Response]:
-    """Yield the responses of the shards that are there; a damaged one is left out and noted."""
-    shards = Shards(directory.synthetic)
-    for number in sorted(int(path.stem.rpartition("-")[2]) for path in directory.synthetic.glob("shard-*.jsonl")):
-        try:
-            responses = shards.read(number)
-        except SpinError:
-            note = f"{shards.shard(number)} is missing or damaged, so its responses are left out"
-            notes.extend([note] if note not in notes else [])
-            continue
-        for one, score in zip(responses, _scores(directory, number, len(responses)), strict=True):
-            yield _Response(one["split"], one["example"], one["tokens"], one["finish"], score)
+    def _place_of(self, line: str) -> int | None:
+        """Return the place of the prompt that a line of a shard answers; None if it is no such line."""
+        found = re.match(r'\{"split": "(train|eval)", "example": (\d+),', line)
+        return self._first[found[1]] + int(found[2]) if found else None
+
+    def _rewards_of(self, number: int, places: Sequence[int]) -> "_Rewards":
+        """Return the rewards of an iteration's pairs of the prompts at these places."""
+        found: _Rewards = {}
+        for split in SPLITS:
+            if (pairs := _read_pairs(self.run.iteration(number), number, split)) is None:
+                continue
+            own = self._first[split] + pairs.examples
+            wanted = np.flatnonzero(np.isin(own, places))
+            synthetic = pairs.table.select_columns(["synthetic"])[pairs.rows[wanted]]["synthetic"]
+            for pair, tokens in zip(wanted, synthetic, strict=True):
+                real, ours = (float(value) if np.isfinite(value) else None for value in pairs.rewards[pair])
+                found[int(own[pair]), tuple(tokens)] = (real, ours)
+        return found
+
+
+def _first_line(file: Path) -> str:
+    """Return the first line of a file; empty if it cannot be read."""
+    try:
+        with open(file, encoding="utf-8", errors="replace") as lines:
+            return lines.readline()
+    except OSError:
+        return ""
 
 
 def _scores(directory: IterationDir, shard: int, responses: int) -> list[float | None]:
@@ -163,8 +208,8 @@ def _scores(directory: IterationDir, shard: int, responses: int) -> list[float |
 
 
 UNKNOWN = (None, None)
-_Rewards = dict[tuple[str, int, tuple[int, ...]], tuple[float | None, float | None]]
-"""Rewards of the real and the synthetic response by split, prompt and tokens of the synthetic response."""
+_Rewards = dict[tuple[int, tuple[int, ...]], tuple[float | None, float | None]]
+"""Rewards of the real and the synthetic response by place of the prompt and tokens of the synthetic response."""
 
 
 class _Pairs(NamedTuple):
@@ -180,31 +225,22 @@ class _Pairs(NamedTuple):
 
 
 def _read_pairs(directory: IterationDir, number: int, split: str) -> _Pairs | None:
-    """Return the pairs with responses of iteration `number`; None without pairs or without stored rewards."""
-    file, stored = directory.pairs / f"{split}.arrow", directory.pairs / f"rewards-{split}.safetensors"
-    if not file.exists() or not stored.exists():
+    """Return the pairs with responses of iteration `number`; None if there are none yet."""
+    file = directory.pairs / f"{split}.arrow"
+    if not file.exists():
         return None
     table = open_table(file)
-    try:
-        rewards = load_file(stored)["rewards"]
-    except (SafetensorError, OSError, KeyError):  # being written, or damaged
-        return None
-    if rewards.shape != (len(table), 2):  # of other pairs
-        return None
     rows = np.flatnonzero(table.data.column("iteration").to_numpy() == number)
     examples, indices = (table.data.column(name).to_numpy()[rows] for name in ("example", "index"))
+    rewards = _read_rewards(directory.rewards(split), len(table))
     return _Pairs(examples, rows, rewards[indices], table)
 
 
-def _rewards_of(directory: IterationDir, number: int, keys: Sequence[tuple[str, int]]) -> _Rewards:
-    """Return the rewards of the pairs of these prompts."""
-    found: _Rewards = {}
-    for split in SPLITS:
-        if (pairs := _read_pairs(directory, number, split)) is None:
-            continue
-        wanted = np.flatnonzero(np.isin(pairs.examples, [example for of, example in keys if of == split]))
-        synthetic = pairs.table.select_columns(["synthetic"])[pairs.rows[wanted]]["synthetic"]
-        for place, tokens in zip(wanted, synthetic, strict=True):
-            real, ours = (float(value) if np.isfinite(value) else None for value in pairs.rewards[place])
-            found[split, int(pairs.examples[place]), tuple(tokens)] = (real, ours)
-    return found
+def _read_rewards(file: Path, pairs: int) -> np.ndarray:
+    """Return the [pairs, 2] stored rewards; NaN if they are missing, damaged or those of other pairs."""
+    unknown = np.full((pairs, 2), np.nan, np.float32)
+    try:
+        rewards = load_file(file)["rewards"]
+    except (SafetensorError, OSError, KeyError):
+        return unknown
+    return rewards if rewards.shape == unknown.shape else unknown

@@ -2,7 +2,6 @@
 "use strict";
 
 const STEP = 30; // rows drawn at a time
-const SHOWN_PROMPT = 360; // characters of a closed row's prompt
 const MOST_CELLS = 4e6; // of the table by which two texts are compared
 const byId = (id) => document.getElementById(id);
 const data = JSON.parse(byId("grid-data").textContent);
@@ -82,14 +81,12 @@ function textOf(cut, real) {
   return shown;
 }
 
-// A prompt ends with what it asks, so a closed row shows the end of a long one.
+// A long prompt has lost its beginning; of a closed row's, the style sheet shows the last lines.
 function promptOf(cut) {
-  const whole = textOf(cut), letters = Array.from(cut.text), tail = letters.slice(-SHOWN_PROMPT).join("");
-  if (letters.length <= SHOWN_PROMPT && !cut.more) return [whole];
-  whole.classList.add("whole");
-  const end = textOf({ text: cut.more ? letters.slice(0, SHOWN_PROMPT).join("") : `… ${tail}`, more: cut.more });
-  end.classList.add("tail");
-  return [whole, end];
+  const shown = textOf({ text: cut.text }), made = element("div", "asked");
+  if (cut.more) shown.prepend(element("span", "more", `${cut.more.toLocaleString("en")} earlier characters … `));
+  made.append(shown);
+  return made;
 }
 
 // --- rows -----------------------------------------------------------------------------------------
@@ -140,7 +137,7 @@ function rowOf(row) {
   made.tabIndex = -1;
   prompt.setAttribute("role", "cell");
   prompt.setAttribute("aria-colspan", data.numbers.length + 1);
-  inner.append(element("span", "tag", `${row.split === "eval" ? "held out" : "train"} ${row.example}`), ...promptOf(row.prompt));
+  inner.append(element("span", "tag", `${row.split === "eval" ? "held out" : "train"} ${row.example}`), promptOf(row.prompt));
   prompt.append(inner);
   const truth = cell("truth", "real");
   truth.append(textOf(row.real), element("p", "facts", `${row.real_tokens.toLocaleString("en")} tokens`));

@@ -204,16 +204,18 @@ def _fitting(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _shortened(value: Any) -> Any:
-    """Cut the texts of a row; `more` says how many characters were cut."""
+    """Cut the texts of a row; `more` says how many characters were cut: of a prompt the first ones."""
     if isinstance(value, Mapping):
         return {
-            key: _cut(item) if key in ("prompt", "real", "text") else _shortened(item) for key, item in value.items()
+            key: _cut(item, end=key == "prompt") if key in ("prompt", "real", "text") else _shortened(item)
+            for key, item in value.items()
         }
     return [_shortened(item) for item in value] if isinstance(value, list) else value
 
 
-def _cut(text: str) -> dict[str, Any]:
-    return {"text": text[:LONGEST_TEXT], "more": max(0, len(text) - LONGEST_TEXT)}
+def _cut(text: str, *, end: bool) -> dict[str, Any]:
+    shown = text[-LONGEST_TEXT:] if end else text[:LONGEST_TEXT]
+    return {"text": shown, "more": len(text) - len(shown)}
 
 
 def embedded(value: Any) -> Markup:

@@ -1,6 +1,8 @@
 """Which prompts the grid shows: no run of 50,000 pairs fits into a page."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +15,7 @@ class PromptStats:
     """What the sort orders of the grid compare: N prompts, those of training first, then the held-out ones."""
 
     asked: NDArray[np.bool_]
-    """[N] whether any iteration has a response to the prompt."""
+    """[N] whether any iteration has a pair with the prompt."""
     held_out: NDArray[np.bool_]
     """[N]"""
     lowest_real: Floats
@@ -35,14 +37,17 @@ class PromptStats:
             longest=np.zeros(number, np.int64),
         )
 
-    def add_rewards(self, prompts: NDArray[np.int64], real: Floats, synthetic: Floats) -> None:
-        """Take the rewards of pairs into account.
+    def add_pairs(self, prompts: NDArray[np.int64], tokens: NDArray[np.int64], real: Floats, synthetic: Floats) -> None:
+        """Take pairs into account.
 
         Args:
             prompts: [P] the prompt of each pair.
+            tokens: [P] length of the synthetic response.
             real: [P] reward of the real response, NaN if unknown.
             synthetic: [P] reward of the synthetic response, NaN if unknown.
         """
+        self.asked[prompts] = True
+        np.maximum.at(self.longest, prompts, tokens)
         np.fmin.at(self.lowest_real, prompts, real)
         np.fmin.at(self.lowest_margin, prompts, real - synthetic)
 
@@ -62,8 +67,16 @@ def choose_prompts(stats: PromptStats, count: int, seed: int = 0) -> list[int]:
         shuffled,
     ]
     # The last order contains every prompt, so together they reach `count` if there are as many.
-    ranked = [int(order[rank]) for rank in range(len(asked)) for order in orders if rank < len(order)]
-    return list(dict.fromkeys(ranked))[:count]
+    ranked = (int(order[rank]) for rank in range(len(asked)) for order in orders if rank < len(order))
+    return list(islice(_distinct(ranked), count))
+
+
+def _distinct(numbers: Iterator[int]) -> Iterator[int]:
+    seen: set[int] = set()
+    for number in numbers:
+        if number not in seen:
+            seen.add(number)
+            yield number
 
 
 def _ascending(values: Floats, among: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -29,7 +29,7 @@ from spin_plugin.console import SpinError
 from spin_plugin.run.atomic import TRASH, remove_atomically
 from spin_plugin.run.iteration import IterationDir
 from spin_plugin.run.lock import locked
-from spin_plugin.run.state import CHECKPOINTS, RunState, has_model, read_state, write_state
+from spin_plugin.run.state import CHECKPOINTS, RunState, has_model, read_state, restartable, write_state
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class RunDir:
         state = self.read_state()
         finished = state.finished[:number] if state else []
         if finished and not has_model(finished[-1]):
-            left = [str(one) for one in range(number) if one == 0 or has_model(finished[one - 1])]
+            left = map(str, restartable(finished, number))
             raise SpinError(
                 f"--iteration {number}: starts from the model of iteration {len(finished) - 1}, which `spin.keep` has "
                 f"removed; use --iteration {' or '.join(left)}"

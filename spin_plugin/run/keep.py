@@ -13,14 +13,15 @@ def mark_removed(finished: Sequence[MutableMapping[str, Any]], spin: SpinArgs) -
     """Mark in the entries of run.json what of past iterations is to be removed.
 
     The last iteration keeps everything. With `adapter_chain: merge`, its adapter was trained on the model of the one
-    before. If the last iteration made the model worse, its opponent stays. A judge finds that out only once the next
-    iteration is prepared; until then, the opponent or what would be best stays, too.
+    before. If the last iteration made the model worse, its opponent stays, from which it can be trained again. A judge
+    finds that out only once the next iteration is prepared; until then the opponent stays, and so does what would be
+    best.
     """
     if spin.keep == "all" or not finished:
         return
     last = len(finished) - 1
     needed = {last}
-    if spin.adapter_chain == "merge" or (spin.keep == "last" and (spin.judges or decline(finished[-1]))):
+    if spin.adapter_chain == "merge" or spin.judges or decline(finished[-1]):
         needed.add(last - 1)
     if spin.keep == "best":
         found = [find_best(finished, spin.stop), find_best(finished[:-1], spin.stop) if spin.judges else None]

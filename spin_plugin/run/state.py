@@ -1,7 +1,7 @@
 """run.json: a run's configuration and finished iterations; written last, read first."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,16 @@ class RunState:
 def has_model(entry: Mapping[str, Any]) -> bool:
     """Whether a finished iteration in run.json still has its model."""
     return MODEL not in entry.get("removed", ())
+
+
+def restartable(finished: Sequence[Mapping[str, Any]], number: int) -> list[int]:
+    """Return the iterations before `number` that can be trained again: the model that each starts from is still there.
+
+    Args:
+        finished: the finished iterations in run.json, in order.
+        number: at most one more than there are.
+    """
+    return [one for one in range(number) if one == 0 or has_model(finished[one - 1])]
 
 
 def read_state(file: Path) -> RunState | None:

@@ -11,6 +11,7 @@ from spin_plugin.objective.best import START, Measured, measured
 from spin_plugin.objective.decline import CHECKS, REMEDIES, decline
 from spin_plugin.run.directory import RunDir
 from spin_plugin.run.processes import rank
+from spin_plugin.run.state import has_model, restartable
 
 EXPORT = "axolotl spin export CONFIG DIR"
 Entries = Sequence[Mapping[str, Any]]
@@ -27,6 +28,11 @@ class Best:
 
     def __str__(self) -> str:
         return f"iteration {self.iteration} ({self.metric} {f'{self.value:.4f}'.replace('-', '−')})"
+
+    def described(self, finished: Entries) -> str:
+        """Return it with how to get its model."""
+        kept = has_model(finished[self.iteration])
+        return f"best: {self}, " + (f"which `{EXPORT}` writes" if kept else "whose model `spin.keep` has removed")
 
 
 @dataclass(frozen=True)
@@ -60,15 +66,13 @@ def find_stop(finished: Entries, spin: SpinArgs) -> Stop | None:
         return None
     found, left_out = _measured(finished, stop)
     failed = found.worse_than_start(best.iteration) or best.iteration in left_out
-    result = (
-        "no iteration is better than the model that the run started from"
-        if failed
-        else f"best: {best}, which `{EXPORT}` writes"
-    )
+    result = "no iteration is better than the model that the run started from" if failed else best.described(finished)
     loosen = "`spin.stop: off`" if stop.metric == AUTO else "a larger `spin.stop.patience`"
+    again = restartable(finished, len(finished))[-1]
     return Stop(
-        f"{reason}, so iteration {last + 1} is not trained; {result}; to go on all the same, set {loosen}; to train it "
-        f"again, run `axolotl spin reset CONFIG --iteration {last}`, then {REMEDIES} in spin.schedule",
+        f"{reason}, so iteration {last + 1} is not trained; {result}; to go on all the same, set {loosen}; to train "
+        f"iteration {again} again, run `axolotl spin reset CONFIG --iteration {again}`, then {REMEDIES} in "
+        "spin.schedule",
         failed,
     )
 

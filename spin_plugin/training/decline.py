@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import gather_object
 from datasets import Dataset
 from pyarrow.compute import list_value_length
 from torch import Tensor
@@ -13,8 +13,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from spin_plugin.console import SpinError, exit_on_error, say
 from spin_plugin.model.layout import response_indices
-from spin_plugin.objective.decline import FEWEST_PROMPTS, compare, divergence
+from spin_plugin.objective.decline import FEWEST_PROMPTS, compare, divergence, row_means
 from spin_plugin.opponent.store import OpponentStore, RewardStore
+from spin_plugin.run.directory import RunDir
 from spin_plugin.training.prepare import open_pairs
 from spin_plugin.training.scorer import score_pairs
 
@@ -44,7 +45,7 @@ class HeldOutCheck(TrainerCallback):
                 "iteration with `axolotl spin reset` and lower the learning_rate"
             )
         self._compare_real(pairs, before, after)
-        self._record_rewards(before, after)
+        self._record_rewards(pairs, before, after)
         self._record_divergence(pairs, before, after)
 
     def _score(self, pairs: Dataset, title: str) -> Tensor:
@@ -67,7 +68,7 @@ class HeldOutCheck(TrainerCallback):
         tokens = torch.from_numpy(list_value_length(pairs.data.column("real")).to_numpy()[first])
         self.trainer.task.record("held_out", compare(before[real] / tokens, after[real] / tokens, rows).as_dict())
 
-    def _record_rewards(self, before: Tensor, after: Tensor) -> None:
+    def _record_rewards(self, pairs: Dataset, before: Tensor, after: Tensor) -> None:
         """Store each held-out pair's rewards, and record their means and the standard error of the mean margin."""
         trainer = self.trainer
         rewards = trainer.task.spin.beta * (after - before).view(-1, 2)
@@ -82,25 +83,37 @@ class HeldOutCheck(TrainerCallback):
             "accuracy": (real > synthetic).double(),
         }
         found = {name: float(values.mean()) for name, values in means.items()}
-        if len(rewards) > 1:
-            found["margin_error"] = float((real - synthetic).std()) / math.sqrt(len(rewards))
+        examples, rows = torch.tensor(pairs.data.column("example").to_numpy()), trainer.task.pairs.held_out_rows
+        margins = row_means(real - synthetic, examples if rows is None else rows[examples])
+        if len(margins) > 1:
+            found["margin_error"] = float(margins.std()) / math.sqrt(len(margins))
         trainer.task.record("held_out_pairs", found)
 
     def _record_divergence(self, pairs: Dataset, before: Tensor, after: Tensor) -> None:
         """Record KL(p_0 || p_theta), the divergence of the trained model from the run's first opponent."""
         task = self.trainer.task
         if task.number:
-            try:
-                first = open_pairs(task.run.iteration(0))
-            except (OSError, ValueError):  # deleted, as the user may, or damaged: training must not be lost
+            stored = _first_opponent(task.run)
+            if not all(gather_object([stored is not None])):  # all ranks must agree, whatever each of them sees
                 return
-            if first.eval is None:
-                return
-            pairs = first.eval
-            store = OpponentStore(first.opponent_files["eval"], 2 * len(pairs), first.opponent_key("eval"))
-            before = broadcast(store.load().to(self.trainer.args.device)).cpu()  # all ranks must agree
-            if before.isnan().any():
-                return
+            assert stored is not None
+            pairs, before = stored
             after = self._score(pairs, "divergence")
         tokens = torch.tensor(list_value_length(pairs.data.column("synthetic")).to_numpy())
         task.record("divergence", divergence(before.view(-1, 2)[:, 1], after.view(-1, 2)[:, 1], tokens))
+
+
+def _first_opponent(run: RunDir) -> tuple[Dataset, Tensor] | None:
+    """Return iteration 0's N held-out pairs and their [2N] log-probs under its opponent.
+
+    None if they are deleted, as the user may, damaged or of another version: what was trained must not be lost for it.
+    """
+    try:
+        first = open_pairs(run.iteration(0))
+        if first.eval is None:
+            return None
+        store = OpponentStore(first.opponent_files["eval"], 2 * len(first.eval), first.opponent_key("eval"))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    logps = store.load()
+    return None if logps.isnan().any() else (first.eval, logps)

@@ -17,7 +17,7 @@ from spin_plugin.run.atomic import write_atomically
 from spin_plugin.run.directory import RunDir
 from spin_plugin.run.keep import mark_removed
 from spin_plugin.run.state import RunState
-from spin_plugin.run.stop import EXPORT, find_best, find_stop
+from spin_plugin.run.stop import find_best, find_stop
 from spin_plugin.training.evaluation import evaluate_finished
 from spin_plugin.training.trackers import Trackers
 
@@ -125,4 +125,4 @@ def _how_to_go_on(state: RunState, spin: SpinArgs, left: int, *, ends: bool) -> 
     if left:
         return f"{left} to go: rerun the same command"
     best = find_best(state.finished, spin.stop)
-    return f"that was the last one{f'; best: {best}, which `{EXPORT}` writes' if best else ''}"
+    return f"that was the last one{f'; {best.described(state.finished)}' if best else ''}"

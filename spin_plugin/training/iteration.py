@@ -114,7 +114,7 @@ class Iteration:
                 self.ranks.leave()
                 if self.first:
                     self.trackers.send_results()
-                    self.report()
+                self.report()
             raise
 
     def _claim(self) -> None:
@@ -210,7 +210,6 @@ class Iteration:
             self.lowered.iteration,
             self._check_agreement,
             self.outcome.__setitem__,
-            self.report,
             partial(write_card, self.lowered.run, self.lowered.iteration, self.pairs.stats, self.outcome),
             tuple(callbacks),
         )
@@ -273,7 +272,7 @@ class Iteration:
         self.report()
 
     def report(self) -> None:
-        """Write the report of the run as it is, also where training fails."""
+        """Write the report of the run as it is."""
         if self.first:
             try_report(self.lowered.run, self.lowered.spin)
 

@@ -29,8 +29,6 @@ class TrainingTask:
     """Compares token log-probs of the policy, computed by the given function, with vLLM's."""
     record: Callable[[str, Any], None]
     """Adds a result, by name, to the iteration's entry in run.json; called on every rank."""
-    report: Callable[[], None]
-    """Writes the run's report and never raises; called on every rank where training fails."""
     write_card: Callable[[], None]
     """Writes the model card, once the model is trained."""
     callbacks: tuple[TrainerCallback, ...] = ()

@@ -71,7 +71,7 @@ class SpinTrainer(AxolotlTrainer):
         self._tokens: int | Tensor = 0
         self._last_log = time.monotonic()
         stats = {split: value.as_dict() for split, value in self.task.pairs.stats.items()}
-        # What the log up to the checkpoint shows was already reported.
+        # What the log up to the checkpoint shows was already reported. Steps after it are repeated, and so are theirs.
         self._watch = LogWatch(stats, self.task.directory.read_log())
         for shown in (ProgressCallback, PrinterCallback):  # progress.py replaces them
             self.remove_callback(shown)
@@ -205,17 +205,6 @@ class SpinTrainer(AxolotlTrainer):
         self._eval_batches += 1
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; if that fails or is interrupted, write the report of what there is. The error stays the error.
-
-        Not in `post_train_unload`, which Axolotl 0.19 calls only after success.
-        """
-        try:
-            return super().train(*args, **kwargs)
-        except BaseException:
-            self.task.report()
-            raise
 
     # --- saving ------------------------------------------------------------------------------
 

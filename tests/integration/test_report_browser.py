@@ -176,6 +176,39 @@ def test_real_response_and_headings_stay_in_place(run: RunDir, open_page: Any) -
     assert moved["y"] == real["y"] - 40
 
 
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+@pytest.mark.parametrize("before", [0, 900, 5000])
+def test_closed_row_shows_what_the_prompt_asks_and_an_open_one_the_whole(
+    before: int, size: tuple[int, int], tmp_path: Path, open_page: Any
+) -> None:
+    """The end of a prompt is visible, its beginning only in an open row."""
+    system = "<|im_start|>system\n" + "You answer well.\n" * (before // 17)
+    prompt = tokens(f"{system}<|im_end|>\n<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n")[:-1]
+    run = make_run(tmp_path / "run", TOKENIZER, Examples([(prompt, tokens("it"))], []), healthy, iterations=1)
+    write_report(run, 1)
+    page = open_page(run, size)
+    shown = """(word) => {
+      const cell = document.querySelector(".prompt"), range = document.createRange();
+      const box = cell.getBoundingClientRect();
+      const walk = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+      for (let node; (node = walk.nextNode()); ) {
+        const at = node.data.indexOf(word);
+        if (at < 0) continue;
+        range.setStart(node, at);
+        range.setEnd(node, at + word.length);
+        const place = range.getBoundingClientRect();
+        return place.top >= box.top && place.bottom <= box.bottom;
+      }
+      return false;
+    }"""
+    assert page.evaluate(shown, "What is it?")
+    assert page.evaluate(shown, "system") is (before == 0)
+    page.locator(".row").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate(shown, "What is it?")
+    assert page.evaluate(shown, "system" if before < 5000 else "earlier characters")
+
+
 def test_search_and_filters(run: RunDir, open_page: Any) -> None:
     page = open_page(run)
     assert page.inner_text("#count") == f"{PROMPTS} of {PROMPTS} prompts"

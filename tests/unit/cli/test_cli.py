@@ -50,6 +50,8 @@ if behavior == "wait":  # like accelerate's launcher, which does not forward sig
 if behavior == "fail":
     print("loading\\nTraceback: out of luck", file=sys.stderr)
     sys.exit(3)
+if behavior == "interrupt":
+    sys.exit(130)
 if behavior == "refuse":
     print("loading\\nspin: error: beta: too high")
     sys.exit(1)
@@ -267,6 +269,30 @@ def test_first_failure_stops_with_its_exit_code(config: Path) -> None:
     config.with_name("behavior").write_text("fail")
     assert invoke("train", config).exit_code == 3
     assert len(calls(config)) == 1
+
+
+def test_report_is_written_where_training_fails_and_at_no_other_end(config: Path) -> None:
+    """By this process, when all ranks have ended; not before training, and not where the user waits for the end."""
+    assert invoke("train", config, "--iterations", "1").exit_code == 0
+    run, behavior = read_config(config)[1], config.with_name("behavior")
+    behavior.write_text("fail")
+    done = invoke("train", config)
+    assert done.exit_code == 3
+    assert not run.report.exists()
+    state = run.read_state()
+    assert state is not None
+    state.config["base_model"] = "model"
+    run.write_state(state)
+    run.iteration(1).path.mkdir()
+    run.iteration(1).metrics.write_text("")
+    behavior.write_text("interrupt")
+    assert invoke("train", config).exit_code == 130
+    assert not run.report.exists()
+    behavior.write_text("fail")
+    done = invoke("train", config)
+    assert done.exit_code == 3
+    assert done.output.splitlines()[-1] == f"spin: what self-play did: {run.report}"
+    assert run.report.exists()
 
 
 def test_unfinished_iteration_is_an_error_despite_exit_code_0(config: Path) -> None:

@@ -54,6 +54,19 @@ def test_one_line_per_finding_below_a_table_of_80_columns(config: Path) -> None:
     assert len(row) <= 80
 
 
+def test_brackets_are_text_and_not_markup(config: Path) -> None:
+    """lm-eval's names, paths and findings may contain them."""
+    run = RunDir(config.parent / "run")
+    state = run.read_state()
+    assert state is not None
+    marked = Finding("divergence", "far [red]away[/red] [/]", "see [link=x]")
+    state.finished[0] |= {"findings": as_dicts([marked]), "lm_eval": {"[bold]task/acc[/]": 0.5}}
+    run.write_state(state)
+    shown = status(config)
+    assert f"iteration 0: {marked}\n" in shown
+    assert "[bold]task/acc[/]" in shown
+
+
 def test_json_has_all(config: Path) -> None:
     first, second = json.loads(status(config, "--json"))["iterations"]
     assert first["findings"] == as_dicts([FOUND])

@@ -94,11 +94,30 @@ def test_noise_over_several_iterations_is_bounded_by_the_sum() -> None:
         assert found.gain(START, 3) == pytest.approx(float((models[-1] - models[0]).mean()))
 
 
+def test_changes_count_and_not_means_over_other_prompts() -> None:
+    """Iteration 1 has lost prompts, so its mean is above that of iteration 0, but it made each prompt worse."""
+    better, worse = (checked([after], 0.01, start)[0] for start, after in ((-1.0, -0.95), (-0.9, -0.92)))
+    found = measured([better, worse], "held_out")
+    assert found.values == pytest.approx({START: -1.0, 0: -0.95, 1: -0.97})
+    assert found.best() == 0
+    assert found.last_improvement() == (0, 1)
+
+
+def test_count_begins_anew_after_a_change_that_was_not_measured() -> None:
+    """Another judge has another scale."""
+    first, second = checked([0.2, 0.3], 0.01, start=0.1), checked([0.8, 0.9], 0.01, start=0.85)
+    found = measured([*first, {}, *second], "held_out")
+    assert found.values == pytest.approx({2: 0.85, 3: 0.8, 4: 0.9})
+    assert found.best() == 4
+    assert found.last_improvement() == (4, 0)
+    assert not found.worse_than_start(3)
+
+
 def test_slow_reference_agrees() -> None:
     """The same rules, written out over all iterations, on random values and noise."""
     draw = random.Random(1)
     for _ in range(200):
-        values = [round(draw.gauss(-1, 0.1), 2) for _ in range(draw.randint(1, 6))]
+        values = [round(draw.gauss(-1, 0.1) * 64) / 64 for _ in range(draw.randint(1, 6))]  # sums are exact
         width = draw.choice([0.0, 0.0531, 0.2131])  # no ties
         found = measured(checked(values, width), "held_out")
         assert found.best() == values.index(max(values))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import bootstrap, ttest_1samp
 
-from spin_plugin.objective.decline import Comparison, compare, divergence, read_check
+from spin_plugin.objective.decline import Comparison, compare, divergence, read_check, row_means
 
 # --- held-out prompts --------------------------------------------------------------------------
 
@@ -46,6 +46,11 @@ def test_comparison_matches_the_reference(prompts: int) -> None:
                                strict=True):  # fmt: skip
         assert value == pytest.approx(expected, abs=1e-12)
     assert fast.interval == pytest.approx(slow.interval, abs=1e-9)
+
+
+def test_means_of_rows_by_hand() -> None:
+    values, rows = torch.tensor([1.0, 5.0, 3.0, 7.0]), torch.tensor([9, 2, 9, 4])
+    assert row_means(values, rows).tolist() == [5.0, 7.0, 2.0]
 
 
 def test_interval_agrees_with_the_bootstrap() -> None:

@@ -134,6 +134,16 @@ def test_saturated_is_known_at_the_end_of_the_first_epoch_and_never_later() -> N
     assert not LogWatch(pairs(), late).findings
 
 
+def test_saturated_is_known_when_training_ends_although_its_last_step_is_not_logged() -> None:
+    log = [entry for entry in first_epoch(1.0) if entry["epoch"] < 1]
+    summary = {"epoch": 1.0, "train_runtime": 9.0}
+    assert not LogWatch(pairs(), log).findings
+    assert names(LogWatch(pairs(), log).add(summary)) == ["saturated"]
+    assert not LogWatch(pairs(), log[:3]).add(summary), "nothing of the second half is known"
+    assert not LogWatch(pairs(), log).add(summary | {"epoch": 0.95}), "max_steps"
+    assert not LogWatch(pairs()).add(summary)
+
+
 # --- overfitting -------------------------------------------------------------------------------
 
 
@@ -184,6 +194,16 @@ def result(trained: float, held_out: float | None, error: float = 0.03, **more: 
 )
 def test_result(before: Entry | None, now: Entry, found: list[str]) -> None:
     assert names(diagnose_result(now, before)) == found
+
+
+@pytest.mark.parametrize("selecting", [{"equal_dropped": True}, {"judge": {"right": 700}}])
+def test_margins_over_different_pairs_are_not_compared(selecting: dict[str, Any]) -> None:
+    """Of pairs that differ both margins are .30, then .31; 30%, then 70% of the held-out responses are equal."""
+    earlier, now = result(0.30, 0.7 * 0.30, 0.005), result(0.31, 0.3 * 0.31, 0.005)
+    assert names(diagnose_result(now, earlier)) == ["overfitting"]
+    training = pairs()["train"] | selecting
+    assert not diagnose_result(now | {"pairs": {"train": training}}, earlier | {"pairs": pairs()})
+    assert not diagnose_result(now | {"pairs": pairs()}, earlier | {"pairs": {"train": training}})
 
 
 # --- real responses become less likely ---------------------------------------------------------

@@ -14,6 +14,7 @@ from tiny import byte_tokenizer
 
 from spin_plugin.args import SpinArgs
 from spin_plugin.console import SpinError
+from spin_plugin.generation.shards import Shards
 from spin_plugin.report.write import try_report, write_report
 from spin_plugin.run.directory import RunDir
 
@@ -95,6 +96,38 @@ def test_only_as_many_prompts_as_asked_for(run: RunDir) -> None:
     assert len(rows(run, prompts=4)) == 4
     content = json.loads(run.report.with_suffix(".json").read_text())
     assert content["prompts"] == {"shown": 4, "all": 15}
+
+
+def test_chosen_prompts_have_all_their_responses_wherever_these_are(tmp_path: Path) -> None:
+    """Three to a prompt, so that some prompts begin in one shard and end in the next; a slow reading finds the same."""
+    number = 400
+    examples = Examples(
+        [(tokens(f"count {n}"), tokens(f"{n}</s>")) for n in range(number)],
+        [(tokens(f"held out {n}"), tokens(f"{n}</s>")) for n in range(40)],
+    )
+
+    def three(split: str, example: int, iteration: int) -> list[Tokens]:
+        return [[*tokens(f"{split} {example} {iteration} {sample}"), END] for sample in range(3)]
+
+    run = make_run(tmp_path / "run", TOKENIZER, examples, three, iterations=2)
+    shards = Shards(run.iteration(1).synthetic)
+    assert shards.count() > 4
+    for count in (1, 7, 60, 440):
+        found = rows(run, prompts=count)
+        assert len(found) == count
+        for (split, example), row in found.items():
+            texts = [[one["text"] for one in row["iterations"][str(iteration)]] for iteration in range(2)]
+            assert texts == [[TOKENIZER.decode(one) for one in three(split, example, t)] for t in range(2)]
+    shards.shard(2).write_text("no response")
+    after = rows(run, prompts=440)
+    lost = {key for key, row in after.items() if len(row["iterations"].get("1", ())) < 3}
+    assert lost == {("train", example) for example in range(512 // 3, 768 // 3)}, "of the requests 512 to 767"
+
+
+def test_first_responses_are_shown_before_there_are_pairs(run: RunDir) -> None:
+    for number in range(2):
+        shutil.rmtree(run.iteration(number).pairs)
+    assert len(rows(run)) == 14
 
 
 def test_damaged_shard_is_left_out_and_named(run: RunDir) -> None:

@@ -5,15 +5,15 @@ import numpy as np
 from spin_plugin.report.sample import PromptStats, choose_prompts
 
 
-def stats(trained: int = 100, held_out: int = 20) -> PromptStats:
+def stats(trained: int = 100, held_out: int = 20, *, asked: bool = True) -> PromptStats:
     found = PromptStats.empty(trained, held_out)
-    found.asked[:] = True
+    found.asked[:] = asked
     return found
 
 
 def test_extremes_of_each_order_and_held_out_prompts_are_chosen() -> None:
     found = stats()
-    found.add_rewards(np.array([40, 41, 42]), np.array([-3.0, 2.0, 0.0]), np.array([-9.0, 5.0, 0.0]))
+    found.add_pairs(np.array([40, 41, 42]), np.full(3, 9), np.array([-3.0, 2.0, 0.0]), np.array([-9.0, 5.0, 0.0]))
     found.longest[77] = 900
     chosen = choose_prompts(found, 5)
     # 40 lost most, 41 is least separated, 77 is longest; one of them all may be any
@@ -23,13 +23,15 @@ def test_extremes_of_each_order_and_held_out_prompts_are_chosen() -> None:
 
 
 def test_worst_iteration_counts_and_unknown_rewards_do_not() -> None:
-    found = stats()
+    found = stats(asked=False)
     prompts = np.array([1, 1, 2])
-    found.add_rewards(prompts, np.array([0.5, -1.0, np.nan]), np.array([0.0, 0.0, 1.0]))
-    found.add_rewards(prompts, np.array([0.2, np.nan, np.nan]), np.array([2.0, np.nan, np.nan]))
+    found.add_pairs(prompts, np.array([3, 5, 4]), np.array([0.5, -1.0, np.nan]), np.array([0.0, 0.0, 1.0]))
+    found.add_pairs(prompts, np.array([1, 1, 1]), np.array([0.2, np.nan, np.nan]), np.array([2.0, np.nan, np.nan]))
     assert found.lowest_real[1] == -1.0
     assert found.lowest_margin[1] == 0.2 - 2.0
     assert np.isnan(found.lowest_real[2])
+    assert found.longest[:4].tolist() == [0, 5, 4, 0]
+    assert np.flatnonzero(found.asked).tolist() == [1, 2]
 
 
 def test_every_asked_prompt_is_chosen_if_there_is_room_and_no_other() -> None:

@@ -16,7 +16,7 @@ from spin_plugin.cli import spin as commands
 from spin_plugin.data.pairs import PairStats
 from spin_plugin.run.directory import RunDir
 from spin_plugin.run.state import RunState, has_model
-from spin_plugin.run.stop import EXPORT
+from spin_plugin.run.stop import EXPORT, find_stop
 from spin_plugin.training.finish import announce_finished, finish_iteration
 
 STATS = {"train": PairStats(responses=4, pairs=4)}
@@ -111,6 +111,43 @@ def test_opponent_of_an_iteration_that_stops_the_run_stays(tmp_path: Path) -> No
     run = RunDir(tmp_path / "run")
     finish(run, SpinArgs(keep="last"), -0.9, -0.7, -0.8)
     assert models(run) == [1, 2]
+
+
+def test_stopped_run_can_be_reset_as_its_message_says(tmp_path: Path) -> None:
+    """The opponent of a worse iteration stays although another one is best; elsewhere an earlier one is named."""
+    for spin, values, kept, named in (
+        (SpinArgs(keep="best", iterations=9), (-0.9, -0.7, -0.702, -0.9), [1, 2, 3], 3),
+        (stop_by_metric("best", 2), (-0.9, -0.7, -0.704, -0.703), [1, 3], 2),
+        (stop_by_metric("last", 2), (-0.9, -0.899, -0.898), [2], 0),
+    ):
+        run = RunDir(tmp_path / str(named))
+        finish(run, spin, *values)
+        assert models(run) == kept
+        state = run.read_state()
+        assert state is not None
+        stopped = find_stop(state.finished, spin)
+        assert stopped is not None
+        assert (
+            f"to train iteration {named} again, run `axolotl spin reset CONFIG --iteration {named}`" in stopped.message
+        )
+        run.require_opponent_of(named)
+
+
+def stop_by_metric(keep: Any, patience: int) -> SpinArgs:
+    return SpinArgs(keep=keep, iterations=9, stop=StopArgs(metric="held_out", patience=patience))
+
+
+def test_message_says_that_the_best_model_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, spin = RunDir(tmp_path / "run"), stop_by_metric("last", 1)
+    finish(run, spin, -0.9, -0.901)
+    state = run.read_state()
+    assert state is not None
+    gone = "best: iteration 0 (held_out −0.9000), whose model `spin.keep` has removed"
+    stopped = find_stop(state.finished, spin)
+    assert stopped is not None
+    assert gone in stopped.message
+    announce_finished(run, 1, spin.model_copy(update={"iterations": 2}))
+    assert gone in capsys.readouterr().out.splitlines()[0]
 
 
 def test_best_before_the_last_stays_until_the_last_is_judged(tmp_path: Path) -> None:
