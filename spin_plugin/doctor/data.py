@@ -94,8 +94,7 @@ def local_bytes(dataset: Mapping[str, Any]) -> int:
     elsewhere."""
     place, named = Path(dataset["path"]), dataset.get("data_files") or []
     if named:
-        base = place if place.is_dir() else Path()  # else `path` is a format, as `json`
-        patterns = [str(base / name) for name in ([named] if isinstance(named, str) else named)]
+        patterns = [str(place / name) for name in ([named] if isinstance(named, str) else named)]
         files: Iterable[Path] = [Path(file) for pattern in patterns for file in glob(pattern, recursive=True)]
     else:
         files = [place] if place.is_file() else place.rglob("*")
@@ -104,8 +103,8 @@ def local_bytes(dataset: Mapping[str, Any]) -> int:
 
 def remote_paths(cfg: Any) -> list[str]:
     """Return the datasets that are not on this machine's disk."""
-    entries = [plain(entry) for entry in [*(cfg.datasets or []), *(cfg.test_datasets or [])]]
-    return [str(entry["path"]) for entry in entries if not (Path(entry["path"]).exists() or local_bytes(entry))]
+    paths = [str(plain(entry)["path"]) for entry in [*(cfg.datasets or []), *(cfg.test_datasets or [])]]
+    return [path for path in paths if not Path(path).exists()]
 
 
 def check_lengths(settings: Settings, real: Real, scale: float) -> Lengths:
