@@ -25,9 +25,13 @@ class Best:
     iteration: int
     metric: str
     value: float
+    worse_than_start: bool
+    """Whether even this one is worse than the model that the run started from, beyond noise."""
 
     def __str__(self) -> str:
-        return f"iteration {self.iteration} ({self.metric} {f'{self.value:.4f}'.replace('-', '−')})"
+        value = f"{self.value:.4f}".replace("-", "−")
+        remark = ", worse than the start" if self.worse_than_start else ""
+        return f"iteration {self.iteration} ({self.metric} {value}{remark})"
 
     def described(self, finished: Entries) -> str:
         """Return it with how to get its model."""
@@ -55,7 +59,10 @@ def find_best(finished: Entries, stop: StopArgs) -> Best | None:
     """
     found, left_out = _measured(finished, stop)
     number = found.best(left_out)
-    return None if number is None else Best(number, found.metric, found.values[number])
+    if number is None:
+        return None
+    worse = found.worse_than_start(number) or number in left_out
+    return Best(number, found.metric, found.values[number], worse)
 
 
 def find_stop(finished: Entries, spin: SpinArgs) -> Stop | None:
@@ -64,8 +71,7 @@ def find_stop(finished: Entries, spin: SpinArgs) -> Stop | None:
     reason, best = _reason(finished, stop), find_best(finished, stop)
     if reason is None or best is None or len(finished) >= spin.iterations:
         return None
-    found, left_out = _measured(finished, stop)
-    failed = found.worse_than_start(best.iteration) or best.iteration in left_out
+    failed = best.worse_than_start
     result = "no iteration is better than the model that the run started from" if failed else best.described(finished)
     loosen = "`spin.stop: off`" if stop.metric == AUTO else "a larger `spin.stop.patience`"
     again = restartable(finished, len(finished))[-1]

@@ -225,7 +225,7 @@ def test_iteration_with_a_lower_score_of_the_judge_is_handled_alike(config: Path
     assert "so iteration 2 is not trained; best: iteration 0 (judge 0.6000)" in done.output
     content = json.loads(invoke("status", config, "--json").output)
     assert [entry["state"] for entry in content["iterations"]] == ["finished", "finished, worse", "not started"]
-    assert content["best"] == {"iteration": 0, "metric": "judge", "value": 0.6}
+    assert content["best"] == {"iteration": 0, "metric": "judge", "value": 0.6, "worse_than_start": False}
     assert content["stopped"] in done.output
     run.iteration(0).path.mkdir(parents=True, exist_ok=True)  # the replaced `axolotl train` makes none
     assert invoke("reset", config, "--iteration", "1", "--yes").exit_code == 0

@@ -216,7 +216,7 @@ def test_reset_to_an_iteration_without_its_opponent_is_refused(tmp_path: Path) -
     status = CliRunner().invoke(commands, ["status", str(config), "--json"])
     content = json.loads(status.output)
     assert [entry["state"] for entry in content["iterations"][:2]] == ["finished, model removed", "finished"]
-    assert content["best"] == {"iteration": 1, "metric": "held_out", "value": -0.7}
+    assert content["best"] == {"iteration": 1, "metric": "held_out", "value": -0.7, "worse_than_start": False}
 
 
 def test_last_message_names_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,3 +229,11 @@ def test_last_message_names_the_best(tmp_path: Path, capsys: pytest.CaptureFixtu
     *_, last = capsys.readouterr().out.splitlines()
     assert last.startswith("spin: iteration 1 made held-out real responses less likely")
     assert "so iteration 2 is not trained" in last
+
+
+def test_best_of_iterations_that_are_all_worse_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, spin = RunDir(tmp_path / "run"), SpinArgs(iterations=2, stop="off")
+    finish(run, spin, -1.3, -1.2)
+    announce_finished(run, 1, spin)
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert f"best: iteration 1 (held_out −1.2000, worse than the start), which `{EXPORT}` writes" in first
