@@ -75,7 +75,7 @@ def whole_run(space: Space, model: int, spin: SpinArgs, left: int, *, measured: 
     if spin.keep == "all" or (spin.keep == "best" and not (measured or spin.judges or "/" in spin.stop.metric)):
         return past * space.finished + space.expected
     # the last finished one keeps everything; of those before, data and a few models are left
-    models = 1 if spin.keep == "last" else 1 + bool(spin.judges) + (spin.adapter_chain == "merge")
+    models = 1 if spin.keep == "last" else 2 + bool(spin.judges)
     before = max(0, past - 1)
     return space.expected + min(past, 1) * space.finished + before * space.data + min(before, models) * model
 

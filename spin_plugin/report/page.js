@@ -93,8 +93,8 @@ function promptOf(cut) {
 
 const every = (row) => Object.values(row.iterations).flat();
 const known = data.rows.flatMap(every).filter((one) => one.reward_real !== null || one.reward_synthetic !== null);
-const rewards = known.flatMap((one) => [one.reward_real, one.reward_synthetic]);
-const largest = rewards.reduce((most, reward) => Math.max(most, Math.abs(reward)), 1e-9);
+const allRewards = known.flatMap((one) => [one.reward_real, one.reward_synthetic]);
+const largest = allRewards.reduce((most, reward) => Math.max(most, Math.abs(reward)), 1e-9);
 const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "") + Math.abs(value).toFixed(3);
 
 function rewards(response) {

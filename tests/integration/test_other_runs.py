@@ -84,10 +84,11 @@ def test_configuration_is_read_as_without_the_plugin(method: str, tmp_path: Path
 
 
 def test_failed_training_does_not_finish_the_iteration() -> None:
-    """Since 0.20 Axolotl calls the last hook in a `finally`."""
-    finished = []
+    """Since 0.20 Axolotl calls the last hook in a `finally`. An interruption must end at once, without a report."""
+    finished, reported = [], []
     plugin = SpinPlugin()
-    plugin.iteration = type("Iteration", (), {"finish": lambda self: finished.append(1)})()
+    hooks = {"finish": lambda self: finished.append(1), "report": lambda self: reported.append(1)}
+    plugin.iteration = type("Iteration", (), hooks)()
     for error in (RuntimeError, SystemExit, KeyboardInterrupt):
         with suppress(error):
             try:
@@ -95,6 +96,7 @@ def test_failed_training_does_not_finish_the_iteration() -> None:
             finally:
                 plugin.post_train_unload({})
     assert not finished
+    assert len(reported) == 2
     plugin.post_train_unload({})
     assert finished
 

@@ -185,7 +185,7 @@ def test_closed_row_shows_what_the_prompt_asks_and_an_open_one_the_whole(
     system = "<|im_start|>system\n" + "You answer well.\n" * (before // 17)
     prompt = tokens(f"{system}<|im_end|>\n<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n")[:-1]
     run = make_run(tmp_path / "run", TOKENIZER, Examples([(prompt, tokens("it"))], []), healthy, iterations=1)
-    write_report(run, 1)
+    write_report(run, SpinArgs(iterations=1))
     page = open_page(run, size)
     shown = """(word) => {
       const cell = document.querySelector(".prompt"), range = document.createRange();
