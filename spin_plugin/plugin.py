@@ -5,7 +5,7 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
 
-from spin_plugin.config.lower import Lowered, asks_for_spin, lower, restore, undo
+from spin_plugin.config.lower import Lowered, asks_for_spin, lower, require_base_model, restore, undo
 from spin_plugin.console import SpinError, exit_on_error
 from spin_plugin.versions import require_supported_axolotl
 
@@ -30,6 +30,7 @@ class SpinPlugin(BasePlugin):
             require_supported_axolotl()
             lowered_before = cfg.get("spin_iteration") is not None
             self.lowered = restore(cfg) if lowered_before else lower(cfg, AxolotlInputConfig.model_fields)
+            require_base_model(cfg)
 
     def on_config_validation_error(self, cfg: Any) -> None:
         """Restore the configuration as the user wrote it."""

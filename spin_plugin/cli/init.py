@@ -56,7 +56,7 @@ def init(sft: Path | None, output: Path | None) -> None:
     text = edited(sft, content, changes)
     _check(text)
     target.write_text(text, encoding="utf-8")
-    say(f"wrote {target}; now run `axolotl spin train {target}`")
+    say(f"wrote {target}; now run `axolotl spin doctor {target}`, then `axolotl spin train {target}`")
     result = Path(str(content["output_dir"]))
     if not any(result.glob("*.safetensors*")):
         warn(f"{result}: contains no model yet; run `axolotl train {sft}` first")

@@ -17,7 +17,8 @@ from spin_plugin.cli.config_file import CONFIG, read_config, read_yaml
 from spin_plugin.cli.screen import Screen
 from spin_plugin.console import INTERRUPTED, SpinError, exit_on_error, say
 from spin_plugin.run.directory import RunDir
-from spin_plugin.run.stop import end_if_stopped, read_stop
+from spin_plugin.run.lock import ALL_ITERATIONS, locked
+from spin_plugin.run.stop import Stop, end_if_stopped, read_stop
 
 TERMINATED = 128 + signal.SIGTERM
 # Keeps `accelerate launch` from printing a stack trace after the one-line error of the command it started.
@@ -43,26 +44,34 @@ def train(config: Path, iterations: int | None, verbose: bool, arguments: tuple[
     _, run = read_config(config)
     finished, total = progress(config)
     goal = min(total, finished + iterations) if iterations else total
-    if finished >= total:
-        if _lacks_scores(config):
-            _axolotl_train(config, run, total - 1, arguments, verbose=verbose)
-        else:
-            say(f"{config}: all {total} iterations are finished")
-    elif not verbose:
-        say(f"all output is in {run.root / 'logs'}, a file for each iteration")
     stopped = None
-    while finished < goal:
+    if finished < total:
+        run.require_writable()
+        run.root.mkdir(parents=True, exist_ok=True)
+        with locked(run.root, ALL_ITERATIONS):
+            stopped = _train_until(goal, config, run, arguments, verbose=verbose)
+    elif _lacks_scores(config):
+        _axolotl_train(config, run, total - 1, arguments, verbose=verbose)
+    else:
+        say(f"{config}: all {total} iterations are finished")
+    _name_report(run)
+    if stopped and stopped.failed:  # otherwise `axolotl train` has said why
+        raise SpinError(stopped.message)
+
+
+def _train_until(goal: int, config: Path, run: RunDir, arguments: tuple[str, ...], *, verbose: bool) -> Stop | None:
+    """Train iterations until `goal` are finished, or the run stops; returns why it stopped."""
+    if not verbose:
+        say(f"all output is in {run.root / 'logs'}, a file for each iteration")
+    while (finished := progress(config)[0]) < goal:
         if not _lacks_scores(config):  # else `axolotl train` makes up for them first
             end_if_stopped(run, read_config(config)[0])
         _axolotl_train(config, run, finished, arguments, verbose=verbose)
         if stopped := read_stop(run, read_config(config)[0]):
-            break
-        before, (finished, total) = finished, progress(config)
-        if finished == before:  # Axolotl exits with 0 when interrupted
-            raise SpinError(f"iteration {before} was not finished; rerun the same command to continue it")
-    _name_report(run)
-    if stopped and stopped.failed:  # otherwise `axolotl train` has said why
-        raise SpinError(stopped.message)
+            return stopped
+        if progress(config)[0] == finished:  # Axolotl exits with 0 when interrupted
+            raise SpinError(f"iteration {finished} was not finished; rerun the same command to continue it")
+    return None
 
 
 def _name_report(run: RunDir) -> None:

@@ -115,6 +115,17 @@ def restore(cfg: Mapping[str, Any]) -> Lowered:
     return Lowered(RunDir(Path(cfg["output_dir"])), spin, int(cfg["spin_iteration"]), plain(cfg["spin_config"]))
 
 
+def require_base_model(cfg: Mapping[str, Any]) -> None:
+    """Check that a local `base_model` exists, before Axolotl takes its path for a name on the hub.
+
+    Raises:
+        SpinError: it does not.
+    """
+    base = str(cfg.get("base_model") or "")
+    if base.startswith((".", "/", "~")) and not Path(base).expanduser().exists():
+        raise SpinError(f"base_model: {base} does not exist; train the SFT model first, or correct the path")
+
+
 def lists_plugin(cfg: Mapping[str, Any]) -> bool:
     """Whether `plugins:` lists this plugin."""
     return any(str(name).replace(":", ".") == PLUGIN for name in cfg.get("plugins") or [])

@@ -27,7 +27,7 @@ from spin_plugin.config.specs import (
 from spin_plugin.console import SpinError, report_error, say, warn
 from spin_plugin.doctor.checkup import brief, unreachable
 from spin_plugin.doctor.machine import devices
-from spin_plugin.generation.devices import placements
+from spin_plugin.generation.devices import placements, visible_gpus
 from spin_plugin.run.checkpoint import check_model_dir
 from spin_plugin.run.lock import holder
 from spin_plugin.run.stop import find_stop
@@ -230,7 +230,6 @@ def check_engines(settings: Settings) -> None:
     vllm, kwargs = settings.vllm, settings.spin.generation.vllm_kwargs
     each = vllm.tensor_parallel_size * kwargs.get("pipeline_parallel_size", 1)
     placed = placements(vllm.data_parallel_size, each)
-    return say(
-        f"{len(placed)} cop{'y' if len(placed) == 1 else 'ies'} of the model generate"
-        f"{'s' if len(placed) == 1 else ''}" + (f", each on {each} GPUs" if each > 1 else "")
-    )
+    copies = "1 copy of the model generates" if len(placed) == 1 else f"{len(placed)} copies of the model generate"
+    kind = "GPUs" if visible_gpus() else "CPU processes"
+    return say(copies + (f", each on {each} {kind}" if each > 1 else ""))

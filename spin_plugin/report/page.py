@@ -39,7 +39,7 @@ FIGURES = [
     Figure(
         "Rewards",
         {"reward_real": ("real", "real"), "reward_synthetic": ("synthetic", "synthetic")},
-        f"Real below 0: the model only unlearns its own responses; {REMEDIES}.",
+        f"If real is below 0, the model only unlearns its own responses; {REMEDIES}.",
     ),
     Figure(
         "Reward margin",
@@ -65,7 +65,7 @@ FIGURES = [
     Figure(
         "Saturated pairs",
         {"saturated": ("saturated", "both")},
-        "Most of them long before the end: train fewer epochs per iteration.",
+        "If most are long before the end, train fewer epochs per iteration.",
         (0.0, 1.0),
     ),
 ]

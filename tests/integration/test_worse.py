@@ -4,6 +4,8 @@ The commands are those of users: real Axolotl, real vLLM, a tiny random model, w
 """
 
 import json
+import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,13 +127,17 @@ def check_records(run: RunDir, models: list[Path]) -> None:
     torch.testing.assert_close(rewards[:4], torch.tensor(few), atol=1e-4, rtol=0)
     real, synthetic = rewards.double().mean(0).tolist()
     margins = (rewards[:, 0] - rewards[:, 1]).double()
+    rows, of_row = open_table(run.real / "eval.arrow")["row"], defaultdict(list)
+    for example, margin in zip(pairs[1]["example"], margins.tolist(), strict=True):
+        of_row[rows[example]].append(margin)
+    means = [statistics.mean(each) for each in of_row.values()]
     assert entries[1]["held_out_pairs"] == pytest.approx(
         {
             "reward_real": real,
             "reward_synthetic": synthetic,
             "reward_margin": real - synthetic,
             "accuracy": float((margins > 0).double().mean()),
-            "margin_error": float(margins.std()) / len(margins) ** 0.5,
+            "margin_error": statistics.stdev(means) / len(means) ** 0.5,
         },
         abs=1e-6,
     )

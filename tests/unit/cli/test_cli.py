@@ -1,6 +1,7 @@
 """`axolotl spin train`, `init`, `setup` and `config-schema`."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from spin_plugin.cli.config_file import read_config
 from spin_plugin.cli.init import edit, spin_changes
 from spin_plugin.config.lower import lower
 from spin_plugin.objective.decline import Comparison
+from spin_plugin.run.lock import ALL_ITERATIONS, locked
 from spin_plugin.versions import discovers_plugins
 
 train_module = sys.modules["spin_plugin.cli.train"]  # `spin_plugin.cli.train` itself is the command
@@ -172,6 +174,17 @@ def test_stopped_run_is_evaluated_by_axolotl_train(config: Path) -> None:
     run.iteration(1).lm_eval_failure.touch()
     assert invoke("train", config).exit_code == 0
     assert len(calls(config)) == 3
+
+
+def test_second_command_is_refused_at_once_also_between_two_iterations(config: Path) -> None:
+    _, run = read_config(config)
+    run.root.mkdir()
+    with locked(run.root, ALL_ITERATIONS):
+        done = invoke("train", config)
+    assert done.exit_code == 1
+    assert f"spin: error: output_dir: {run.root} is in use by process {os.getpid()} on " in done.output
+    assert not run.started()
+    assert invoke("train", config).exit_code == 0
 
 
 def test_run_without_improvement_for_patience_iterations_ends(config: Path) -> None:

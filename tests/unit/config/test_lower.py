@@ -17,7 +17,7 @@ from tiny import spin_config
 from spin_plugin import SpinPlugin
 from spin_plugin.config.announce import announce
 from spin_plugin.config.identity import differing_keys
-from spin_plugin.config.lower import LORA_KERNELS, PLUGIN, Lowered, asks_for_spin, lower, restore
+from spin_plugin.config.lower import LORA_KERNELS, PLUGIN, Lowered, asks_for_spin, lower, require_base_model, restore
 from spin_plugin.config.refuse import NO_PROMPT_TYPES, REFUSED, refuse_other_trainers
 from spin_plugin.config.specs import read_opponent, read_training
 from spin_plugin.console import SpinError
@@ -108,6 +108,15 @@ def test_last_model_is_the_next_opponent_unless_the_best_is_requested(
     cfg = config(load_best_model_at_end=requested)
     lower(cfg)
     assert cfg["load_best_model_at_end"] is expected
+
+
+@pytest.mark.parametrize("base", ["./nowhere/sft", "/nowhere/sft", "~/nowhere/sft"])
+def test_missing_base_model_is_named_before_axolotl_asks_the_hub(config: Config, base: str) -> None:
+    cfg = config(base_model=base)
+    with pytest.raises(SpinError, match=f"base_model: {base} does not exist; train the SFT model first"):
+        require_base_model(cfg)
+    for found in (config(), config(base_model="org/model"), config(base_model="model")):
+        require_base_model(found)
 
 
 def test_resume_key_is_removed(config: Config) -> None:
