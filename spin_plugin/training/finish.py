@@ -123,6 +123,6 @@ def _how_to_go_on(state: RunState, spin: SpinArgs, left: int, *, ends: bool) -> 
     if ends:
         return "the run stops here"
     if left:
-        return f"{left} to go: rerun the same command"
+        return f"{left} to go"
     best = find_best(state.finished, spin.stop)
     return f"that was the last one{f'; {best.described(state.finished)}' if best else ''}"
