@@ -1,7 +1,6 @@
 """`axolotl spin status`: show the iterations of a run from its files."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from spin_plugin.console import console, exit_on_error, say
 from spin_plugin.objective.metrics import METRICS
 from spin_plugin.run.overview import list_iterations, newest_stats
 from spin_plugin.run.scores import shown_scores
-from spin_plugin.run.stop import Best, find_best, find_stop
+from spin_plugin.run.stop import Best, conclusion
 
 METRIC_COLUMNS = {metric.column: f"spin/{name}" for name, metric in METRICS.items() if metric.column}
 
@@ -49,13 +48,10 @@ def run_status(config: Path) -> dict[str, Any]:
     """
     args, run = read_config(config)
     iterations = list_iterations(run, args.iterations)
-    finished = iterations[: run.finished()]
-    stopped = find_stop(finished, args)
     return {
         "output_dir": str(run.root),
         "iterations": iterations,
-        "best": asdict(best) if (best := find_best(finished, args.stop)) else None,
-        "stopped": stopped.message if stopped else None,
+        **conclusion(iterations[: run.finished()], args),
     }
 
 

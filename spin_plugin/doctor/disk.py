@@ -1,7 +1,6 @@
 """The disk space that the run takes."""
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
@@ -12,7 +11,7 @@ from spin_plugin.doctor.data import Lengths
 from spin_plugin.doctor.memory import ModelSize
 from spin_plugin.doctor.schedule import iterations
 from spin_plugin.doctor.settings import Settings
-from spin_plugin.run.disk import Space, require_space
+from spin_plugin.run.disk import Space, nearest, require_space
 from spin_plugin.training.generate import Generation, bytes_needed, model_bytes, writes_model
 from spin_plugin.training.loading import stored_dtype
 from spin_plugin.training.precision import keeps_masters
@@ -78,11 +77,3 @@ def whole_run(space: Space, model: int, spin: SpinArgs, left: int, *, measured: 
     models = 1 if spin.keep == "last" else 2 + bool(spin.judges)
     before = max(0, past - 1)
     return space.expected + min(past, 1) * space.finished + before * space.data + min(before, models) * model
-
-
-def nearest(directory: Path) -> Path:
-    """Return the directory or its nearest existing parent."""
-    directory = directory.absolute()
-    while not directory.exists():
-        directory = directory.parent
-    return directory

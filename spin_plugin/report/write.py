@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from spin_plugin.run.atomic import write_atomically
 from spin_plugin.run.directory import RunDir
 from spin_plugin.run.iteration import IterationDir
 from spin_plugin.run.overview import list_iterations
-from spin_plugin.run.stop import find_best, find_stop
+from spin_plugin.run.stop import conclusion
 
 PROMPTS = 300
 """Prompts in the grid, by default."""
@@ -56,8 +55,7 @@ def write_report(run: RunDir, spin: SpinArgs, prompts: int = PROMPTS) -> Path:
             for entry in list_iterations(run, spin.iterations)
         ],
         "curves": [{"iteration": curve.iteration, "points": curve.points} for curve in curves],
-        "best": asdict(best) if (best := find_best(state.finished, spin.stop)) else None,
-        "stopped": stopped.message if (stopped := find_stop(state.finished, spin)) else None,
+        **conclusion(state.finished, spin),
         "prompts": {"shown": len(rows), "all": grid.prompts},
         "notes": grid.notes,
         "config": _shown(state.config),

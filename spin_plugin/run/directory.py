@@ -27,6 +27,7 @@ from pathlib import Path
 
 from spin_plugin.console import SpinError
 from spin_plugin.run.atomic import TRASH, remove_atomically
+from spin_plugin.run.disk import nearest
 from spin_plugin.run.iteration import IterationDir
 from spin_plugin.run.lock import locked
 from spin_plugin.run.state import CHECKPOINTS, RunState, has_model, read_state, restartable, write_state
@@ -70,9 +71,7 @@ class RunDir:
         Raises:
             SpinError: it cannot.
         """
-        place = self.root.absolute()
-        while not place.exists():
-            place = place.parent
+        place = nearest(self.root)
         if not place.is_dir():
             raise SpinError(f"output_dir: {place} is not a directory; use another one")
         if not os.access(place, os.W_OK | os.X_OK):

@@ -1,4 +1,4 @@
-"""Check disk space before an iteration starts."""
+"""The disk of a run: where it is, and whether it has space for an iteration."""
 
 import shutil
 from pathlib import Path
@@ -16,6 +16,14 @@ class Space(NamedTuple):
     """What of it is left at its end, with checkpoints."""
     data: int = 0
     """Of that, responses and pairs."""
+
+
+def nearest(directory: Path) -> Path:
+    """Return the directory or its nearest existing parent."""
+    directory = directory.absolute()
+    while not directory.exists():
+        directory = directory.parent
+    return directory
 
 
 def require_space(directory: Path, needed: Space) -> None:

@@ -1,7 +1,7 @@
 """When a run stops, and which iteration is best: the rules of `spin.stop` on the finished iterations in run.json."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from spin_plugin.args import SpinArgs, StopArgs
@@ -81,6 +81,12 @@ def find_stop(finished: Entries, spin: SpinArgs) -> Stop | None:
         "spin.schedule",
         failed,
     )
+
+
+def conclusion(finished: Entries, spin: SpinArgs) -> dict[str, Any]:
+    """Return as plain data which iteration is `best`, and why the run has `stopped`; None where that is not known."""
+    best, stopped = find_best(finished, spin.stop), find_stop(finished, spin)
+    return {"best": asdict(best) if best else None, "stopped": stopped.message if stopped else None}
 
 
 def end_if_stopped(run: RunDir, spin: SpinArgs) -> None:

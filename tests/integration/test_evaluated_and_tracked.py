@@ -4,12 +4,9 @@ Real Axolotl, vLLM, lm-evaluation-harness, W&B (offline), Trackio and TensorBoar
 """
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import Finished
 from test_adapters import merged
+from test_resume import kill_when
 from tiny import LORA, VOCABULARY, make_model, spin_config, write_config, write_jsonl
 
 from spin_plugin.config.specs import LmEvalSpec
@@ -57,25 +55,6 @@ def evaluated(directory: Path, model: Path, data: Path, **changes: Any) -> dict[
     return spin_config(directory, model, data, plugins=plugins, **lm_eval | changes)
 
 
-def kill_when(directory: Path, environment: dict[str, str], reached: Callable[[], bool]) -> None:
-    """Start `axolotl train` and kill its process group as soon as `reached()` is true."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with open(directory / "killed.log", "w") as log:
-        process = subprocess.Popen(
-            ["axolotl", "train", "config.yml"],
-            cwd=directory,
-            env=os.environ | {"PATH": path} | environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        while not reached():
-            assert process.poll() is None, (directory / "killed.log").read_text()[-3000:]
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory, llama: Path, chat_data: Path, command: Command) -> Path:
     """The directory of two iterations, the first killed while training, the second while it is evaluated."""
@@ -87,12 +66,12 @@ def tracked(tmp_path_factory: pytest.TempPathFactory, llama: Path, chat_data: Pa
     write_config(directory, config)
     environment = {"TRACKIO_DIR": str(directory / "trackio"), "WANDB_DIR": str(directory)}
     run = RunDir(directory / "run")
-    kill_when(directory, environment, lambda: len(run.iteration(0).read_log()) >= 150)
+    kill_when(directory, lambda: len(run.iteration(0).read_log()) >= 150, **environment)
     done = command("axolotl", "train", "config.yml", directory=directory, environment=environment)
     assert done.code == 0, done.output[-3000:]
     assert "resuming at step" in done.output
     log = run.iteration(1).lm_eval_log
-    kill_when(directory, environment, lambda: log.exists() and log.stat().st_size > 0)
+    kill_when(directory, lambda: log.exists() and log.stat().st_size > 0, **environment)
     assert run.unevaluated() == [1]
     done = command("axolotl", "spin", "train", "config.yml", directory=directory, environment=environment)
     assert done.code == 0, done.output[-3000:]

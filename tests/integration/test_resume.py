@@ -19,14 +19,14 @@ pytestmark = pytest.mark.slow
 Command = Callable[..., Finished]
 
 
-def kill_when(directory: Path, reached: Callable[[], bool]) -> None:
+def kill_when(directory: Path, reached: Callable[[], bool], **environment: str) -> None:
     """Start `axolotl train` and kill its process group as soon as `reached()` is true."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with open(directory / "killed.log", "w") as log:
         process = subprocess.Popen(
             ["axolotl", "train", "config.yml"],
             cwd=directory,
-            env=os.environ | {"PATH": path},
+            env=os.environ | {"PATH": path} | environment,
             stdout=log,
             stderr=log,
             start_new_session=True,
