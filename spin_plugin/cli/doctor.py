@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -73,8 +74,9 @@ def _examined(raw: dict[str, Any], processes: int | None) -> Iterator[dict[str, 
             env=os.environ | QUIET | {"PYTHONPATH": paths},
         ) as child:  # fmt: skip
             assert child.stdin and child.stdout
-            child.stdin.write(json.dumps(raw, default=str))  # not an argument, which others could read
-            child.stdin.close()
+            # it may end before it reads; its exit code and its log tell why
+            with suppress(BrokenPipeError), child.stdin:
+                child.stdin.write(json.dumps(raw, default=str))  # not an argument, which others could read
             try:
                 yield from map(json.loads, child.stdout)
             finally:

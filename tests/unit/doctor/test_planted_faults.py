@@ -409,9 +409,10 @@ def test_command_shows_what_its_process_finds(tmp_path: Path, llama: Path, rows:
     assert "2 wrong" in done.output
 
 
-def test_process_that_reports_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [1, 1_000_000])  # a pipe holds 64 KiB: it is broken while more is being written
+def test_process_that_reports_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     file = tmp_path / "config.yml"
-    file.write_text("rl: spin\nspin: {iterations: 1}\n")
+    file.write_text(f"rl: spin\nspin: {{iterations: 1}}\nwandb_name: {'n' * size}\n")
     monkeypatch.setattr(sys, "executable", shutil.which("true"))
     done = CliRunner().invoke(commands, ["doctor", str(file)])
     assert done.exit_code == 1
