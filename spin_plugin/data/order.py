@@ -20,7 +20,7 @@ class Sizes(NamedTuple):
     """What the order depends on: [N] each, one entry per pair."""
 
     tokens: Tensor
-    """Tokens of the prompt and all responses."""
+    """Tokens of the prompt and all responses that are computed."""
     shared: Tensor
     """Of these, the tokens of the prompt and the real response."""
     prompts: Tensor
@@ -34,11 +34,10 @@ def pair_sizes(pairs: Dataset, *, grouped: bool) -> Sizes:
         pairs: with the columns of `table.PAIR_SCHEMA`.
         grouped: whether pairs of one prompt stand together.
     """
-    own = [name for name in ("synthetic", "initial") if name in pairs.column_names]
-    columns = pairs.select_columns(["length", "example", *own]).with_format("arrow")[:]
+    columns = pairs.select_columns(["length", "example", "prompt", "real"]).with_format("arrow")[:]
     tokens, prompts = (torch.tensor(columns[name].to_numpy()) for name in ("length", "example"))
-    shared = tokens - sum(torch.tensor(list_value_length(columns[name]).to_numpy()) for name in own)
-    return Sizes(tokens, shared, prompts if grouped else torch.arange(len(tokens)))
+    prompt, real = (torch.tensor(list_value_length(columns[name]).to_numpy()) for name in ("prompt", "real"))
+    return Sizes(tokens, prompt + real, prompts if grouped else torch.arange(len(tokens)))
 
 
 class EpochSampler(Sampler[int]):

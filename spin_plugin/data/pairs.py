@@ -185,7 +185,8 @@ def _join(
         if not usable.count(response, prompt, real, stats):
             continue
         initial = usable.initial(response, prompt)
-        length = len(prompt) + len(real) + len(response.tokens) + len(initial)
+        own = 0 if response.tokens == real else len(response.tokens)  # equal responses are computed once
+        length = len(prompt) + len(real) + own + len(initial)
         pair = (prompt, real, response.tokens, stats.pairs, response.example, response.iteration, length, initial)
         for name, value in zip(names, pair, strict=False):  # without a column for `initial`, it is empty
             columns[name].append(value)

@@ -22,7 +22,7 @@ PAIR_SCHEMA = pa.schema(
         "index": pa.int64(),  # position among the pairs, and in the opponent's log-probs
         "example": pa.int64(),  # id of the prompt: its position in `real/`
         "iteration": pa.int32(),  # whose opponent generated the synthetic response
-        "length": pa.int32(),  # tokens of prompt and all responses together
+        "length": pa.int32(),  # tokens of the prompt and all responses that are computed: equal ones once
     }
 )
 INITIAL = pa.field("initial", TOKENS)  # iteration 0's response, if the loss uses it; empty without one

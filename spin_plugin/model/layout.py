@@ -6,23 +6,25 @@ Shared-prefix layout: one row with `prompt | real | synthetic` of each pair back
 each prompt only once. It needs the attention of `spin_plugin.model.attention`.
 
 With `grouped`, consecutive pairs with the same prompt and real response share these in both layouts: the row becomes
-`prompt | real | synthetic 1 | … | synthetic n`, and the B pairs have G real and B synthetic responses, R = G + B.
-Otherwise G = B.
+`prompt | real | synthetic 1 | … | synthetic n`, and the B pairs have G real responses. Otherwise G = B.
+
+A synthetic response that equals the real one is not computed again: it has the real one's log-prob, so that its pair's
+margin and gradient are 0 also after rounding. So there are S ≤ B synthetic responses, R = G + S.
 
 A pair can have a third response, iteration 0's to its prompt, which only the loss `t_spin` uses. These I responses come
-last: `prompt | real | synthetic … | initial …`, R = G + B + I.
+last: `prompt | real | synthetic … | initial …`, R = G + S + I.
 
 Both layouts have:
     keep: [K] positions whose logits predict a response token, as indices into the flattened [rows * width].
     targets: [K] the predicted tokens.
     segments: [K] which of the R responses each token belongs to.
     lengths: [R] response lengths in tokens: the real ones, the synthetic ones, the initial ones.
-    sides: [2, B] index of the real (row 0) and the synthetic (row 1) response of each pair.
+    sides: [2, B] index of the real (row 0) and the synthetic (row 1) response of each pair; the same if they are equal.
     initial: [B] index of the initial response of each pair, or -1; only if a pair has one.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, groupby
+from itertools import chain, compress, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -54,9 +56,15 @@ class Group(NamedTuple):
     """One per synthetic response; empty without one."""
 
     @property
+    def differs(self) -> list[bool]:
+        """Whether each synthetic response differs from the real one."""
+        return [list(response) != list(self.real) for response in self.synthetic]
+
+    @property
     def responses(self) -> list[list[Sequence[int]]]:
-        """The real, synthetic and initial responses, in the order of a row."""
-        return [[self.real], self.synthetic, [response for response in self.initial if len(response)]]
+        """The real, synthetic and initial responses that are computed, in the order of a row."""
+        synthetic = list(compress(self.synthetic, self.differs))
+        return [[self.real], synthetic, [response for response in self.initial if len(response)]]
 
 
 def groups_of(pairs: Sequence[Pair], *, grouped: bool) -> list[Group]:
@@ -70,7 +78,13 @@ def groups_of(pairs: Sequence[Pair], *, grouped: bool) -> list[Group]:
 
 def sequences_of(groups: Sequence[Group]) -> list[tuple[Sequence[int], Sequence[int]]]:
     """Return the prompt and response of each of the R responses: all real, all synthetic, all initial ones."""
-    return [(group.prompt, response) for kind in range(3) for group in groups for response in group.responses[kind]]
+    responses = [group.responses for group in groups]
+    return [
+        (group.prompt, response)
+        for kind in range(3)
+        for group, own in zip(groups, responses, strict=True)
+        for response in own[kind]
+    ]
 
 
 def padded_batch(pairs: Sequence[Pair], pad_token_id: int, *, grouped: bool = False) -> dict[str, Tensor]:
@@ -180,10 +194,12 @@ def _indices(groups: Sequence[Group]) -> dict[str, Tensor]:
     """Return `sides` and, if a pair has an initial response, `initial`."""
     sizes = torch.tensor([len(group.synthetic) for group in groups])
     real = torch.arange(len(groups)).repeat_interleave(sizes)
-    indices = {"sides": torch.stack([real, len(groups) + torch.arange(len(real))])}
+    differs = torch.tensor([different for group in groups for different in group.differs])
+    synthetic = (len(groups) + differs.cumsum(0) - 1).where(differs, real)
+    indices = {"sides": torch.stack([real, synthetic])}
     has_initial = torch.tensor([len(response) > 0 for group in groups for response in group.initial])
     if has_initial.any():
-        number = len(groups) + len(real) + has_initial.cumsum(0) - 1
+        number = len(groups) + differs.sum() + has_initial.cumsum(0) - 1
         indices["initial"] = number.where(has_initial, -1)
     return indices
 
@@ -215,13 +231,16 @@ class PairCollator:
         self.pad_token_id: int = tokenizer.eos_token_id if pad is None else pad
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return the batch and `responses` [R], the storage indices of the opponent's log-probs."""
+        """Return the batch, `pairs` [B], their indices, and `responses` [R], the storage indices of the opponent's
+        log-probs."""
         pairs = [Pair.of(row) for row in rows]
         if self.shared_prefix:
             batch = shared_prefix_batch(pairs, grouped=self.grouped)
         else:
             batch = padded_batch(pairs, self.pad_token_id, grouped=self.grouped)
         batch["responses"] = torch.zeros_like(batch["lengths"])  # initial ones have none: any index will do
-        # Up to rounding, the pairs of a group store the same value for their real response: any of them will do.
-        batch["responses"][batch["sides"]] = response_indices(torch.tensor([row["index"] for row in rows]))
+        batch["pairs"] = torch.tensor([row["index"] for row in rows])
+        # Up to rounding, the pairs of a group store the same value for their real response, and for synthetic ones that
+        # equal it: any of them will do.
+        batch["responses"][batch["sides"]] = response_indices(batch["pairs"])
         return batch

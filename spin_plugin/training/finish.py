@@ -104,7 +104,7 @@ def announce_finished(run: RunDir, number: int, spin: SpinArgs) -> None:
     metrics = entry["metrics"]
     shown = [f"{key} {metrics[f'spin/{key}']:.4f}" for key in SHOWN if f"spin/{key}" in metrics]
     if shown and (limit := accuracy_limit(entry["pairs"])) < 1:
-        shown[-1] += f" (at most {limit:.4f}: some are equal)"
+        shown[-1] += f" ({1 - limit:.1%} of the pairs are equal)"
     say(
         f"iteration {number} finished, last epoch: {', '.join(shown)}; model in {run.iteration(number).path}; "
         f"{_how_to_go_on(state, spin, left, ends=bool(stopped))}"

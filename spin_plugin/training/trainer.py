@@ -183,7 +183,7 @@ class SpinTrainer(AxolotlTrainer):
         self._pairs[split] += len(terms.loss)
         if split == "train":
             rewards = torch.stack([terms.reward_real, terms.reward_synthetic], dim=1)
-            self.rewards.add(inputs["responses"][sides[1]] // 2, rewards)
+            self.rewards.add(inputs["pairs"][: inputs["counted"]], rewards)
         if split == "eval" or num_items_in_batch is None:
             loss = terms.loss.sum() / max(1, len(terms.loss))
         else:

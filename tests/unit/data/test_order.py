@@ -225,14 +225,19 @@ def test_micro_batches_keep_within_their_tokens(limit: int, balance: bool) -> No
 
 
 def test_initial_responses_are_not_shared() -> None:
-    pairs = {"length": [12, 10], "example": [5, 5], "synthetic": [[1, 2], [1]], "initial": [[1, 2, 3], []]}
+    pairs = {"length": [12, 10], "example": [5, 5], "prompt": [[1] * 3] * 2, "real": [[2] * 4] * 2}
     sizes = pair_sizes(Dataset(pa.table(pairs)), grouped=True)
-    assert (sizes.tokens.tolist(), sizes.shared.tolist()) == ([12, 10], [7, 9])
+    assert (sizes.tokens.tolist(), sizes.shared.tolist()) == ([12, 10], [7, 7])
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_sizes_of_a_dataset(grouped: bool) -> None:
-    pairs = {"length": [9, 8, 12], "example": [5, 3, 5], "synthetic": [[1, 2], [1], [1, 2, 3, 4, 5]]}
+    pairs = {
+        "length": [9, 8, 12],
+        "example": [5, 3, 5],
+        "prompt": [[1], [1, 2], [1]],
+        "real": [[1] * 6, [1] * 5, [1] * 6],
+    }
     sizes = pair_sizes(Dataset(pa.table(pairs)), grouped=grouped)
     assert sizes.tokens.tolist() == [9, 8, 12]
     assert sizes.shared.tolist() == [7, 7, 7]

@@ -279,6 +279,13 @@ def test_responses_are_joined_with_their_prompts_by_id(examples: Dataset, tmp_pa
     assert (stats.responses, stats.pairs) == (4, 4)
 
 
+def test_a_response_equal_to_the_real_one_costs_nothing(examples: Dataset, tmp_path: Path) -> None:
+    """Its log-prob is that of the real one, which is computed anyway."""
+    responses = [generated(0, [20, 21, END]), generated(0, [20, 21, 22, END])]
+    _, pairs = paired(examples, responses, tmp_path, keep_equal=True)
+    assert pairs["length"][:] == [1 + 3, 1 + 3 + 4]
+
+
 def test_mixed_responses_keep_their_order(examples: Dataset, tmp_path: Path) -> None:
     newest = [generated(n, [40 + n, END], iteration=3) for n in range(3)]
     older = [generated(n, [50 + n, END], iteration=2) for n in range(3)]

@@ -142,9 +142,10 @@ def test_collator_pads_with_the_pad_token() -> None:
     tokenizer = byte_tokenizer()
     batch = PairCollator(tokenizer)(ROWS)
     expected = padded_batch([Pair([1, 2], [10, 11], [13]), Pair([3], [20], [21, 22, 23])], tokenizer.pad_token_id)
-    assert batch.keys() == {*expected, "responses"}
+    assert batch.keys() == {*expected, "responses", "pairs"}
     assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
     assert batch["responses"].tolist() == [14, 0, 15, 1]
+    assert batch["pairs"].tolist() == [7, 0]
 
 
 def test_collator_pads_with_eos_without_a_pad_token() -> None:

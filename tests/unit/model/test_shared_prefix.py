@@ -3,6 +3,7 @@
 import copy
 import random
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from spin_plugin.model import select
 from spin_plugin.model.attention import enable
 from spin_plugin.model.forward import install, logps
-from spin_plugin.model.layout import Pair, PairCollator, padded_batch, shared_prefix_batch
+from spin_plugin.model.layout import Pair, PairCollator, padded_batch, shared_prefix_batch, single_batch
 from spin_plugin.model.logprobs import response_logps
 from spin_plugin.model.select import choose_layout
 from spin_plugin.objective.losses import LOSSES, Objective, spin_terms
@@ -80,6 +81,17 @@ def step(
     loss = spin_terms(found, found.detach() + 0.1, batch["sides"], Objective(beta=0.1)).loss.sum()
     (scale * loss).backward()
     return found.detach(), {name: p.grad.float() / scale for name, p in model.named_parameters() if p.grad is not None}
+
+
+def alone(model: nn.Module, pairs: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same, [2, B], with every response of every pair computed on its own, equal ones too."""
+    model.zero_grad()
+    responses = [(pair.prompt, pair.real) for pair in pairs] + [(pair.prompt, pair.synthetic) for pair in pairs]
+    found = torch.cat([logps(model, single_batch(*response), own_logits=True) for response in responses])
+    sides = torch.arange(len(found)).view(2, -1)
+    spin_terms(found, found.detach() + 0.1, sides, Objective(beta=0.1)).loss.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return found.detach()[sides], gradients
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -215,7 +227,7 @@ def test_collator_builds_the_shared_prefix_layout_when_set() -> None:
     collator.shared_prefix = True
     batch = collator([{"prompt": [1, 2], "real": [10, 11], "synthetic": [13], "index": 7}])
     expected = shared_prefix_batch([Pair([1, 2], [10, 11], [13])])
-    assert batch.keys() == {*expected, "responses"}
+    assert batch.keys() == {*expected, "responses", "pairs"}
     assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
 
 
@@ -251,17 +263,40 @@ def test_grouped_rows_equal_separate_pairs(architecture: str, synthetic: int) ->
     """In values and gradients, also with a prompt of one token and a real response equal to a synthetic one."""
     pairs = [*group(synthetic), *PAIRS, Pair([7], [8, 9], [8, 9]), Pair([7], [8, 9], [4])]
     model = make(architecture)
-    expected, gradients = step(model, padded_batch(pairs, PAD), own_logits=True)
-    expected = expected.view(2, -1)
+    expected, gradients = alone(model, pairs)
     assert choose_layout(model, [pairs], requested=True, pad_token_id=PAD, grouped=True) == (True, False, None)
     for build in (shared_prefix_batch, partial(padded_batch, pad_token_id=PAD)):
         batch = build(pairs, grouped=True)
         if architecture == "gemma2" and "spans" not in batch:
             continue  # `enable` switches the padded layout to SDPA, without soft-capping
-        assert len(batch["lengths"]) == 2 * len(pairs) - synthetic
+        assert len(batch["lengths"]) == 2 * len(pairs) - synthetic - 1
         found, found_gradients = step(model, batch)
         torch.testing.assert_close(found[batch["sides"]], expected, rtol=1e-5, atol=1e-5)
         assert distance(found_gradients, gradients) < 1e-5
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("shared_prefix", [False, True])
+def test_equal_responses_are_computed_once_and_have_no_gradient(shared_prefix: bool, grouped: bool) -> None:
+    """Not even that of rounding: exactly 0 in bf16."""
+    pairs = [Pair([5, 6], [8, 9, 10], [8, 9, 10])] * 2 + [Pair([7], [11], [11])]
+    model = make().to(torch.bfloat16)
+    enable(model)
+    batch = shared_prefix_batch(pairs, grouped=grouped) if shared_prefix else padded_batch(pairs, PAD, grouped=grouped)
+    assert len(batch["lengths"]) == (2 if grouped else 3)
+    assert batch["sides"][0].tolist() == batch["sides"][1].tolist() == ([0, 0, 1] if grouped else [0, 1, 2])
+    found, gradients = step(model, batch)
+    assert found.isfinite().all()
+    assert all(gradient.count_nonzero() == 0 for gradient in gradients.values())
+
+
+def test_an_initial_response_comes_after_the_synthetic_ones_that_differ() -> None:
+    pairs = [Pair([1], [2, 3], [2, 3], [4]), Pair([1], [2, 3], [5])]
+    for batch in (shared_prefix_batch(pairs, grouped=True), padded_batch(pairs, PAD, grouped=True)):
+        assert batch["sides"].tolist() == [[0, 0], [0, 1]]
+        assert batch["initial"].tolist() == [2, -1]
+        assert batch["lengths"].tolist() == [2, 1, 1]
+        assert batch["targets"].tolist() == [2, 3, 5, 4]
 
 
 OBJECTIVES = [Objective(name, 0.1, t_spin_weight=0.6) for name in LOSSES] + [
