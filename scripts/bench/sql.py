@@ -12,9 +12,7 @@ start first (`--seeds 0`), and give each `--gpu-share`.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -23,11 +21,12 @@ from typing import Any
 import torch
 import yaml
 from transformers import AutoTokenizer
+from trials.chat_task import COMMON, END
+from trials.unit import ROOT, run
 
 from spin_plugin.judge import sqlite
 from spin_plugin.run.directory import RunDir
 
-ROOT = Path(__file__).resolve().parents[2]
 # Overrides of the SPIN configuration. `plain` is the paper's loss at a fifth of SFT's learning rate.
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"learning_rate": 1e-5},
@@ -44,35 +43,12 @@ KV_CACHE = 4 << 30  # bytes; fixed, because vLLM cannot measure its memory besid
 
 def configuration(options: argparse.Namespace, output_dir: Path) -> dict[str, Any]:
     """Return what SFT and SPIN have in common."""
-    return {
+    return COMMON | {
         "base_model": str(options.base),
         "output_dir": str(output_dir),
         "datasets": [{"path": str(options.data / "train.jsonl"), "ds_type": "json", "type": "chat_template"}],
-        "chat_template": "tokenizer_default",
-        "special_tokens": {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
-        "val_set_size": 0,
-        "sequence_len": 256,
-        "micro_batch_size": 16,
-        "gradient_accumulation_steps": 1,
-        "lr_scheduler": "cosine",
-        "warmup_ratio": 0.1,
-        "optimizer": "adamw_torch",
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
         "bf16": options.bf16,
-        "fp16": False,
-        "tf32": False,
-        "attn_implementation": "sdpa",
-        "logging_steps": 1,
-        "save_strategy": "epoch",
-        "save_total_limit": 1,
     }
-
-
-def run(command: list[Any], log: Path, **environment: str) -> None:
-    variables = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "AXOLOTL_DATASET_NUM_PROC": "0"}
-    with open(log, "a") as file:
-        subprocess.run(command, cwd=ROOT, env=variables | environment, stdout=file, stderr=file, check=True)
 
 
 def train(directory: Path, config: dict[str, Any]) -> None:
@@ -130,7 +106,7 @@ def accuracy(options: argparse.Namespace, model: Path, name: str) -> dict[str, A
     asked, answered = options.out / f"prompts-{name}.json", options.out / f"answers-{name}.json"
     asked.write_text(json.dumps(prompts), encoding="utf-8")
     script = [options.vllm_python, ROOT / "scripts/bench/answers.py", model, asked, answered]
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end = tokenizer.convert_tokens_to_ids(END)
     script += ["--samples", str(options.samples), "--stop", str(end)]
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     script += ["--dtype", dtype, "--gpu-share", str(options.gpu_share or 0.5)]

@@ -230,7 +230,10 @@ def summary(
         "unique_tokens": [shared_prefix_batch(pairs, grouped=True)["input_ids"].numel() for pairs in batches[1:]],
         "padded_tokens": [padded_batch(pairs, PAD)["input_ids"].numel() for pairs in batches[1:]],
         "seconds": seconds,
+        "median_seconds": medians,
+        "pairs_per_second": {side: options.pairs / median for side, median in medians.items()},
         "bytes": memory,
+        "step_gib": {side: used["step"] / 2**30 for side, used in memory.items()},
     }
 
 
@@ -239,11 +242,11 @@ def report(result: dict[str, Any], pairs: int) -> Iterator[str]:
     yield f"unique tokens {result['unique_tokens']}, padded {result['padded_tokens']}"
     sizes, speeds = f"{'side':<16}{'pairs':>6}{'of':>4}", f"{'s/step':>9}{'pairs/s':>9}{'MFU':>6}"
     yield f"{sizes}{speeds}{'GiB/step':>10}{'GiB more models':>17}"
-    for side, values in result["seconds"].items():
-        seconds, used, mfu = statistics.median(values), result["bytes"][side], result["mfu"][side]
-        gib, share = (used["step"] / 2**30, used["reference"] / 2**30), "-" if mfu is None else f"{mfu:.0%}"
+    for side, seconds in result["median_seconds"].items():
+        used, mfu, speed = result["bytes"][side], result["mfu"][side], result["pairs_per_second"][side]
+        gib, share = (result["step_gib"][side], used["reference"] / 2**30), "-" if mfu is None else f"{mfu:.0%}"
         sizes = f"{side:<16}{used['micro_batch']:>6}{pairs:>4}"
-        yield f"{sizes}{seconds:>9.3f}{pairs / seconds:>9.2f}{share:>6}{gib[0]:>10.2f}{gib[1]:>17.2f}"
+        yield f"{sizes}{seconds:>9.3f}{speed:>9.2f}{share:>6}{gib[0]:>10.2f}{gib[1]:>17.2f}"
     yield "  ".join(f"{name} {value}" for name, value in result.items() if "_vs_" in name and value is not None)
     if result["factors"]:
         yield " × ".join(f"{name} {value}" for name, value in result["factors"].items())

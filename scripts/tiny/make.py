@@ -92,8 +92,8 @@ def _build(directory: Path, recipe: Recipe, console: Console) -> str:
     heldout = sample_heldout(recipe.heldout_per_domain, rng)
     excluded = frozenset(item.prompt for item in heldout)
     pairs = sample_items(IN_DOMAIN, recipe.sft_pairs, rng, excluded)
-    _write_jsonl(directory / "data" / "sft.jsonl", ({"messages": _messages(item)} for item in pairs))
-    _write_jsonl(directory / "data" / "heldout.jsonl", (item._asdict() for item in heldout))
+    write_jsonl(directory / "data" / "sft.jsonl", ({"messages": messages(item)} for item in pairs))
+    write_jsonl(directory / "data" / "heldout.jsonl", (item._asdict() for item in heldout))
 
     tokenizer = build_tokenizer()
     torch.manual_seed(recipe.seed)
@@ -184,7 +184,7 @@ def encode_batch(tokenizer: PreTrainedTokenizerFast, items: Sequence[Item]) -> t
     """
     vocabulary = tokenizer.get_vocab()
     rows = [_token_ids(vocabulary, item) for item in items]
-    assert rows[0] == tokenizer.apply_chat_template(_messages(items[0]), return_dict=False)
+    assert rows[0] == tokenizer.apply_chat_template(messages(items[0]), return_dict=False)
     input_ids = torch.tensor(rows)
     labels = input_ids.clone()
     labels[:, : rows[0].index(vocabulary["<assistant>"]) + 1] = IGNORED_LABEL
@@ -196,14 +196,16 @@ def _token_ids(vocabulary: dict[str, int], item: Item) -> list[int]:
     return [vocabulary[token] for token in tokens]
 
 
-def _messages(item: Item) -> list[dict[str, str]]:
+def messages(item: Item) -> list[dict[str, str]]:
+    """Return an item as a chat."""
     return [
         {"role": "user", "content": item.prompt},
         {"role": "assistant", "content": item.answer},
     ]
 
 
-def _write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
+    """Write rows to a file, whose directory is created."""
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

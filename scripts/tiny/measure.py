@@ -65,13 +65,20 @@ def accuracy(
     }
 
 
-@torch.no_grad()
 def answer_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heldout: Sequence[Item]) -> torch.Tensor:
     """Return -log p(answer, end token | prompt) of each item in nats [items]."""
+    return -answer_log_probs(model, tokenizer, heldout)[0]
+
+
+@torch.no_grad()
+def answer_log_probs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heldout: Sequence[Item]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log p(answer, end token | prompt) of each item [items], and whether greedy decoding gives it [items]."""
     prompts, answers = _encode(tokenizer, heldout)
-    logits = model(torch.cat([prompts, answers], dim=1)).logits
-    log_probs = logits[:, prompts.shape[1] - 1 : -1].log_softmax(dim=-1)
-    return -log_probs.gather(2, answers.unsqueeze(2)).squeeze(2).sum(dim=1)
+    logits = model(torch.cat([prompts, answers], dim=1)).logits[:, prompts.shape[1] - 1 : -1]
+    log_probs = logits.log_softmax(dim=-1).gather(2, answers.unsqueeze(2)).squeeze(2).sum(dim=1)
+    return log_probs, (logits.argmax(dim=-1) == answers).all(dim=1)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, heldout: Sequence[Item]) -> tuple[torch.Tensor, torch.Tensor]:

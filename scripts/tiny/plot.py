@@ -1,32 +1,19 @@
-"""Plot docs/tiny.svg from the first table of docs/measurements.md: the tiny run's exact match per iteration.
+"""Plot the tiny run's exact match per iteration, for evaluate.py."""
 
-evaluate.py plots a finished run with it.
-
-python scripts/tiny/plot.py            # writes the plot
-python scripts/tiny/plot.py --check    # exit code 1 if the plot is outdated
-"""
-
-import re
-import sys
 from math import ceil, floor
-from pathlib import Path
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-PICTURE = DOCS / "tiny.svg"
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 240, 44, 122, 16, 32
 SERIES = {"in-domain": "#1f6feb", "out-of-domain": "#d1570a"}
 
 Row = tuple[str, list[float]]
 
 
-def rows(measurements: str) -> list[Row]:
-    """Return each row of the tiny run's table: model, and exact match in the order of `SERIES`."""
-    lines = re.findall(r"^\| (SFT start|iteration \d+) \| ([\d.]+) \| ([\d.]+) \|", measurements, re.MULTILINE)
-    return [(name, [float(inside), float(outside)]) for name, inside, outside in lines]
-
-
 def plot(table: list[Row]) -> str:
-    """Return the plot as SVG. Gray text and lines are readable on white and on black."""
+    """Return the plot as SVG; gray text and lines are readable on white and on black.
+
+    Args:
+        table: for each model its name, and its exact match in percent in the order of `SERIES`.
+    """
     percents = [percent for _, values in table for percent in values]
     lowest, highest = 10 * floor(min(percents) / 10), 10 * ceil(max(percents) / 10)
 
@@ -53,14 +40,3 @@ def plot(table: list[Row]) -> str:
     size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12" fill="#888">'
     return "\n".join([opening, *parts, "</svg>"]) + "\n"
-
-
-def main() -> None:
-    picture = plot(rows((DOCS / "measurements.md").read_text(encoding="utf-8")))
-    if "--check" in sys.argv[1:]:
-        sys.exit(PICTURE.read_text(encoding="utf-8") != picture)
-    PICTURE.write_text(picture, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
