@@ -47,28 +47,36 @@ With so few seeds the interval is too narrow: look at each seed, too.
 """
 
 import argparse
+import json
 import shutil
 import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 
 from trials.methods import METHODS
 from trials.scan import Scan
 from trials.sql import Sql
+from trials.sweep import percent
 from trials.task import Task
 from trials.tiny import Tiny
-from trials.unit import RESULTS, ROOT, Unit
+from trials.unit import RESULTS, ROOT, Found, Unit, once
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Tiny, Sql, Scan)}
 
 
 def chain(options: argparse.Namespace, seed: int) -> None:
     """Run the methods of one seed one after another."""
-    task = TASKS[options.task](options.out.absolute() / options.task / str(seed), seed, options.inputs)
+    begin = Unit(options.task, "start", seed, options.results.absolute())
+    known = begin.read() if begin.file.exists() else None
+    directory = options.out.absolute() / options.task / str(seed)
+    task = TASKS[options.task](directory, seed, options.inputs, known["sweep"] if known else ())
     for method in options.methods:
-        unit = Unit(options.task, method, seed, options.results.absolute())
+        unit = replace(begin, method=method)
         if not unit.file.exists():
+            if known:
+                same_start(task, known)
             unit.write(METHODS[method](task, unit))
             if method != "start":
                 shutil.rmtree(task.directory / method)
@@ -76,6 +84,20 @@ def chain(options: argparse.Namespace, seed: int) -> None:
         scores = ", ".join(f"{name} {value:.1f}" for name, value in found["scores"].items())
         sys.stdout.write(f"{options.task}, {method}, seed {seed}: {scores}; compute {found['compute']:,}\n")
         sys.stdout.flush()
+
+
+def same_start(task: Task, known: Found) -> None:
+    """Refuse a start that was made again and is not the one of the results: rounding differs between machines.
+
+    Raises:
+        SystemExit: it differs on the dev split.
+    """
+    with once(task.directory / "same", json.dumps(known["dev"])) as needed:
+        if needed and (dev := percent(task.score(task.start, "dev"))) != known["dev"]:
+            raise SystemExit(
+                f"evidence: the start of {task.name}, seed {task.seed}, was made again and has other scores on the dev "
+                f"split, {dev} instead of {known['dev']}; methods are compared from one start, so use other --results"
+            )
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,7 +12,7 @@ import yaml
 from trials.chat import chat_log_prob, chat_rows
 from trials.sweep import candidates
 from trials.task import Sweep, Task, read_chats
-from trials.unit import once
+from trials.unit import Found, once
 
 END = "<|im_end|>"
 COMMON: dict[str, Any] = {
@@ -64,14 +66,22 @@ class ChatTask(Task):
         config = first._common(self.inputs / "base") | self._fast
         with once(directory, yaml.safe_dump(config)) as needed:
             if needed:
-                found = list(candidates(first, directory, self.first_sweep, config))
-                best = max(found, key=lambda candidate: candidate["dev"][self.compared[0]])
+                sweep = self.first_sweep
+                # only the run that was the best; on sql, another learning rate was tried once the start was there
+                if known := [one for one in self.known if one["learning_rate"] in sweep.learning_rates]:
+                    best = self._best(known)
+                    sweep = replace(sweep, learning_rates=(best["learning_rate"],), epochs=(best["epochs"],))
+                found = list(candidates(first, directory, sweep, config))
+                best = self._best(found)
                 shutil.copytree(best["model"], directory / "model", dirs_exist_ok=True)
                 (directory / "sweep.json").write_text(json.dumps(found), encoding="utf-8")
         return directory / "model"
 
-    def start_sweep(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = json.loads((self.start.parent / "sweep.json").read_text(encoding="utf-8"))
+    def _best(self, found: Sequence[Found]) -> Found:
+        return max(found, key=lambda candidate: candidate["dev"][self.compared[0]])
+
+    def start_sweep(self) -> list[Found]:
+        found: list[Found] = json.loads((self.start.parent / "sweep.json").read_text(encoding="utf-8"))
         return [{name: value for name, value in candidate.items() if name != "model"} for candidate in found]
 
     @property

@@ -64,8 +64,6 @@ def spin(*, times: float = 1, decay: bool = False, judge: bool = False, **block:
             own["schedule"] = decaying(float(config["learning_rate"]), config["spin"]["iterations"])
         config["spin"] = config["spin"] | {"stop": "off"} | own
         output = RunDir(train(directory, config, "spin", "train", "--verbose"))
-        if unit.method == REFERENCE:
-            shutil.copy(output.iteration(0).pairs / "train.arrow", task.sampled)
         entries, compute, curve = _entries(output), 0, []
         for number, entry in enumerate(entries):
             compute += spin_compute(output, number, entry["stages"]["train"]["tokens"])
@@ -161,9 +159,8 @@ def dpo(*, times: int = 1) -> Method:
     """
 
     def method(task: Task, unit: Unit) -> Found:
-        if not task.sampled.exists():
-            raise SystemExit(f"evidence: {task.sampled} is missing; remove {REFERENCE}'s result, so that it runs first")
-        pairs = list(open_table(task.sampled))
+        sampled = RunDir(train(task.directory / "sampled", task.spin, "preprocess"))  # generates, and stops there
+        pairs = list(open_table(sampled.iteration(0).pairs / "train.arrow"))
         # equal responses have no gradient; they were generated all the same
         unequal = [pair for pair in pairs if pair["synthetic"] != pair["real"]]
         data = task.directory / unit.method / "pairs.jsonl"

@@ -2,12 +2,14 @@
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoTokenizer
+from trials.unit import Found
 
 Scores = dict[str, list[float]]
 """By name, a value in 0…1 for each question."""
@@ -31,6 +33,7 @@ class Task(ABC):
         directory: holds everything that is made; may be deleted.
         inputs: holds the files that the task needs from outside, if any.
         seed: of the data order, of sampling and, on the tiny task, of base model and data.
+        known: the candidates that the start was chosen from, where its result is there but no longer its model.
     """
 
     name: ClassVar[str]
@@ -44,10 +47,11 @@ class Task(ABC):
     dpo_sweep: ClassVar[Sweep]
     sdft_sweep: ClassVar[Sweep]
 
-    def __init__(self, directory: Path, seed: int, inputs: Path | None = None) -> None:
+    def __init__(self, directory: Path, seed: int, inputs: Path | None = None, known: Sequence[Found] = ()) -> None:
         self.directory = directory
         self.seed = seed
         self.inputs = inputs or directory
+        self.known = known
 
     @property
     @abstractmethod
@@ -83,12 +87,7 @@ class Task(ABC):
     def score(self, model: Path, split: str) -> Scores:
         """Return each question's scores on the `dev` or `test` split."""
 
-    @property
-    def sampled(self) -> Path:
-        """The pairs of SPIN's iteration 0: one sample for each prompt, that DPO trains on."""
-        return self.directory / "sampled.arrow"
-
-    def start_sweep(self) -> list[dict[str, Any]]:
+    def start_sweep(self) -> list[Found]:
         """Return the candidates that the start was chosen from, if it was made by a sweep."""
         return []
 
