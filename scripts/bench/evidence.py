@@ -69,9 +69,9 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Tiny, Sql, Scan)}
 def chain(options: argparse.Namespace, seed: int) -> None:
     """Run the methods of one seed one after another."""
     begin = Unit(options.task, "start", seed, options.results.absolute())
-    known = begin.read() if begin.file.exists() else None
+    known = begin.read() if begin.file.exists() else {}
     directory = options.out.absolute() / options.task / str(seed)
-    task = TASKS[options.task](directory, seed, options.inputs, known["sweep"] if known else ())
+    task = TASKS[options.task](directory, seed, options.inputs, known.get("sweep", ()))
     for method in options.methods:
         unit = replace(begin, method=method)
         if not unit.file.exists():
