@@ -49,6 +49,7 @@ LABELS = {
     "spin-judge-sft_weight": "SPIN, `judge` and `sft_weight: 5`",
     "spin-judge-many": "SPIN, `judge`, 8 responses a prompt at temperature 1.3",
     "spin-judge-many-sft_weight": "SPIN, `judge`, `sft_weight: 5`, 4 responses a prompt at temperature 1.3",
+    "spin-judge-many-sft_weight-fast": "SPIN, the same, three times the learning rate",
     "spin-space": "SPIN, `loss_type: space`",
     "spin-real_penalty": "SPIN, `real_penalty: 5`",
     "spin-sft_weight": "SPIN, `sft_weight: 5`",

@@ -41,7 +41,8 @@ Added later:
   of 1e-4, the edge of that sweep. So 10 epochs of 3e-4 were tried: half a point more on dev, greedy four less. The
   start stayed. `spin-judge-many`, when 95% of sql's synthetic responses turned out to equal the real ones; it takes
   twice the compute that the sweeps are held to. `spin-judge-many-sft_weight`, when real responses had become less
-  likely with it; four responses a prompt, so that it takes no more than `spin`.
+  likely with it; four responses a prompt, so that it takes no more than `spin`. `-fast`, when one seed of that had
+  gained less than more SFT, which was best at three times SPIN's learning rate.
 
 With so few seeds the interval is too narrow: look at each seed, too.
 """

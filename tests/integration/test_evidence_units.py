@@ -80,3 +80,9 @@ def test_units_run_once_and_stay_within_spins_compute(
     evidence.chain(options, 1)
     assert [file.stat().st_mtime_ns for file in files.values()] == before
     assert not list((tmp_path / "out").rglob("sft/**/*.safetensors"))
+
+    # the start of the results is not the one that this machine makes
+    files["start"].write_text(json.dumps(units["start"] | {"dev": {"in_domain": 12.5}}))
+    files["sft"].unlink()
+    with pytest.raises(SystemExit, match="seed 1, was made again and has other scores"):
+        evidence.chain(options, 1)

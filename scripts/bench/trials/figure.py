@@ -25,6 +25,7 @@ COLORS = {
     "spin-judge-sft_weight": "#7c8c03",
     "spin-judge-many": "#116329",
     "spin-judge-many-sft_weight": "#9a6700",
+    "spin-judge-many-sft_weight-fast": "#d4a72c",
     "spin-space": "#57a6ff",
     "spin-real_penalty": "#8c959f",
     "spin-sft_weight": "#c93c37",

@@ -316,6 +316,9 @@ METHODS: dict[str, Method] = {
     "spin-judge-many-sft_weight": spin(
         judge=True, sft_weight=5.0, generation={"num_generations": 4, "temperature": 1.3}
     ),
+    "spin-judge-many-sft_weight-fast": spin(
+        times=3, judge=True, sft_weight=5.0, generation={"num_generations": 4, "temperature": 1.3}
+    ),
     "spin-space": spin(loss_type="space"),
     "spin-real_penalty": spin(real_penalty=5.0),
     "spin-sft_weight": spin(sft_weight=5.0),
