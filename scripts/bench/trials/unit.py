@@ -68,7 +68,12 @@ def run(command: list[Any], log: Path, says: str = "") -> None:
     Raises:
         SystemExit: it failed; the message names the log.
     """
-    variables = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "AXOLOTL_DATASET_NUM_PROC": "0"}
+    variables = os.environ | {
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "AXOLOTL_DATASET_NUM_PROC": "0",
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin made a base model take 27 minutes beside another run, not 2
+    }
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a+", encoding="utf-8", errors="replace") as file:
         begin = file.tell()
