@@ -107,8 +107,9 @@ class SpinArgs(Block):
     real conversation before it."""
 
     equal_pairs: Literal["drop", "keep"] = "keep"
-    """Whether to keep pairs whose two responses are identical. Their gradient is exactly zero, but dropping them makes
-    an epoch shorter (see docs/measurements.md)."""
+    """Whether to keep pairs whose two responses are identical. The paper's loss has no gradient there, but dropping
+    them makes an epoch shorter (see docs/measurements.md); `sft_weight` and `real_penalty` learn from their real
+    responses."""
 
     shared_prefix: Annotated[Literal["auto", "on", "off"], Mark.FREE] = "auto"
     """Whether to run each pair as one unpadded row (prompt, real response, synthetic response), which computes the

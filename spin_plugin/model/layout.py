@@ -9,7 +9,7 @@ With `grouped`, consecutive pairs with the same prompt and real response share t
 `prompt | real | synthetic 1 | … | synthetic n`, and the B pairs have G real responses. Otherwise G = B.
 
 A synthetic response that equals the real one is not computed again: it has the real one's log-prob, so that its pair's
-margin and gradient are 0 also after rounding. So there are S ≤ B synthetic responses, R = G + S.
+margin is 0 also after rounding. So there are S ≤ B synthetic responses, R = G + S.
 
 A pair can have a third response, iteration 0's to its prompt, which only the loss `t_spin` uses. These I responses come
 last: `prompt | real | synthetic … | initial …`, R = G + S + I.

@@ -37,7 +37,12 @@ def probe(
     enough = torch.where(lengths >= MIN_ROW_TOKENS, lengths, torch.iinfo(lengths.dtype).max)
     together = int((lengths[:MAX_ROW_PAIRS].cumsum(0) < MIN_ROW_TOKENS).sum()) + 1
     several = [pair(index) for index in range(min(len(lengths), max(3, min(together, MAX_ROW_PAIRS))))]
-    blocks = [pair(int(enough.argmin()))] if (lengths >= MIN_ROW_TOKENS).any() else several
+    blocks = several
+    if (lengths >= MIN_ROW_TOKENS).any():
+        first = pair(int(enough.argmin()))
+        if first.synthetic == first.real:  # then it is not computed; here, two must not see each other
+            first = first._replace(synthetic=first.synthetic[:-1] or first.synthetic)
+        blocks = [first]
     rows = [blocks, [pair(int(lengths.argmin()))], [_lengthened(pair(int(lengths.argmax())), longest)]]
     if blocks is not several:
         rows.append(several)

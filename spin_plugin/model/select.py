@@ -40,7 +40,7 @@ MAX_GRADIENT_ELEMENTS = 2**22
 COMPARED_GRADIENTS = 8
 """Gradients that are compared: those of the first parameters, which depend on every layer."""
 SIDE_WEIGHTS = (2.0, -1.0)
-"""Weights of real and other responses in the sum that is differentiated; 1 and -1 would cancel if identical."""
+"""Weights of real and other responses in the sum that is differentiated."""
 
 
 # --- the choice ----------------------------------------------------------------------------------

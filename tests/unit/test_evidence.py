@@ -144,6 +144,22 @@ def test_two_sweeps_are_joined_by_the_dev_split_at_every_budget(trials: str) -> 
     assert joined["other"] == {"chat": 55.0}
 
 
+def test_settings_fixed_on_other_seeds(trials: str) -> None:
+    """Of two runs, each seed gets the one that was better on the two other seeds."""
+    joins = importlib.import_module("make_evidence")
+    devs = {1: (50.0, 60.0), 2: (51.0, 40.0), 3: (52.0, 48.0)}  # of both runs
+
+    def sweep(*scores: float) -> dict[str, Any]:
+        runs = [{"compute": 9, "learning_rate": 1e-5 * run, "epochs": 1, "step": 5} for run in (1, 2)]
+        found = [run | {"dev": {"a": score}} for run, score in zip(runs, scores, strict=True)]
+        return {"best": {"a": {}}, "candidates": [{"compute": 0, "dev": {"a": 99.0}}, *found]}
+
+    spin = {seed: {"curve": [{"dev": {"a": 1.0}}, {"dev": {"a": float(seed)}}]} for seed in devs}
+    found = joins.fixed_elsewhere({"spin": spin, "sft": {seed: sweep(*scores) for seed, scores in devs.items()}})
+    # seed 1: run 1 (51.5 > 44); seed 2: run 2 (51 < 54); seed 3: run 1 (50.5 > 50)
+    assert found == {"spin": {"a": 2.0}, "sft": {"a": round((50 + 40 + 52) / 3, 2)}}
+
+
 def test_a_row_of_the_table_is_one_model(trials: str) -> None:
     """Of a sweep, which has a checkpoint for each compared score, every score of the same one."""
     joins = importlib.import_module("make_evidence")
@@ -152,12 +168,12 @@ def test_a_row_of_the_table_is_one_model(trials: str) -> None:
     spin = {"scores": out, "compute": 400, "questions": {"out_of_domain": [0.6], "in_domain": [0.8]}}
     best = {"out_of_domain": {"test": out, "compute": 100}, "in_domain": {"test": inside, "compute": 300}}
     sft = {"best": best, "questions": {"out_of_domain": [0.6], "in_domain": [1.0]}}
-    found = joins.summary("tiny", {"spin": {1: spin}, "sft": {1: sft}})
+    found = joins.summary("tiny", {"spin": {1: spin}, "sft": {1: sft}}, {1: sft})
     rows = [line.split(" | ") for line in joins.table("tiny", found).splitlines()[2:]]
     assert rows == [
         ["| SPIN", "60.0", "70.0", "80.0", "+0.0 (+0.0 to +0.0)", "1.00 |"],
         ["| more SFT, chosen by its out-of-domain score", "60.0", "70.0", "80.0", "", "0.25 |"],
-        ["| the same sweep, chosen by its in-domain score", "10.0", "20.0", "100.0", "", "0.75 |"],
+        ["| more SFT, chosen by its in-domain score", "10.0", "20.0", "100.0", "", "0.75 |"],
     ]
 
 

@@ -49,6 +49,13 @@ def test_probe_of_long_pairs() -> None:
     assert len(shorter.prompt) + len(shorter.real) == 2500
 
 
+def test_probe_of_equal_responses_begins_with_two_that_differ() -> None:
+    """An equal one is not computed, so nothing could see what it must not."""
+    pairs = [Pair([3] * 300, [5, 6, 7], [5, 6, 7])] * 3
+    (first,) = probe(torch.tensor([303] * 3), pairs.__getitem__)[0]
+    assert first == Pair([3] * 300, [5, 6, 7], [5, 6])
+
+
 @pytest.mark.parametrize("longest", [None, 120])
 def test_probe_of_grouped_pairs_begins_with_one_prompt(longest: int | None) -> None:
     """With several synthetic responses; no sequence is longer than those of the data."""
