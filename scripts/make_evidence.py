@@ -25,7 +25,7 @@ from trials.unit import RESULTS, ROOT
 SUMMARY = RESULTS / "summary.json"
 BASELINE = "sft"
 OTHERWISE = "sft-otherwise"
-"""The baseline's checkpoint that is best by the second of the compared scores, on the dev split."""
+"""The checkpoint of the baseline's first sweep that is best by the second of the compared scores, on the dev split."""
 EXTENSIONS = ("", "-high", "-higher")
 """After a method's name: its sweep, and the same with higher learning rates. Together they are one sweep."""
 SHOWN = "spin-decay"
@@ -42,14 +42,14 @@ LABELS = {
     "sdft": "SDFT",
     "spin": "SPIN",
     "spin-decay": "SPIN, decaying learning rate",
-    "spin-decay-space": "SPIN, the same and `loss_type: space`",
+    "spin-decay-space": "SPIN, decaying learning rate, `loss_type: space`",
     "spin-low": "SPIN, a fifth of the learning rate",
     "spin-history0": "SPIN, `history_iterations: 0`",
     "spin-judge": "SPIN, `judge`",
     "spin-judge-sft_weight": "SPIN, `judge` and `sft_weight: 5`",
-    "spin-judge-many": "SPIN, `judge`, 8 responses a prompt at temperature 1.3",
-    "spin-judge-many-sft_weight": "SPIN, `judge`, `sft_weight: 5`, 4 responses a prompt at temperature 1.3",
-    "spin-judge-many-sft_weight-fast": "SPIN, the same, three times the learning rate",
+    "spin-judge-many": "SPIN, `judge`, 8 responses at temperature 1.3",
+    "spin-judge-many-sft_weight": "SPIN, `judge`, `sft_weight: 5`, 4 responses at temperature 1.3",
+    "spin-judge-many-sft_weight-fast": "SPIN, `judge`, `sft_weight: 5`, 4 responses, three times the learning rate",
     "spin-space": "SPIN, `loss_type: space`",
     "spin-real_penalty": "SPIN, `real_penalty: 5`",
     "spin-sft_weight": "SPIN, `sft_weight: 5`",
@@ -117,8 +117,14 @@ def compared(units: Units) -> tuple[str, ...]:
     return tuple(next(iter(units[BASELINE].values()))["best"])
 
 
-def summary(task: str, units: Units) -> dict[str, Any]:
-    """Return means over seeds of each method, and its difference from more SFT."""
+def summary(task: str, units: Units, first_sweep: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Return means over seeds of each method, and its difference from more SFT.
+
+    Args:
+        task: its name.
+        units: by method, its sweeps joined.
+        first_sweep: the baseline's first sweep, by seed. By a score at its ceiling, the joined one is chosen by chance.
+    """
     first, second = compared(units)
     found: dict[str, Any] = {}
     for method, seeds in units.items():
@@ -128,7 +134,7 @@ def summary(task: str, units: Units) -> dict[str, Any]:
         others = [unit.get("other", {}) for unit in seeds.values()]
         found[method]["other"] = {name: round(fmean(other[name] for other in others), 3) for name in others[0]}
         if method == BASELINE:
-            found[OTHERWISE] = row(task, [unit["best"][second] for unit in seeds.values()])
+            found[OTHERWISE] = row(task, [unit["best"][second] for unit in first_sweep.values()])
         else:
             found[method]["differences"] = {
                 name: difference(seeds, units[BASELINE], name, shared=task in SHARED) for name in (first, second)
@@ -158,6 +164,34 @@ def chosen_otherwise(units: Units) -> dict[str, list[float]]:
     return found
 
 
+def fixed_elsewhere(units: Units) -> dict[str, dict[str, float]]:
+    """Return dev scores of more SFT with, in each seed, the settings best by the first score on the other seeds.
+
+    That is how SPIN's settings were found: on other seeds, by that score. Beside it SPIN's dev scores; all are means.
+    """
+    scores = compared(units)
+    by_settings: dict[tuple[float, ...], dict[int, dict[str, float]]] = {}
+    for seed, unit in units[BASELINE].items():
+        for one in unit["candidates"]:
+            if one["compute"]:  # not the start
+                settings = (float(f"{one['learning_rate']:g}"), one["epochs"], one["step"])
+                by_settings.setdefault(settings, {})[seed] = one["dev"]
+    found = {
+        method: [units[method][seed]["curve"][-1]["dev"] for seed in units[method]]
+        for method in ("spin", SHOWN)
+        if method in units
+    }
+    found[BASELINE] = []
+    for seed in units[BASELINE]:
+        usable = [devs for devs in by_settings.values() if devs.keys() == units[BASELINE].keys()]
+        best = max(usable, key=lambda devs: fmean(dev[scores[0]] for other, dev in devs.items() if other != seed))
+        found[BASELINE].append(best[seed])
+    return {
+        method: {score: round(fmean(dev[score] for dev in devs), 2) for score in scores}
+        for method, devs in found.items()
+    }
+
+
 def difference(
     ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], score: str, *, shared: bool
 ) -> dict[str, Any]:
@@ -177,7 +211,7 @@ def table(task: str, found: dict[str, Any]) -> str:
     first, second = found["spin"]["differences"]
     labels = LABELS | {
         BASELINE: f"{LABELS[BASELINE]}, chosen by its {columns[first]} score",
-        OTHERWISE: f"the same sweep, chosen by its {columns[second]} score",
+        OTHERWISE: f"{LABELS[BASELINE]}, chosen by its {columns[second]} score",
     }
     others = found[BASELINE]["other"]
     names = [*columns.values(), f"{columns[first]}, difference from more SFT", *(OTHER[name] for name in others)]
@@ -260,13 +294,14 @@ def outputs() -> dict[Path, str]:
         units = read(task)
         if not {"start", "spin", BASELINE} <= units.keys():
             continue
-        otherwise, units = chosen_otherwise(units), joined(units)
-        methods = summary(task, units)
-        numbers[task] = {"methods": methods, "chosen_otherwise": otherwise}
+        first_sweep, otherwise, units = units[BASELINE], chosen_otherwise(units), joined(units)
+        methods = summary(task, units, first_sweep)
+        fixed = fixed_elsewhere(units)
+        numbers[task] = {"methods": methods, "chosen_otherwise": otherwise, "dev_of_fixed_settings": fixed}
         blocks[task] = table(task, methods)
         blocks[f"{task}-main"] = table(task, {method: methods[method] for method in MAIN if method in methods})
         blocks[f"{task}-seeds"] = by_seed(methods)
-        if task == "tiny":
+        if task == "tiny" and SHOWN in units:
             numbers[task]["operations"] = operations(units)
             blocks["tiny-operations"] = by_operation(numbers[task]["operations"])
         panels = {COLUMNS[task][score]: curves(units, score) for score in compared(units)}
@@ -274,7 +309,9 @@ def outputs() -> dict[Path, str]:
     files[SUMMARY] = json.dumps(numbers, indent=1) + "\n"
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        files[page] = BLOCK.sub(lambda match: match[1] + blocks[match[2]] + match[3], text)
+        files[page] = BLOCK.sub(
+            lambda match: match[1] + blocks[match[2]] + match[3] if match[2] in blocks else match[0], text
+        )
     return files
 
 

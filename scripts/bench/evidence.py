@@ -33,7 +33,7 @@ Added later:
   and scan. DFT, DPO and SDFT have smaller sweeps. Score, scan: as on tiny; commands without "jump" (in-domain), and
   with it (out-of-domain), 1,000 each; dev: 200 each.
 - `sft-high` and `sft-higher`, three and nine times the sweep's highest learning rate, because that was the best on
-  tiny; later the same for the other sweeps, and, where the longest run was the best, as long as SPIN's compute allows.
+  tiny, with the lengths of its sweep; later the same for the other sweeps, as long as SPIN's compute allows.
 - `spin-decay` and `spin-decay-space`, after `sft-high`, when SPIN had no lead on tiny; found on seeds 101 and 102.
 - Longer runs of DPO, up to SPIN's compute, because its first sweep ended at half of it. No SDFT on tiny: its teacher is
   told the answer in words, and the model knows none.
@@ -41,7 +41,7 @@ Added later:
   of 1e-4, the edge of that sweep. So 10 epochs of 3e-4 were tried: half a point more on dev, greedy four less. The
   start stayed. `spin-judge-many`, when 95% of sql's synthetic responses turned out to equal the real ones; it takes
   twice the compute that the sweeps are held to. `spin-judge-many-sft_weight`, when real responses had become less
-  likely with it; four responses a prompt, so that it takes no more than `spin`. `-fast`, when one seed of that had
+  likely with it; four responses a prompt, so that it takes little more than `spin`. `-fast`, when one seed of that had
   gained less than more SFT, which was best at three times SPIN's learning rate.
 
 With so few seeds the interval is too narrow: look at each seed, too.
