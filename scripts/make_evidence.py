@@ -181,9 +181,9 @@ def fixed_elsewhere(units: Units) -> dict[str, dict[str, float]]:
         for method in ("spin", SHOWN)
         if method in units
     }
+    usable = [devs for devs in by_settings.values() if devs.keys() == units[BASELINE].keys()]
     found[BASELINE] = []
     for seed in units[BASELINE]:
-        usable = [devs for devs in by_settings.values() if devs.keys() == units[BASELINE].keys()]
         best = max(usable, key=lambda devs: fmean(dev[scores[0]] for other, dev in devs.items() if other != seed))
         found[BASELINE].append(best[seed])
     return {
