@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +201,7 @@ def preferences(task: Task, pairs: Iterable[Mapping[str, Any]]) -> Iterator[Foun
 
 
 def sdft(*, times: int = 1) -> Method:
-    """SDFT by TRL, its teacher being the start or a moving average of the student. The best checkpoint of a sweep.
+    """SDFT by TRL. The best checkpoint of a sweep.
 
     Args:
         times: see `higher`.
@@ -212,10 +211,10 @@ def sdft(*, times: int = 1) -> Method:
         limit = reference_compute(unit)[-1]
         sweep = higher(task.sdft_sweep, times)
         found = []
-        for teacher, rate in product(("base", "ema"), sweep.learning_rates):
-            directory = task.directory / unit.method / f"{teacher}-{rate:g}"
+        for rate in sweep.learning_rates:
+            directory = task.directory / unit.method / f"{rate:g}"
             output = directory / "run"
-            own = ["--teacher", teacher, "--learning-rate", rate, "--limit", limit, "--seed", task.seed]
+            own = ["--learning-rate", rate, "--limit", limit, "--seed", task.seed]
             own += ["--checkpoints", sweep.checkpoints, *task.sdft]
             with once(directory, " ".join(map(str, own))) as needed:
                 if needed:
@@ -223,7 +222,7 @@ def sdft(*, times: int = 1) -> Method:
                     script = [sys.executable, Path(__file__).with_name("sdft.py"), task.start, task.data, output]
                     run([*script, *map(str, own)], directory / "log")
             for compute, model in checkpoints(output, "compute").items():
-                settings = {"teacher": teacher, "learning_rate": rate, "compute": compute}
+                settings = {"learning_rate": rate, "compute": compute}
                 found.append(settings | {"dev": percent(task.score(model, "dev")), "model": str(model)})
         return choose(task, unit, found)
 

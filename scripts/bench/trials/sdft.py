@@ -1,12 +1,12 @@
 """SDFT (self-distillation fine-tuning, arXiv 2601.19897) by TRL, up to a limit of compute.
 
-    python scripts/bench/trials/sdft.py MODEL DATA.jsonl OUT --teacher base --learning-rate 1e-5 --limit 3000000
+    python scripts/bench/trials/sdft.py MODEL DATA.jsonl OUT --learning-rate 1e-5 --limit 3000000
 
-The student answers each prompt at temperature 1. The teacher is the initial model (base) or a moving average of
-the student (ema), with the demonstration, the last message of a row, in its prompt. The student
-learns the teacher's distribution at each token of its own answer, by the paper's objective: KL(student || teacher) over
-the full vocabulary. The model goes to OUT/compute-N, N being the compute so far, at evenly spaced points of the limit:
-each is the last model that does not exceed its point.
+The student answers each prompt at temperature 1. The teacher, a moving average of the student as in the paper, has the
+demonstration, the last message of a row, in its prompt. The student learns the teacher's distribution at each token of
+its own answer, by the paper's objective: KL(student || teacher) over the full vocabulary. The model goes to
+OUT/compute-N, N being the compute so far, at evenly spaced points of the limit: each is the last model that does not
+exceed its point.
 """
 
 import argparse
@@ -88,7 +88,6 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path, help="JSONL with `messages`")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--teacher", choices=("base", "ema"), required=True)
     parser.add_argument("--learning-rate", type=float, required=True)
     parser.add_argument("--limit", type=int, required=True, help="compute of the whole run")
     parser.add_argument("--checkpoints", type=int, default=8)
@@ -104,7 +103,7 @@ def main() -> None:
     rows = [json.loads(line)["messages"] for line in options.data.open(encoding="utf-8")]
     config = SDFTConfig(
         output_dir=str(options.out),
-        teacher_model_kind=options.teacher,
+        teacher_model_kind="ema",
         teacher_prompt_template=TEMPLATE,
         distillation_mode="full_logits",
         distillation_alpha=1.0,
