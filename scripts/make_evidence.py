@@ -53,6 +53,7 @@ LABELS = {
     "spin-space": "SPIN, `loss_type: space`",
     "spin-real_penalty": "SPIN, `real_penalty: 5`",
     "spin-sft_weight": "SPIN, `sft_weight: 5`",
+    "spin-sft_weight-fast": "SPIN, `sft_weight: 5`, 3 × the learning rate",
 }
 DOMAINS = {"out_of_domain": "out-of-domain", "greedy_out_of_domain": "the same, greedy", "in_domain": "in-domain"}
 COLUMNS = {"tiny": DOMAINS, "sql": {"sampled": "sampled", "greedy": "greedy"}, "scan": DOMAINS}

@@ -29,6 +29,7 @@ COLORS = {
     "spin-space": "#57a6ff",
     "spin-real_penalty": "#8c959f",
     "spin-sft_weight": "#c93c37",
+    "spin-sft_weight-fast": "#e5534b",
 }
 BANDS = ("spin", "sft")
 """The methods whose range over the seeds is shown."""

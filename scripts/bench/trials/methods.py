@@ -321,4 +321,5 @@ METHODS: dict[str, Method] = {
     "spin-space": spin(loss_type="space"),
     "spin-real_penalty": spin(real_penalty=5.0),
     "spin-sft_weight": spin(sft_weight=5.0),
+    "spin-sft_weight-fast": spin(times=3, sft_weight=5.0),
 }
