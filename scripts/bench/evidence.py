@@ -43,8 +43,9 @@ Added later:
   twice the compute that the sweeps are held to. `spin-judge-many-sft_weight`, when real responses had become less
   likely with it; four responses a prompt, so that it takes little more than `spin`. `-fast`, when one seed of that had
   gained less than more SFT, which was best at three times SPIN's learning rate. SDFT with one teacher, the paper's
-  moving average, so that it fits 40 minutes; the start as teacher was to be the other one. `spin-sft_weight-fast`, with
-  the learning rate at which more SFT was best: `sft_weight` without a judge is more SFT on all data, and SPIN.
+  moving average, and DPO with one learning rate, so that a unit fits 40 minutes; a second one of each was planned.
+  `spin-sft_weight-fast`, with the learning rate at which more SFT was best: `sft_weight` without a judge is more SFT on
+  all data, and SPIN.
 
 With so few seeds the interval is too narrow: look at each seed, too.
 """

@@ -45,7 +45,7 @@ class ChatTask(Task):
     """
 
     sweep = Sweep(learning_rates=(1e-5, 3e-5), epochs=(1, 3), checkpoints=2)
-    dpo_sweep = Sweep(learning_rates=(2e-6, 1e-5), checkpoints=2)
+    dpo_sweep = Sweep(learning_rates=(1e-5,), checkpoints=4)
     sdft_sweep = Sweep(learning_rates=(1e-5,), checkpoints=4)
     sequence_len = COMMON["sequence_len"]
     first_sweep = Sweep(learning_rates=(5e-5, 1e-4), epochs=(4, 10), checkpoints=2)

@@ -168,6 +168,9 @@ def dpo(*, times: int = 1) -> Method:
         config = task.sft | {
             "pad_to_multiple_of": None,  # with it, Axolotl 0.21's collator does not fit TRL 1.14
             "group_by_length": None,
+            # a pair is two sequences
+            "micro_batch_size": task.sft["micro_batch_size"] // 2,
+            "gradient_accumulation_steps": task.sft["gradient_accumulation_steps"] * 2,
             "rl": "dpo",
             "rl_beta": task.spin["spin"]["beta"],
             "datasets": [{"path": str(data), "ds_type": "json", "type": "chat_template.default", "split": "train"}],
