@@ -46,6 +46,7 @@ LABELS = {
     "spin-low": "SPIN, a fifth of the learning rate",
     "spin-history0": "SPIN, `history_iterations: 0`",
     "spin-judge": "SPIN, `judge`",
+    "spin-judge-long": "SPIN, `judge`, 6 iterations",
     "spin-judge-sft_weight": "SPIN, `judge` and `sft_weight: 5`",
     "spin-judge-many": "SPIN, `judge`, 8 responses a prompt",
     "spin-judge-many-sft_weight": "SPIN, `judge`, `sft_weight: 5`, 4 responses a prompt",

@@ -45,7 +45,8 @@ Added later:
   gained less than more SFT, which was best at three times SPIN's learning rate. SDFT with one teacher, the paper's
   moving average, and DPO with one learning rate, so that a unit fits 40 minutes; a second one of each was planned.
   `spin-sft_weight-fast`, with the learning rate at which more SFT was best: `sft_weight` without a judge is more SFT on
-  all data, and SPIN.
+  all data, and SPIN. `spin-judge-long`, when `spin-judge` was the best of SPIN by its greedy answers, for a quarter of
+  the compute.
 
 With so few seeds the interval is too narrow: look at each seed, too.
 """

@@ -22,6 +22,7 @@ COLORS = {
     "spin-low": "#6e40c9",
     "spin-history0": "#2aa198",
     "spin-judge": "#238636",
+    "spin-judge-long": "#3fb950",
     "spin-judge-sft_weight": "#7c8c03",
     "spin-judge-many": "#116329",
     "spin-judge-many-sft_weight": "#9a6700",

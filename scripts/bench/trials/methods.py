@@ -313,6 +313,7 @@ METHODS: dict[str, Method] = {
     "spin-low": spin(times=0.2),
     "spin-history0": spin(history_iterations=0),
     "spin-judge": spin(judge=True),
+    "spin-judge-long": spin(judge=True, iterations=6),
     "spin-judge-sft_weight": spin(judge=True, sft_weight=5.0),
     "spin-judge-many": spin(judge=True, generation={"num_generations": 8, "temperature": 1.3}),
     "spin-judge-many-sft_weight": spin(
