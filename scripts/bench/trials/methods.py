@@ -165,12 +165,13 @@ def dpo(*, times: int = 1) -> Method:
         data = task.directory / unit.method / "pairs.jsonl"
         data.parent.mkdir(parents=True, exist_ok=True)
         data.write_text("".join(json.dumps(row) + "\n" for row in preferences(task, unequal)), encoding="utf-8")
-        config = task.sft | {
+        common = task.sft
+        config = common | {
             "pad_to_multiple_of": None,  # with it, Axolotl 0.21's collator does not fit TRL 1.14
             "group_by_length": None,
             # a pair is two sequences
-            "micro_batch_size": task.sft["micro_batch_size"] // 2,
-            "gradient_accumulation_steps": task.sft["gradient_accumulation_steps"] * 2,
+            "micro_batch_size": common["micro_batch_size"] // 2,
+            "gradient_accumulation_steps": common["gradient_accumulation_steps"] * 2,
             "rl": "dpo",
             "rl_beta": task.spin["spin"]["beta"],
             "datasets": [{"path": str(data), "ds_type": "json", "type": "chat_template.default", "split": "train"}],
